@@ -1,0 +1,158 @@
+"""Second pass of prepare: the documents of a range of hashes become shuffled, packed rows and these the shards of a
+group.
+
+A group is packed as a whole and its rows are dealt to its shards, so that only its last row is part-filled and its
+shards are equally long. Everything depends on the documents' hashes and the seed alone: not on the units, workers or
+machines that encoded them.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.errors import UserError
+from data_pipeline.keys import permutation
+from data_pipeline.manifest import shard_name
+from data_pipeline.pack import fill_row, pack_rows, window_lengths
+from data_pipeline.shards import token_members, write_shard
+from data_pipeline.spill import Chunk, Documents, gather, without_duplicates
+from data_pipeline.storage import atomic_write
+
+HASHES = 1 << 64
+# A multiple of this many shards serves 1, 2, 3, 4, 6, 8, 12, 16, 24 or 48 streams with equally many shards each.
+SHARD_MULTIPLE = 48
+SHARD_TOKENS = 4 << 20
+GROUP_ROWS = 512  # the last row of a group is half empty on average: 0.1 % of 512
+
+
+@dataclass(frozen=True)
+class Group:
+    """A range [low, high) of document hashes and the shards that its rows go to (None: as many as the rows allow)."""
+
+    split: str
+    index: int
+    low: int
+    high: int
+    first_shard: int
+    num_shards: int | None
+
+
+@dataclass(frozen=True)
+class AssembleTask:
+    """What a worker needs to write a group's shards."""
+
+    group: Group
+    output: Path
+    work: Path
+    chunks: list[str]
+    row_tokens: int
+    min_window: int
+    max_window: int
+    token_dtype: str
+    seed: int
+    dedupe: bool
+
+
+def plan_groups(chunks: list[Chunk], row_tokens: int, heldout_fraction: float, num_shards: int | None) -> list[Group]:
+    """Divide the hashes into the held-out split and train, and train into groups of shards.
+
+    Args:
+        num_shards: train shards, or None for one per 4M tokens in multiples of 48, and 48 (or what the rows allow) for
+            little data.
+    """
+    threshold = _heldout_threshold(chunks, heldout_fraction)
+    heldout_tokens = sum(chunk.num_tokens_below(threshold) for chunk in chunks)
+    tokens = sum(chunk.num_tokens for chunk in chunks) - heldout_tokens
+    shards = num_shards or SHARD_MULTIPLE * max(1, -(-tokens // (SHARD_TOKENS * SHARD_MULTIPLE)))
+    possible = max(1, tokens // (GROUP_ROWS * row_tokens))
+    groups = max(divisor for divisor in range(1, shards + 1) if shards % divisor == 0 and divisor <= possible)
+    free = num_shards is None and groups == 1
+    per_group = shards // groups
+    bounds = [threshold + (HASHES - threshold) * group // groups for group in range(groups + 1)]
+    train = [
+        Group("train", group, bounds[group], bounds[group + 1], group * per_group, None if free else per_group)
+        for group in range(groups)
+    ]
+    if not heldout_tokens:
+        return train
+    parts = max(1, heldout_tokens // SHARD_TOKENS)
+    bounds = [threshold * part // parts for part in range(parts + 1)]
+    return train + [Group("heldout", part, bounds[part], bounds[part + 1], part, 1) for part in range(parts)]
+
+
+def assemble_group(task: AssembleTask) -> dict[str, Any]:
+    """Write the group's shards and its result: their manifest entries and counts."""
+    group = task.group
+    parts = [Chunk(task.work / "units" / name).read(group.low, group.high) for name in task.chunks]
+    documents = gather(parts)
+    total = len(documents.ends)
+    if task.dedupe:
+        documents = without_duplicates(documents)
+    starts, lengths = _windows(documents, task)
+    rows = pack_rows(lengths, task.row_tokens)
+    order = permutation(len(rows), task.seed, "rows", group.split, group.index)
+    num_shards = _num_shards(group, len(rows))
+    shards = []
+    for shard in range(num_shards):
+        chosen = [rows[row] for row in order[shard::num_shards]]
+        name = shard_name(group.split, group.first_shard + shard)
+        arrays = (fill_row(documents.tokens, starts, lengths, windows, task.row_tokens) for windows in chosen)
+        written = write_shard(task.output / name, token_members(task.row_tokens, task.token_dtype), arrays)
+        counts = {"windows": sum(map(len, chosen)), "tokens": int(lengths[np.concatenate(chosen)].sum())}
+        shards.append({"name": name, **written._asdict(), **counts})
+    kept = len(documents.ends)
+    result = {"split": group.split, "documents": kept, "duplicates": total - kept, "shards": shards}
+    with atomic_write(group_path(task.work, group)) as file:
+        file.write(json.dumps(result).encode())
+    return result
+
+
+def group_path(work: Path, group: Group) -> Path:
+    """Where a group's result is kept; its presence says that its shards are finished."""
+    return work / "groups" / f"{group.split}-{group.index:05d}.json"
+
+
+def load_group(work: Path, group: Group) -> dict[str, Any] | None:
+    """The result of a finished group."""
+    path = group_path(work, group)
+    return json.loads(path.read_bytes()) if path.exists() else None
+
+
+def _windows(documents: Documents, task: AssembleTask) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and lengths of all windows, shuffled by key."""
+    starts: list[int] = []
+    lengths: list[int] = []
+    sizes = documents.lengths()
+    for start, size in zip((documents.ends - sizes).tolist(), sizes.tolist()):
+        for length in window_lengths(size, task.min_window, task.max_window):
+            starts.append(start)
+            lengths.append(length)
+            start += length
+    order = permutation(len(starts), task.seed, "windows", task.group.split, task.group.index)
+    return np.array(starts, np.int64)[order], np.array(lengths, np.int64)[order]
+
+
+def _heldout_threshold(chunks: list[Chunk], fraction: float) -> int:
+    """Documents with an upper hash below this are held out: the fraction, of little data at least one, but never
+    all.
+    """
+    if fraction == 0:
+        return 0
+    threshold = max(int(fraction * HASHES), min(chunk.first_hash() for chunk in chunks) + 1)
+    remaining = sum(chunk.num_tokens - chunk.num_tokens_below(threshold) for chunk in chunks)
+    return threshold if remaining else 0
+
+
+def _num_shards(group: Group, num_rows: int) -> int:
+    """Shards of the group: as planned, or the largest that serve many stream counts and that the rows suffice for."""
+    if group.num_shards is None:
+        return max(n for n in (1, 2, 3, 4, 6, 12, 24, SHARD_MULTIPLE) if n <= num_rows)
+    if num_rows < group.num_shards:
+        raise UserError(
+            f"{num_rows} rows are too few for {group.num_shards} {group.split} shards: give more text, a smaller "
+            f"--row-tokens, or --shards {num_rows}"
+        )
+    return group.num_shards

@@ -1,0 +1,182 @@
+"""Run the frozen teacher over every shard once and store its features, a few bytes a token.
+
+    python -m data_pipeline.cache_features --data data/owt2 --teacher Qwen/Qwen3-1.7B
+    deepspeed --hostfile hosts data_pipeline/cache_features.py --config vae_base.json
+    python -m data_pipeline.cache_features check --data data/owt2 --features data/owt2/features-Qwen3-1.7B
+
+Works under deepspeed, torchrun, srun and alone. The ranks share nothing but the output folder: rank 0 fits the codec,
+rank r writes the shards r, r + W, ...; each shard and its record under `parts/` appear atomically, so that a killed
+run continues with the shards that are missing, on any number of ranks. Whoever finds all of them finished writes the
+manifest.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.codec_choice import Target
+from data_pipeline.errors import UserError, cli
+from data_pipeline.feature_check import check_cache
+from data_pipeline.feature_job import CodecOptions, FeatureJob
+
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that share the work."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """From what torchrun and deepspeed set, or srun, or alone."""
+
+        def read(*names: str, default: int) -> int:
+            return next((int(os.environ[name]) for name in names if name in os.environ), default)
+
+        world_size = read("WORLD_SIZE", "SLURM_NTASKS", default=1)
+        return cls(
+            rank=read("RANK", "SLURM_PROCID", default=0),
+            world_size=world_size,
+            local_rank=read("LOCAL_RANK", "SLURM_LOCALID", default=0),
+            local_world_size=read("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", default=world_size),
+        )
+
+    def device(self, wanted: str) -> torch.device:
+        """`auto` is this rank's GPU where there is one."""
+        if wanted != "auto":
+            return torch.device(wanted)
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        return torch.device("cpu")
+
+    def share_cores(self) -> None:
+        """Divide the cores among the ranks of this machine, unless OMP_NUM_THREADS says otherwise."""
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_world_size))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Command line of `cache` (the default) and `check`."""
+    parser = argparse.ArgumentParser(
+        prog="cache_features", description="Cache a frozen teacher's features beside token shards."
+    )
+    parser.add_argument("command", nargs="?", choices=("cache", "check"), default="cache")
+    parser.add_argument(
+        "--config", help="a stage-1 config, path or name: data.path and the section repa fill in what is not given"
+    )
+    parser.add_argument("--data", help="prepared folder")
+    parser.add_argument("--teacher", help="hub id or folder of a causal language model")
+    parser.add_argument("--revision", help="commit of the teacher on the hub")
+    parser.add_argument("--layer", type=int, help="index into transformers' hidden_states (default -3)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--output", "--features", dest="output", help="cache folder (default <data>/features-<teacher>)"
+    )
+    codec = parser.add_argument_group("codec", "default: the smallest one that keeps --target-cosine")
+    codec.add_argument("--target-cosine", type=float, default=0.99, help="mean cosine to keep on held-back text")
+    codec.add_argument(
+        "--target-variance", type=float, default=0.9, help="share of the variance about the mean to keep"
+    )
+    codec.add_argument(
+        "--ngram-order", type=int, choices=(0, 1, 2, 3), help="tables of feature means: tried up to this n"
+    )
+    codec.add_argument("--rank", type=int, dest="components", help="principal components to keep, with --bits")
+    codec.add_argument("--bits", type=int, choices=(4, 8, 16), help="bits of every component, with --rank or for all")
+    codec.add_argument("--exact", action="store_true", help="the hidden states as they are")
+    codec.add_argument("--sample-tokens", type=int, default=200_000, help="tokens to fit the codec on")
+    parser.add_argument(
+        "--token-budget", type=int, default=16384, help="padded tokens in one pass of the teacher: memory"
+    )
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds that other ranks wait for the codec")
+    parser.add_argument("--report-only", action="store_true", help="print fidelity, size and time, and stop")
+    parser.add_argument("--rows", type=int, default=32, help="check: number of random rows")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
+    return parser
+
+
+def with_config(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in from the configuration what the command line leaves open."""
+    if args.config is None:
+        return args
+    candidates = [Path(args.config), CONFIG_FOLDER / args.config, CONFIG_FOLDER / f"{args.config}.json"]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        raise UserError(f"no configuration {args.config}: neither a file nor one of {CONFIG_FOLDER.name}/")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+        repa = config.get("repa", {})
+        found = {
+            "data": config.get("data", {}).get("path"),
+            "output": repa.get("features"),
+            "teacher": repa.get("teacher") or repa.get("online_teacher"),
+            "revision": repa.get("revision") or repa.get("online_revision"),
+            "layer": repa.get("layer"),
+        }
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a configuration: {error}; expected an object with sections") from error
+    given = vars(args)
+    return argparse.Namespace(**given | {k: v for k, v in found.items() if given[k] is None and v is not None})
+
+
+def job_from(args: argparse.Namespace, ranks: Ranks) -> FeatureJob:
+    """Load everything that the command line names."""
+    for name in ("data", "teacher"):
+        if getattr(args, name) is None:
+            raise UserError(f"--{name} is missing, and no --config names it")
+    device = ranks.device(args.device)
+    orders: Sequence[int] = range(4) if args.ngram_order is None else range(args.ngram_order + 1)
+    return FeatureJob.open(
+        data=args.data,
+        output=Path(args.output or Path(args.data) / f"features-{Path(args.teacher).name}"),
+        teacher=args.teacher,
+        revision=args.revision,
+        layer=-3 if args.layer is None else args.layer,
+        dtype=args.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
+        device=device,
+        token_budget=args.token_budget,
+        options=CodecOptions(
+            Target(args.target_cosine, args.target_variance),
+            tuple(orders),
+            args.components,
+            args.bits,
+            args.exact,
+            args.sample_tokens,
+        ),
+    )
+
+
+@cli
+def main(argv: list[str] | None = None) -> int | None:
+    """Entry point."""
+    args = with_config(parser().parse_args(argv))
+    ranks = Ranks.from_environment()
+    ranks.share_cores()
+    if args.command == "check":
+        for name in ("data", "output"):
+            if getattr(args, name) is None:
+                raise UserError(f"--{name.replace('output', 'features')} is missing, and no --config names it")
+        device = ranks.device(args.device)
+        print(check_cache(args.data, args.output, args.teacher, device, args.rows, args.token_budget))
+        return 0
+    job = job_from(args, ranks)
+    codec = job.codec_for(ranks.rank, ranks.world_size, args.timeout, args.report_only)
+    if codec is not None and not args.report_only:
+        job.run(codec, ranks.rank, ranks.world_size)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,26 @@
+"""The one error class for users' mistakes, and the wrapper that every command's `main` runs under."""
+
+import functools
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Bad input: the message says what was found, what was expected and what to do. Commands print it without a traceback."""
+
+
+def cli(main: Callable[[list[str] | None], int | None]) -> Callable[[list[str] | None], int]:
+    """Wrap a command's `main(argv)`: a UserError becomes one line on stderr and exit code 2, Ctrl-C becomes 130."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv) or 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return run

@@ -1,0 +1,242 @@
+"""Shards: plain WebDataset tars of rows, written byte for byte reproducibly and read without tarfile or pickle.
+
+Row r of a shard is one file per array, named `{r:09d}.{array}.npy`, in a fixed order. A token shard holds `tokens`
+(uint16 or uint32 [R], zeros behind the last window) and `lengths` (int32, one per window); a feature shard holds
+`features` and `scales`.
+
+Because the writer is deterministic, the reader knows every header's bytes in advance and compares them: any other name,
+size, type, dtype, shape or order is refused. `tar`, Python's tarfile and stock webdataset read these files like any
+other tar.
+"""
+
+import hashlib
+import math
+import mmap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipeline.errors import UserError
+from data_pipeline.storage import atomic_write
+
+_BLOCK = 512
+_NPY_HEADER = 128
+_END = bytes(2 * _BLOCK)
+_SIZE_FIELD = slice(124, 135)
+_REMEDY = "copy the shard again from where it was prepared, or prepare the data again"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One array of every row: its name, NumPy dtype name and shape; a first dimension of None is free."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes of one row's array; of one element along the first dimension where that is free."""
+        return np.dtype(self.dtype).itemsize * math.prod(n for n in self.shape if n is not None)
+
+
+class Written(NamedTuple):
+    """What the manifest records of a shard file."""
+
+    rows: int
+    bytes: int
+    sha256: str
+
+
+def token_members(row_tokens: int, dtype: str) -> tuple[Member, ...]:
+    """Arrays of a token shard."""
+    return Member("tokens", dtype, (row_tokens,)), Member("lengths", "int32", (None,))
+
+
+def write_shard(path: Path, members: Sequence[Member], rows: Iterable[Sequence[np.ndarray]]) -> Written:
+    """Write a shard atomically; `rows` yields one array per member, in the members' order. Equal rows give equal
+    bytes.
+    """
+    digest, num_bytes, num_rows = hashlib.sha256(), 0, 0
+    with atomic_write(path) as file:
+        for row, arrays in enumerate(rows):
+            data = b"".join(_entry(row, member, array) for member, array in zip(members, arrays, strict=True))
+            file.write(data)
+            digest.update(data)
+            num_rows, num_bytes = row + 1, num_bytes + len(data)
+        file.write(_END)
+        digest.update(_END)
+    return Written(num_rows, num_bytes + len(_END), digest.hexdigest())
+
+
+class Shard:
+    """An open shard: random access to any range of rows without copying.
+
+    Args:
+        path: local file.
+        members: the arrays that its rows must hold.
+        rows, num_bytes: as the manifest has them.
+        sha256: as the manifest has it; None skips the hash of the contents (sizes and headers are checked all the
+            same).
+
+    Raises:
+        UserError: the file is missing, is not what the manifest says, or deviates from the format in any header.
+    """
+
+    def __init__(self, path: Path, members: Sequence[Member], rows: int, num_bytes: int, sha256: str | None):
+        self.path = path
+        self.rows = rows
+        self._members = {member.name: member for member in members}
+        self._buffer = _map(path, num_bytes)
+        if sha256 is not None and (found := hashlib.sha256(self._buffer).hexdigest()) != sha256:
+            raise UserError(f"{path}: SHA-256 is {found[:16]}..., but the manifest says {sha256[:16]}...: {_REMEDY}")
+        self._places = self._index(members)
+        self._ragged = {member.name: self._join_ragged(member) for member in members if None in member.shape}
+
+    def dense(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Arrays of fixed shape of rows [start, stop): [rows, ...], a read-only view of the file where its rows are
+        evenly spaced.
+        """
+        member, places = self._members[name], self._places[name][0][start:stop]
+        shape = tuple(n for n in member.shape if n is not None)
+        steps = np.diff(places)
+        if len(places) and (steps == (stride := int(steps[0]) if len(steps) else member.row_bytes)).all():
+            flat = np.ndarray((len(places), member.row_bytes), np.uint8, self._buffer, int(places[0]), (stride, 1))
+            return flat.view(member.dtype).reshape(len(places), *shape)
+        rows = [
+            np.frombuffer(self._buffer, member.dtype, member.row_bytes // np.dtype(member.dtype).itemsize, p)
+            for p in places
+        ]
+        return np.stack(rows).reshape(len(places), *shape) if rows else np.zeros((0, *shape), member.dtype)
+
+    def ragged(self, name: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Arrays with a free first dimension of rows [start, stop): all their elements in turn, and the number in each
+        row.
+        """
+        values, ends = self._ragged[name]
+        return values[ends[start] : ends[stop]], np.diff(ends[start : stop + 1])
+
+    def _join_ragged(self, member: Member) -> tuple[np.ndarray, np.ndarray]:
+        """Elements of all rows in turn, and where each row's end (with a 0 before the first)."""
+        places, counts = self._places[member.name]
+        rows = [np.frombuffer(self._buffer, member.dtype, count, place) for place, count in zip(places, counts)]
+        return np.concatenate(rows), np.concatenate([[0], np.cumsum(counts)])
+
+    def _index(self, members: Sequence[Member]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Offsets of every row's data and its element counts, per member, after checking every header."""
+        offset = 0
+        found: dict[str, tuple[list[int], list[int]]] = {member.name: ([], []) for member in members}
+        for row in range(self.rows):
+            for member in members:
+                size = self._size(offset, row, member)
+                if self._buffer[offset : offset + _BLOCK] != _tar_header(row, member.name, size):
+                    raise UserError(self._explain(offset, row, member, size))
+                count = (size - _NPY_HEADER) // member.row_bytes
+                start = offset + _BLOCK + _NPY_HEADER
+                if self._buffer[offset + _BLOCK : start] != _npy_header(member, count):
+                    raise UserError(
+                        f"{self.path}: {_member_name(row, member.name)} is not the expected array of {member.dtype}: "
+                        f"{_REMEDY}"
+                    )
+                found[member.name][0].append(start)
+                found[member.name][1].append(count)
+                offset += _BLOCK + size + -size % _BLOCK
+        if self._buffer[offset:] != _END:
+            extra = len(self._buffer) - offset - len(_END)
+            raise UserError(
+                f"{self.path}: {extra} bytes too many behind the {self.rows} rows of the manifest, or no end mark: "
+                f"{_REMEDY}"
+            )
+        return {
+            name: (np.array(places, np.int64), np.array(counts, np.int64)) for name, (places, counts) in found.items()
+        }
+
+    def _size(self, offset: int, row: int, member: Member) -> int:
+        """Size of the member whose header stands at the offset, checked to be possible."""
+        if None not in member.shape:
+            size = _NPY_HEADER + member.row_bytes
+        else:
+            try:
+                size = int(self._buffer[offset : offset + _BLOCK][_SIZE_FIELD], 8)
+            except ValueError:
+                size = -1
+            if size < _NPY_HEADER or (size - _NPY_HEADER) % member.row_bytes:
+                raise UserError(self._explain(offset, row, member, size))
+        if offset + _BLOCK + size + len(_END) > len(self._buffer):
+            raise UserError(
+                f"{self.path}: ends within {_member_name(row, member.name)}, although the manifest promises "
+                f"{self.rows} rows: {_REMEDY}"
+            )
+        return size
+
+    def _explain(self, offset: int, row: int, member: Member, size: int) -> str:
+        """Message for a tar header that is not the expected one."""
+        header, expected = self._buffer[offset : offset + _BLOCK], _member_name(row, member.name)
+        name = header[:100].rstrip(b"\0").decode("ascii", "backslashreplace")
+        offence = (
+            f"found the name {name!r}"
+            if name != expected
+            else f"its header is not a plain file of {size} bytes with a right checksum"
+        )
+        return f"{self.path}: expected {expected} at byte {offset}, but {offence}: {_REMEDY}"
+
+
+def _map(path: Path, num_bytes: int) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            found = file.seek(0, 2)
+            if found != num_bytes:
+                raise UserError(f"{path}: has {found} bytes, but the manifest says {num_bytes}: {_REMEDY}")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): {_REMEDY}") from None
+
+
+def _member_name(row: int, name: str) -> str:
+    return f"{row:09d}.{name}.npy"
+
+
+def _entry(row: int, member: Member, array: np.ndarray) -> bytes:
+    """Tar entry of one array: header, .npy file, zeros up to the next block."""
+    expected = tuple(len(array) if n is None else n for n in member.shape)
+    if array.dtype != np.dtype(member.dtype) or array.shape != expected:
+        raise ValueError(f"row {row}: {member.name} is {array.dtype}{array.shape}, expected {member.dtype}{expected}")
+    data = _npy_header(member, len(array)) + np.ascontiguousarray(array).tobytes()
+    return _tar_header(row, member.name, len(data)) + data + bytes(-len(data) % _BLOCK)
+
+
+@lru_cache(maxsize=4096)
+def _npy_header(member: Member, count: int) -> bytes:
+    """Header of a version 1.0 .npy file; written here because NumPy's own padding has changed between its versions."""
+    shape = tuple(count if n is None else n for n in member.shape)
+    descr = np.dtype(member.dtype).newbyteorder("<").str
+    text = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
+    return (
+        b"\x93NUMPY\x01\x00" + (_NPY_HEADER - 10).to_bytes(2, "little") + text.ljust(_NPY_HEADER - 11).encode() + b"\n"
+    )
+
+
+def _tar_header(row: int, name: str, size: int) -> bytes:
+    """ustar header of a regular file, mode 0644, owner 0, time 0."""
+    digits = b"%09d" % row
+    before, after, base = _tar_template(name, size)
+    return digits + before + b"%06o\0 " % (base + sum(digits)) + after
+
+
+@lru_cache(maxsize=65536)
+def _tar_template(name: str, size: int) -> tuple[bytes, bytes, int]:
+    """Parts of the header between the row's digits and the checksum, behind it, and the sum of their bytes."""
+    before = (
+        f".{name}.npy".encode().ljust(91, b"\0")
+        + b"0000644\0"
+        + b"0000000\0" * 2
+        + b"%011o\0" % size
+        + b"0" * 11
+        + b"\0"
+    )
+    after = (b"0" + bytes(100) + b"ustar\00000" + bytes(64) + b"0000000\0" * 2).ljust(_BLOCK - 156, b"\0")
+    return before, after, sum(before) + sum(after) + 8 * ord(" ")  # the checksum field counts as spaces

@@ -1,0 +1,133 @@
+"""Worker processes for prepare: unordered tasks, live progress, no orphans, and clear errors for full disks and killed
+workers.
+"""
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from data_pipeline.errors import UserError
+
+Task = TypeVar("Task")
+_POLL_SECONDS = 0.2
+_counter: Any = None  # set in worker processes: shared [documents, bytes of text]
+
+
+class Progress:
+    """Progress bar over tasks, with the rates of what they report while they run."""
+
+    def __init__(self, name: str, total: int, unit: str):
+        self._bar = tqdm(total=total, desc=name, unit="part", disable=not total, mininterval=0.5, dynamic_ncols=True)
+        self._unit = unit
+        self._counts = [0, 0]
+
+    def add(self, count: int, num_bytes: int) -> None:
+        """Report more of both."""
+        self.show(self._counts[0] + count, self._counts[1] + num_bytes)
+
+    def show(self, count: int, num_bytes: int) -> None:
+        """Report totals."""
+        self._counts = [count, num_bytes]
+        seconds = max(1e-3, self._bar.format_dict["elapsed"])
+        text = f"{count} {self._unit}" + (f", {num_bytes / 1e6 / seconds:.1f} MB/s" if num_bytes else "")
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(0)
+
+    def task_done(self) -> None:
+        """Count a finished task."""
+        self._bar.update(1)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def run_tasks(
+    function: Callable[[Task, Callable[[int, int], None]], None],
+    tasks: Sequence[Task],
+    workers: int,
+    progress: Progress,
+) -> Iterator[Task]:
+    """Call function(task, report) for every task, in any order, in worker processes; yields the tasks as they finish.
+
+    With one worker or one task everything runs in this process. An error stops the rest.
+    """
+    if workers == 1 or len(tasks) < 2:
+        for task in tasks:
+            function(task, progress.add)
+            progress.task_done()
+            yield task
+        return
+    context = get_context("spawn")
+    counter = context.Array("q", 2)
+    workers = min(workers, len(tasks))
+    with ProcessPoolExecutor(workers, context, _start_worker, (counter, os.getpid())) as pool:
+        pending = {pool.submit(_call, function, task): task for task in tasks}
+        try:
+            while pending:
+                done, _ = wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+                progress.show(*counter[:])
+                for future in done:
+                    future.result()
+                    progress.task_done()
+                    yield pending.pop(future)
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, perhaps for lack of memory: run the same command again to continue, "
+                "with fewer --workers if it recurs"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a failed write into a UserError that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        free = shutil.disk_usage(folder).free / 1e6 if folder.exists() else 0
+        raise UserError(
+            f"cannot write below {folder}: {error.strerror} ({free:.0f} MB free); make room or choose another "
+            "--output, then run the same "
+            "command again: what was finished is kept"
+        ) from None
+
+
+def _start_worker(counter: Any, parent: int) -> None:
+    """Prepare a worker: share the counter, leave the cores to the other workers, end when the parent does."""
+    global _counter
+    _counter = counter
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    process = parent_process()
+
+    def end_with_parent() -> None:
+        if process is not None:
+            process.join()
+            os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _call(function: Callable[[Task, Callable[[int, int], None]], None], task: Task) -> None:
+    function(task, _report)
+
+
+def _report(count: int, num_bytes: int) -> None:
+    with _counter.get_lock():
+        _counter[0] += count
+        _counter[1] += num_bytes

@@ -1,0 +1,101 @@
+"""Time runs from data to noise: t = 0 is data, t = 1 is noise. This file is the only home of the flow's equations.
+
+    z_t = (1 - t) z + t eps,   v* = dz_t/dt = eps - z,   so   z = z_t - t v   and   eps = z_t + (1 - t) v
+
+Shape letters: T packed tokens, Z latent dim, G grid of times, L eigenvalues.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+# Below this time the change of variables x -> v divides by (almost) zero; data prediction clamps t here.
+MIN_TIME = 0.02
+
+
+def interpolate(data_TZ: torch.Tensor, noise_TZ: torch.Tensor, time_T1: torch.Tensor) -> torch.Tensor:
+    """z_t on the straight path from data to noise."""
+    return (1 - time_T1) * data_TZ + time_T1 * noise_TZ
+
+
+def velocity(data_TZ: torch.Tensor, noise_TZ: torch.Tensor) -> torch.Tensor:
+    """v*, the regression target; constant along the path."""
+    return noise_TZ - data_TZ
+
+
+def data_from_velocity(noisy_TZ: torch.Tensor, velocity_TZ: torch.Tensor, time_T1: torch.Tensor) -> torch.Tensor:
+    """The one-step estimate of z."""
+    return noisy_TZ - time_T1 * velocity_TZ
+
+
+def velocity_from_data(noisy_TZ: torch.Tensor, data_TZ: torch.Tensor, time_T1: torch.Tensor) -> torch.Tensor:
+    """The velocity that leads to a predicted z; t is clamped to `MIN_TIME` from below."""
+    return (noisy_TZ - data_TZ) / time_T1.clamp_min(MIN_TIME)
+
+
+def blind_velocity(noisy_TZ: torch.Tensor, time_T1: torch.Tensor) -> torch.Tensor:
+    """The best linear predictor of v* that knows only unit variance; its loss is `blind_floor`."""
+    return (2 * time_T1 - 1) / (time_T1**2 + (1 - time_T1) ** 2) * noisy_TZ
+
+
+def guide(conditional_TZ: torch.Tensor, unconditional_TZ: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance (arXiv 2207.12598): scale 1 is the conditional velocity, 0 the unconditional one."""
+    return unconditional_TZ + scale * (conditional_TZ - unconditional_TZ)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeDistribution:
+    """Density of t in training, and the sampling schedule: its quantile function maps uniform numbers to times.
+
+    Attributes:
+        kind: "logit_normal": logit(t) ~ N(mean, std^2), or "uniform".
+        mean, std: of the logit; the paper has std 1.5 (Sec. 3, TextLDM).
+        shift: t -> shift t / (1 + (shift - 1) t), moves mass towards noise for > 1, as larger latents need (arXiv 2403.03206, Eq. 23).
+    """
+
+    kind: str = "logit_normal"
+    mean: float = 0.0
+    std: float = 1.5
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("logit_normal", "uniform"):
+            raise ValueError(f"time distribution {self.kind!r} is unknown; expected logit_normal or uniform")
+        if self.std <= 0 or self.shift <= 0:
+            raise ValueError(f"time std and shift must be positive, found {self.std} and {self.shift}")
+
+    def quantile(self, uniform: torch.Tensor) -> torch.Tensor:
+        """The time below which the share `uniform` of training times lies; in double precision, 0 -> 0 and 1 -> 1."""
+        u = uniform.double()
+        t = u if self.kind == "uniform" else torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def grid(self, num_steps: int) -> torch.Tensor:
+        """Float64 [num_steps + 1] from 1 (noise) down to 0 (data), dense where training was dense."""
+        return self.quantile(torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64))
+
+
+def blind_floor(time: torch.Tensor) -> torch.Tensor:
+    """Flow loss per channel of the best linear predictor that knows only unit variance: F(t) = 2 - (2t-1)^2 / (t^2 + (1-t)^2)."""
+    return covariance_floor(time, torch.ones(1, dtype=time.dtype, device=time.device))
+
+
+def covariance_floor(time: torch.Tensor, eigenvalues_L: torch.Tensor) -> torch.Tensor:
+    """Flow loss per channel of the best linear predictor that knows the latents' covariance, given its eigenvalues (mean 1)."""
+    t, eigenvalue = time[..., None], eigenvalues_L
+    explained = (t - (1 - t) * eigenvalue) ** 2 / (t**2 + (1 - t) ** 2 * eigenvalue)
+    return (1 + eigenvalue - explained).mean(-1)
+
+
+def loss_of_data_error(squared_error: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    """Flow loss of a predictor of z with this squared error: v - v* = (z - z_hat) / t."""
+    return squared_error / time**2
+
+
+def time_embedding(time_T: torch.Tensor, width: int) -> torch.Tensor:
+    """Sinusoidal embedding of t, fp32 [T, width], with frequencies from 1 to 1,000 radians over [0, 1]."""
+    half = width // 2
+    frequencies = torch.exp(torch.linspace(0.0, math.log(1000.0), half, device=time_T.device))
+    angles = time_T.float()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)

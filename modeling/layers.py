@@ -1,0 +1,156 @@
+"""Transformer blocks of the VAE and the DiT: pre-norm LayerNorm, RoPE, bidirectional packed attention, GELU MLP.
+
+Shape letters: T packed tokens, D width, H heads, K head dim, N segments.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import Segments, varlen_attention
+
+
+def rope_tables(positions_T: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of rotary position embedding (arXiv 2104.09864), fp32 [T, 1, K], for the rotate-half pairing (i, i + K/2)."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_T.device) / head_dim
+    angles = positions_T[:, None].float() * theta**-exponents
+    angles_T1K = torch.cat((angles, angles), dim=-1)[:, None, :]
+    return angles_T1K.cos(), angles_T1K.sin()
+
+
+def apply_rope(x_THK: torch.Tensor, cos_T1K: torch.Tensor, sin_T1K: torch.Tensor) -> torch.Tensor:
+    """Rotate queries or keys by their position; the tables are cast to x's dtype."""
+    first, second = x_THK.chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return x_THK * cos_T1K.to(x_THK.dtype) + rotated * sin_T1K.to(x_THK.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head bidirectional self-attention within segments, optionally with per-head LayerNorm of queries and keys."""
+
+    def __init__(self, width: int, head_dim: int, qk_norm: bool = False):
+        super().__init__()
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.q_norm = nn.LayerNorm(head_dim, bias=False) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim, bias=False) if qk_norm else nn.Identity()
+
+    def forward(self, x_TD: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], segments: Segments) -> torch.Tensor:
+        q_THK, k_THK, v_THK = self.qkv(x_TD).view(x_TD.shape[0], 3, -1, self.head_dim).unbind(1)
+        q_THK = apply_rope(self.q_norm(q_THK).to(v_THK.dtype), *rope)
+        k_THK = apply_rope(self.k_norm(k_THK).to(v_THK.dtype), *rope)
+        return self.out(varlen_attention(q_THK, k_THK, v_THK, segments).reshape(x_TD.shape[0], -1))
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block with 12 D^2 weights: attention 4 D^2, MLP 8 D^2.
+
+    With `modulated`, six vectors per token (shift, scale and gate for each half) are added in from a conditioning vector, adaLN-Zero
+    (DiT, arXiv 2212.09748): gates start at zero, so that every block starts as the identity.
+    """
+
+    def __init__(self, width: int, head_dim: int, qk_norm: bool = False, modulated: bool = False):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, elementwise_affine=not modulated)
+        self.attention = Attention(width, head_dim, qk_norm)
+        self.mlp_norm = nn.LayerNorm(width, elementwise_affine=not modulated)
+        self.mlp_in = nn.Linear(width, 4 * width)
+        self.mlp_out = nn.Linear(4 * width, width)
+        self.modulation = nn.Linear(width, 6 * width) if modulated else None
+
+    def forward(
+        self,
+        x_TD: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        segments: Segments,
+        condition_TD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if self.modulation is None:
+            x_TD = x_TD + self.attention(self.attention_norm(x_TD), rope, segments)
+            return x_TD + self._mlp(self.mlp_norm(x_TD))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition_TD)).chunk(6, dim=-1)
+        x_TD = x_TD + gate1 * self.attention(self.attention_norm(x_TD) * (1 + scale1) + shift1, rope, segments)
+        return x_TD + gate2 * self._mlp(self.mlp_norm(x_TD) * (1 + scale2) + shift2)
+
+    def _mlp(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return self.mlp_out(F.gelu(self.mlp_in(x_TD), approximate="tanh"))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks and a final LayerNorm over one packed axis.
+
+    Attributes:
+        checkpoint_every: recompute every n-th block's activations in the backward pass instead of keeping them; 0 keeps all.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        width: int,
+        head_dim: int,
+        rope_theta: float,
+        qk_norm: bool = False,
+        modulated: bool = False,
+    ):
+        super().__init__()
+        if width % head_dim:
+            raise ValueError(f"width {width} is not a multiple of head_dim {head_dim}")
+        self.head_dim, self.rope_theta = head_dim, rope_theta
+        self.checkpoint_every = 0
+        self.blocks = nn.ModuleList(Block(width, head_dim, qk_norm, modulated) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x_TD: torch.Tensor, segments: Segments, condition_TD: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, D] -> [T, D], after the final norm. Positions restart at 0 in every segment."""
+        rope = rope_tables(segments.positions_T, self.head_dim, self.rope_theta)
+        for i, block in enumerate(self.blocks):
+            if self.training and self.checkpoint_every and i % self.checkpoint_every == 0:
+                x_TD = checkpoint(block, x_TD, rope, segments, condition_TD, use_reentrant=False)
+            else:
+                x_TD = block(x_TD, rope, segments, condition_TD)
+        return self.norm(x_TD)
+
+
+def initialize(module: nn.Module) -> None:
+    """Set every weight below `module`; the only place where weights are initialised.
+
+    | weight                                          | initial value                                        |
+    |-------------------------------------------------|------------------------------------------------------|
+    | Linear                                          | N(0, 0.02^2)                                         |
+    | Attention.out, Block.mlp_out of an L-layer stack| N(0, (0.02 / sqrt(2 L))^2), so that the residual     |
+    |                                                 | stream's variance does not grow with depth (GPT-2)   |
+    | Block.modulation                                | 0 (adaLN-Zero)                                       |
+    | Embedding                                       | N(0, 0.02^2)                                         |
+    | LayerNorm                                       | weight 1, bias 0                                     |
+    | every Linear's bias                             | 0                                                    |
+    | Linear with attribute `zero_init`               | 0: the DiT's output head and the VAE's log-variance  |
+
+    Raises: TypeError for a module with direct parameters that the table does not name.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            std = 0.0 if getattr(child, "zero_init", False) else 0.02
+            nn.init.normal_(child.weight, std=std)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+        elif isinstance(child, nn.Embedding):
+            nn.init.normal_(child.weight, std=0.02)
+        elif isinstance(child, nn.LayerNorm):
+            if child.weight is not None:
+                nn.init.ones_(child.weight)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+        elif any(True for _ in child.parameters(recurse=False)):
+            raise TypeError(f"initialize() has no rule for the parameters of {type(child).__name__}")
+    for stack in module.modules():
+        if isinstance(stack, Transformer):
+            residual_std = 0.02 / math.sqrt(2 * max(len(stack.blocks), 1))
+            for block in stack.blocks:
+                nn.init.normal_(block.attention.out.weight, std=residual_std)
+                nn.init.normal_(block.mlp_out.weight, std=residual_std)
+                if block.modulation is not None:
+                    nn.init.zeros_(block.modulation.weight)

@@ -1,0 +1,76 @@
+"""Losses over the vocabulary and the posterior, as per-token fp32 tensors or sums; normalisation is the caller's.
+
+Shape letters: T packed tokens, D width, Z latent dim, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+class _ChunkedLinearCrossEntropy(torch.autograd.Function):
+    """Sum of w_i CE_i and the number of correct tokens, with logits for one chunk of tokens at a time.
+
+    The gradients of the hidden states and of the weight are made in the forward pass, while a chunk's logits exist, and only
+    scaled in the backward pass: the logits are computed once, and [T, V] never exists.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_TD, weight_VD, targets_T, weights_T, chunk):  # type: ignore[no-untyped-def]
+        loss = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
+        correct_T = torch.zeros_like(targets_T, dtype=torch.bool)
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden_TD) if needs_grad else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_grad else None
+        compute_weight = weight_VD.to(hidden_TD.dtype)
+        for start in range(0, hidden_TD.shape[0], chunk):
+            part = slice(start, start + chunk)
+            hidden, targets, weights = hidden_TD[part], targets_T[part], weights_T[part]
+            logits = (hidden @ compute_weight.t()).float()
+            log_normaliser = logits.logsumexp(-1)
+            loss += (weights * (log_normaliser - logits.gather(1, targets[:, None])[:, 0])).sum()
+            correct_T[part] = logits.argmax(-1) == targets
+            if needs_grad:
+                probabilities = logits.sub_(log_normaliser[:, None]).exp_()
+                probabilities.scatter_add_(1, targets[:, None], -torch.ones_like(probabilities[:, :1]))
+                grad_logits = probabilities.mul_(weights[:, None]).to(hidden.dtype)
+                grad_hidden[part] = grad_logits @ compute_weight
+                grad_weight += grad_logits.t() @ hidden
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.mark_non_differentiable(correct_T)
+        return loss, correct_T
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scaled_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), scaled_weight, None, None, None
+
+
+def linear_cross_entropy(
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_T: torch.Tensor,
+    weights_T: torch.Tensor,
+    chunk: int = 1024,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of an LM head without the [T, V] logits.
+
+    Args:
+        hidden_TD: the decoder's output; weight_VD: the LM head's weight.
+        targets_T: int64 token ids; weights_T: fp32 weight of each token (0 leaves it out).
+        chunk: tokens whose logits exist at a time; memory is O(chunk * V).
+
+    Returns: the weighted sum of cross-entropies in nats (fp32 scalar), and bool [T]: is the most likely token the target.
+    """
+    return _ChunkedLinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, weights_T, chunk)
+
+
+def kl_to_standard_normal(mean_TZ: torch.Tensor, log_variance_TZ: torch.Tensor) -> torch.Tensor:
+    """KL(N(mu, sigma^2) || N(0, 1)) in nats, fp32 [T, Z]."""
+    return 0.5 * (mean_TZ.square() + log_variance_TZ.exp() - 1 - log_variance_TZ)
+
+
+def squared_error(prediction_TZ: torch.Tensor, target_TZ: torch.Tensor) -> torch.Tensor:
+    """Mean squared error over channels, fp32 [T]."""
+    return F.mse_loss(prediction_TZ.float(), target_TZ.float(), reduction="none").mean(-1)

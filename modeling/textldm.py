@@ -1,0 +1,169 @@
+"""TextLDM for inference: VAE, DiT and latent statistics in one Hugging Face model.
+
+This file and its neighbours travel in every exported folder (`trust_remote_code=True`), so they import only torch,
+transformers and each other.
+
+Shape letters: T packed tokens, Z latent dim.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .attention import Segments
+from .flow import TimeDistribution
+from .sampler import GuidedVelocity, integrate
+from .text_dit import TextDiT, TextDiTConfig
+from .text_vae import TextVAE, TextVAEConfig
+
+
+class TextLDMConfig(PretrainedConfig):
+    """Shapes of both models and the defaults of `generate`.
+
+    Attributes:
+        vae, dit: fields of TextVAEConfig and TextDiTConfig.
+        times: fields of TimeDistribution; the training distribution is the sampling schedule.
+        num_steps, guidance_scale, solver: defaults of `generate` (the paper: 50 Euler steps, scale 7).
+        max_window: longest window, context and continuation together, in tokens.
+    """
+
+    model_type = "textldm"
+
+    def __init__(
+        self,
+        vae: dict[str, Any] | None = None,
+        dit: dict[str, Any] | None = None,
+        times: dict[str, Any] | None = None,
+        num_steps: int = 50,
+        guidance_scale: float = 7.0,
+        solver: str = "euler",
+        max_window: int = 1024,
+        **kwargs: Any,
+    ):
+        self.vae = vae or dataclasses.asdict(TextVAEConfig(vocab_size=256, latent_dim=8, width=64, head_dim=64))
+        self.dit = dit or dataclasses.asdict(TextDiTConfig(latent_dim=8, width=64, head_dim=64))
+        self.times = times or dataclasses.asdict(TimeDistribution())
+        self.num_steps, self.guidance_scale, self.solver = num_steps, guidance_scale, solver
+        self.max_window = max_window
+        super().__init__(**kwargs)
+
+
+class TextLDM(PreTrainedModel):
+    """Prompt in, continuation out: encode the prompt, flow from noise to latents given it, decode all tokens in one pass."""
+
+    config_class = TextLDMConfig
+    config: TextLDMConfig
+    # In half precision these alone would shift every latent.
+    _keep_in_fp32_modules_strict = ["latents_mean", "latents_std"]
+
+    def __init__(self, config: TextLDMConfig):
+        super().__init__(config)
+        self.vae = TextVAE(TextVAEConfig(**config.vae))
+        self.dit = TextDiT(TextDiTConfig(**config.dit))
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Nothing: the two models initialise themselves (`layers.initialize`)."""
+
+    def forward(self, input_ids: Sequence[torch.Tensor], **options: Any) -> list[torch.Tensor]:
+        """The same as `generate`: a diffusion language model has no other forward pass for a user."""
+        return self.generate(input_ids, **options)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor | Sequence[torch.Tensor | Sequence[int]],
+        max_new_tokens: int = 128,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        solver: str | None = None,
+        seed: int = 0,
+        noise: Sequence[torch.Tensor] | None = None,
+        eos_token_id: int | None = None,
+        on_step: Callable[[int, float, list[torch.Tensor]], None] | None = None,
+    ) -> list[torch.Tensor]:
+        """Continuations of prompts.
+
+        Args:
+            input_ids: token ids of each prompt, a list of 1-D tensors or lists (or a [batch, tokens] tensor without padding);
+                an empty prompt generates unconditionally.
+            max_new_tokens: tokens that are drawn together; the number of network evaluations does not depend on it.
+            num_steps, guidance_scale, solver: the config's when None.
+            guidance_interval: times between which guidance is applied.
+            seed: of the noise; prompt i draws from (seed, i), whatever else is in the batch.
+            noise: instead, one [max_new_tokens, Z] tensor a prompt.
+            eos_token_id: cut each continuation before this token; the config's when None, no cut when there is none.
+            on_step: called in every step with (step, t, tokens of each continuation as decoded from the one-step estimate).
+
+        Returns: one 1-D int64 tensor of new tokens a prompt.
+        Raises: ValueError for lengths beyond `config.max_window` or empty requests.
+        """
+        config = self.config
+        prompts = [torch.as_tensor(ids, dtype=torch.int64).reshape(-1).cpu() for ids in input_ids]
+        self._check(prompts, max_new_tokens)
+        device = self.device
+        # The two are encoded separately in training; here only the context exists.
+        latents_TZ, is_target_T, lengths = self._pack(prompts, max_new_tokens)
+        windows = Segments.from_lengths(lengths, device)
+        if noise is None:
+            noise = [self._noise(seed, i, max_new_tokens) for i in range(len(prompts))]
+        noise_TZ = torch.zeros_like(latents_TZ)
+        noise_TZ[is_target_T] = torch.cat([n.to(device, torch.float32) for n in noise])
+        scale = config.guidance_scale if guidance_scale is None else guidance_scale
+        velocity = GuidedVelocity(self.dit, latents_TZ, is_target_T, windows, scale, guidance_interval)
+        grid = TimeDistribution(**config.times).grid(num_steps or config.num_steps).tolist()
+
+        def report(step: int, t: float, estimate_TZ: torch.Tensor) -> None:
+            assert on_step is not None
+            on_step(step, t, self._decode(estimate_TZ[is_target_T], max_new_tokens))
+
+        z_TZ = integrate(velocity, noise_TZ, grid, solver or config.solver, report if on_step else None)
+        tokens = self._decode(z_TZ[is_target_T], max_new_tokens)
+        eos = eos_token_id if eos_token_id is not None else getattr(config, "eos_token_id", None)
+        return [_before(ids, eos) for ids in tokens]
+
+    def _check(self, prompts: list[torch.Tensor], max_new_tokens: int) -> None:
+        if not prompts or max_new_tokens < 1:
+            raise ValueError(
+                f"generate() needs a prompt and max_new_tokens >= 1, found {len(prompts)} and {max_new_tokens}"
+            )
+        longest, limit = max(map(len, prompts)), self.config.max_window
+        if longest + max_new_tokens > limit:
+            raise ValueError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the {limit} of this model's windows;"
+                " shorten the prompt or lower max_new_tokens"
+            )
+        top = max((int(ids.max()) for ids in prompts if len(ids)), default=0)
+        if top >= self.vae.config.vocab_size:
+            raise ValueError(
+                f"token id {top} is beyond the vocabulary of {self.vae.config.vocab_size}; use this model's tokenizer"
+            )
+
+    def _pack(self, prompts: list[torch.Tensor], new: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Context latents with gaps for the targets [T, Z], where the gaps are [T], and the windows' lengths."""
+        pieces, is_target, lengths = [], [], []
+        for ids in prompts:
+            if len(ids):
+                segments = Segments.from_lengths([len(ids)], self.device)
+                pieces.append(self.vae.standardize(self.vae.encode(ids.to(self.device), segments)[0]))
+            pieces.append(torch.zeros(new, self.vae.config.latent_dim, device=self.device))
+            is_target += [torch.zeros(len(ids), dtype=torch.bool), torch.ones(new, dtype=torch.bool)]
+            lengths.append(len(ids) + new)
+        return torch.cat(pieces), torch.cat(is_target).to(self.device), lengths
+
+    def _noise(self, seed: int, index: int, new: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        return torch.randn(new, self.vae.config.latent_dim, generator=generator)
+
+    def _decode(self, latents_TZ: torch.Tensor, new: int) -> list[torch.Tensor]:
+        segments = Segments.from_lengths([new] * (len(latents_TZ) // new), latents_TZ.device)
+        return list(self.vae.decode_tokens(latents_TZ, segments).cpu().split(new))
+
+
+def _before(ids: torch.Tensor, eos: int | None) -> torch.Tensor:
+    ends = (ids == eos).nonzero() if eos is not None else ids.new_zeros(0)
+    return ids[: int(ends[0])] if len(ends) else ids

@@ -1,0 +1,285 @@
+"""Export a stage-2 run as one Hugging Face folder that needs neither this repository nor DeepSpeed.
+
+    python -m pretrain.convert --run runs/dit_xl --output export/textldm-xl
+
+    config.json                    shapes of both models, sampling defaults, auto_map of the code beside it
+    model.safetensors              frozen VAE, DiT and the latents' statistics; EMA weights by default
+    textldm.py, text_vae.py, ...   the modeling code, for `AutoModel.from_pretrained(folder, trust_remote_code=True)`
+    tokenizer.json, ...            the tokenizer of the prepared data
+    README.md                      model card
+
+It is written beside the output's place and renamed, so that a folder is there as a whole or not at all.
+"""
+
+import argparse
+import ast
+import dataclasses
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import modeling
+from data_pipeline import storage
+from data_pipeline.errors import UserError, cli
+from data_pipeline.manifest import Manifest
+from data_pipeline.tokenization import tokenizer_hash
+from modeling.flow import TimeDistribution
+from modeling.sampler import SOLVERS
+from modeling.text_dit import TextDiTConfig
+from modeling.text_vae import TextVAE
+from modeling.textldm import TextLDM, TextLDMConfig
+from pretrain import checkpoint
+from pretrain.latents import LATENTS_NAME, checkpoint_of, load_vae, load_weights, read_latents
+from pretrain.model_card import model_card
+from pretrain.slices import FOLDER, folder_name, saved_steps
+
+ENTRY = "textldm.py"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Defaults of `generate` in the exported config (the paper: 50 Euler steps, guidance 7)."""
+
+    num_steps: int = 50
+    guidance_scale: float = 7.0
+    solver: str = "euler"
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise UserError(f"--num-steps is {self.num_steps}; expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What a folder is made of."""
+
+    model: TextLDM
+    manifest: Manifest
+    tokenizer: dict[str, bytes]
+    saved: checkpoint.Manifest
+    weights: str
+
+
+def convert(
+    run: Path,
+    output: Path,
+    *,
+    weights: str = "ema",
+    step: int | None = None,
+    dtype: str = "fp32",
+    sampling: Sampling | None = None,
+    data: str | None = None,
+    vae: str | None = None,
+    license_id: str = "apache-2.0",
+    overwrite: bool = False,
+) -> Path:
+    """Write the Hugging Face folder of a stage-2 run; returns it.
+
+    Args:
+        weights: "ema", or "weight" for the last weights themselves; the VAE is always the EMA one that stage 2 saw.
+        step: which checkpoint; the newest complete one when None.
+        data, vae: where the prepared data and the stage-1 run are now, when they moved since training.
+        overwrite: put a folder aside that stands in the way and is not an export (an export is replaced).
+
+    Raises: UserError.
+    """
+    check_output(output, overwrite)
+    export = load_run(run, weights=weights, step=step, sampling=sampling or Sampling(), data=data, vae=vae)
+    statistics = export.model.vae.latents_mean, export.model.vae.latents_std
+    export.model.to(DTYPES[dtype])
+    # They stay fp32: rounded, they alone would shift every latent.
+    export.model.vae.latents_mean, export.model.vae.latents_std = statistics
+
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        export.model.save_pretrained(partial)
+        for source in modeling_files():
+            shutil.copyfile(source, partial / source.name)
+        for name, content in export.tokenizer.items():
+            (partial / name).write_bytes(content)
+        card = model_card(export.model, export.manifest, export.saved, export.weights, output.name, license_id)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        make_room(output)
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return output
+
+
+def load_run(
+    run: Path, *, weights: str, step: int | None, sampling: Sampling, data: str | None = None, vae: str | None = None
+) -> Export:
+    """The inference model of a stage-2 run, on the CPU in fp32. Raises: UserError."""
+    path = _checkpoint(run, step)
+    saved = checkpoint.read_manifest(path)
+    config = saved.extra["config"]
+    if config["stage"] != "dit":
+        raise UserError(f"{run} is a run of stage {config['stage']}; expected a run of stage dit, which names its VAE")
+    data = data or config["data"]["path"]
+    manifest = Manifest.load(data)
+    if manifest.fingerprint != saved.extra["data_fingerprint"]:
+        raise UserError(
+            f"{run} was trained on data with fingerprint {saved.extra['data_fingerprint'][:16]}, {data} has"
+            f" {manifest.fingerprint[:16]}: name the right folder with --data"
+        )
+    tokenizer = _tokenizer_files(data, manifest)
+    frozen = load_vae(vae or config["model"]["vae"], manifest)
+    shape = {field.name: config["model"][field.name] for field in dataclasses.fields(TextDiTConfig)}
+    if shape["latent_dim"] != frozen.config.latent_dim:
+        raise UserError(
+            f"the DiT in {run} has latent_dim {shape['latent_dim']}, the VAE in {vae or config['model']['vae']} has"
+            f" {frozen.config.latent_dim}: name the VAE it was trained with, with --vae"
+        )
+    times = TimeDistribution(**{name: config["flow"][f"time_{name}"] for name in ("mean", "std", "shift")})
+    model_config = TextLDMConfig(
+        vae=dataclasses.asdict(frozen.config),
+        dit=shape,
+        times=dataclasses.asdict(times),
+        max_window=manifest.max_window,
+        eos_token_id=manifest.tokenizer.eos_id,
+        auto_map={"AutoConfig": "textldm.TextLDMConfig", "AutoModel": "textldm.TextLDM"},
+        **dataclasses.asdict(sampling),
+    )
+    tensors = checkpoint.read_tensors(path, weights)
+    take_statistics(frozen, tensors, path)
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("dit.")}
+    tensors |= {f"vae.{name}": tensor for name, tensor in frozen.state_dict().items()}
+    with torch.device("meta"):
+        model = TextLDM(model_config)
+    model.to_empty(device="cpu")
+    load_weights(model, tensors, path)
+    return Export(model.eval().requires_grad_(False), manifest, tokenizer, saved, weights)
+
+
+def take_statistics(vae: TextVAE, tensors: dict[str, Tensor], path: Path) -> None:
+    """Set the VAE's `latents_mean` and `latents_std` to those of a DiT's checkpoint. Raises: UserError.
+
+    A run in bf16 has rounded them with its weights; its folder keeps them in full.
+    """
+    measured = path.parents[1] / LATENTS_NAME
+    try:
+        saved = {name: tensors[name].float() for name in ("latents_mean", "latents_std")}
+    except KeyError as error:
+        raise UserError(f"{path} has no {error.args[0]}: it is not a checkpoint of stage dit") from None
+    if tensors["latents_mean"].dtype != torch.float32 and measured.is_file():
+        read_latents(measured, vae)
+        if all(torch.allclose(getattr(vae, name), saved[name], rtol=2**-8, atol=0) for name in saved):
+            return
+    for name, tensor in saved.items():
+        getattr(vae, name).copy_(tensor)
+
+
+def modeling_files() -> list[Path]:
+    """modeling/textldm.py and every neighbour that it needs, by its relative imports."""
+    folder = Path(modeling.__path__[0])
+    names, waiting = [], [ENTRY]
+    while waiting:
+        name = waiting.pop()
+        if name in names:
+            continue
+        names.append(name)
+        for node in ast.walk(ast.parse((folder / name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                modules = [node.module] if node.module else [alias.name for alias in node.names]
+                waiting += [f"{module}.py" for module in modules]
+    return [folder / name for name in sorted(names)]
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise UserError when something else than an export stands at `output`, unless `overwrite`."""
+    empty = output.is_dir() and not any(output.iterdir())
+    if output.exists() and not (empty or is_export(output) or overwrite):
+        raise UserError(f"{output} exists and is not an export; name another --output, or --overwrite to put it aside")
+
+
+def make_room(output: Path) -> None:
+    """Delete an earlier export; put anything else aside, as <output>.1 and so on."""
+    if is_export(output):
+        shutil.rmtree(output)
+    elif output.exists():
+        output.rename(next(p for n in itertools.count(1) if not (p := output.with_name(f"{output.name}.{n}")).exists()))
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is one that this command wrote."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "textldm"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _checkpoint(run: Path, step: int | None) -> Path:
+    if step is None:
+        return checkpoint_of(run)
+    path = run / FOLDER / folder_name(step)
+    if not (path / "manifest.json").is_file():
+        steps = [str(step) for step, _ in reversed(saved_steps(run / FOLDER))]
+        raise UserError(f"{run} has no checkpoint of step {step}; it has {', '.join(steps) or 'none'}")
+    return path
+
+
+def _tokenizer_files(data: str, manifest: Manifest) -> dict[str, bytes]:
+    files = {}
+    for name in TOKENIZER_FILES:
+        try:
+            files[name] = storage.read_bytes(f"{data}/tokenizer", name)
+        except FileNotFoundError:
+            raise UserError(
+                f"{data}/tokenizer has no {name}; expected the folder that data_pipeline.prepare wrote: name it with --data"
+            ) from None
+    found = tokenizer_hash(files["tokenizer.json"])
+    if found != manifest.tokenizer.sha256:
+        raise UserError(
+            f"{data}/tokenizer is tokenizer {found[:16]}, the shards beside it were made with"
+            f" {manifest.tokenizer.sha256[:16]} ({manifest.tokenizer.name}): put that one there"
+        )
+    return files
+
+
+@cli
+def main(argv: list[str] | None = None) -> None:
+    """Export a stage-2 run as a Hugging Face folder."""
+    defaults = Sampling()
+    parser = argparse.ArgumentParser(prog="python -m pretrain.convert", description=main.__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="run folder of stage 2, e.g. runs/dit_xl")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write, e.g. export/textldm-xl")
+    parser.add_argument(
+        "--weights", choices=["ema", "weight"], default="ema", help="averaged (default) or last weights"
+    )
+    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="instead of the newest complete one")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of the stored weights")
+    parser.add_argument("--num-steps", type=int, default=defaults.num_steps, help="default of generate")
+    parser.add_argument("--guidance-scale", type=float, default=defaults.guidance_scale, help="default of generate")
+    parser.add_argument("--solver", choices=SOLVERS, default=defaults.solver, help="default of generate")
+    parser.add_argument("--data", help="the prepared data folder, if it moved since training")
+    parser.add_argument("--vae", help="the stage-1 run folder, if it moved since training")
+    parser.add_argument("--license", default="apache-2.0", help="licence id for the model card")
+    parser.add_argument("--overwrite", action="store_true", help="put a folder that stands in the way aside")
+    given = parser.parse_args(argv)
+    output = convert(
+        given.run,
+        given.output,
+        weights=given.weights,
+        step=given.checkpoint,
+        dtype=given.dtype,
+        sampling=Sampling(given.num_steps, given.guidance_scale, given.solver),
+        data=given.data,
+        vae=given.vae,
+        license_id=given.license,
+        overwrite=given.overwrite,
+    )
+    num_bytes = sum(path.stat().st_size for path in output.iterdir())
+    print(f"{output}: {num_bytes / 1e6:,.1f} MB; try it:")
+    print(f'python -m pretrain.generate --model {output} --prompt "Once upon a time"')
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,103 @@
+"""How to shard and in what precision, and the DeepSpeed dictionary that says so. Does not need DeepSpeed itself."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from data_pipeline.errors import UserError
+
+OVERRIDABLE = {
+    "zero_optimization", "bf16", "data_types", "communication_data_type", "aio", "comms_logger", "flops_profiler",
+    "wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level", "disable_python_gc",
+}  # fmt: skip
+"""Top-level keys that the config's `deepspeed` section may set. DeepSpeed itself ignores unknown ones silently."""
+
+OURS = {
+    "optimizer": "optimizer.*", "scheduler": "schedule.*", "gradient_clipping": "optimizer.grad_clip",
+    "train_batch_size": "data.rows_per_step", "train_micro_batch_size_per_gpu": "data.micro_batch_rows",
+    "gradient_accumulation_steps": "data.micro_batch_rows", "checkpoint": "train.checkpoint_every",
+    "fp16": "train.precision", "torch_autocast": "train.precision",
+    "activation_checkpointing": "train.activation_checkpointing",
+}  # fmt: skip
+"""Keys of DeepSpeed that the configuration sets by another name."""
+
+
+@dataclass
+class EngineSettings:
+    """How to shard, and in what precision to compute.
+
+    `accumulation_steps`: micro-batches of each rank per step. `overrides`: the config's section `deepspeed`.
+    """
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    accumulation_steps: int = 1
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_parameters: Literal["none", "cpu"] = "none"
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+def check_settings(settings: EngineSettings) -> None:
+    """Refuse what DeepSpeed cannot do. Raises: UserError with the remedy."""
+    stage = settings.zero_stage
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"train.zero_stage is {stage}; expected 0, 1, 2 or 3")
+    if settings.accumulation_steps < 1:
+        raise UserError(f"accumulation_steps is {settings.accumulation_steps}; expected at least 1")
+    if settings.precision == "bf16" and stage == 0:
+        raise UserError(
+            "train.precision is bf16 and train.zero_stage 0, where DeepSpeed would accumulate gradients in bf16: "
+            "set train.zero_stage=1, 2 or 3"
+        )
+    if settings.offload_optimizer != "none" and stage == 0:
+        raise UserError("train.offload_optimizer needs train.zero_stage of 1, 2 or 3, found 0")
+    if settings.offload_parameters != "none" and stage != 3:
+        raise UserError(f"train.offload_parameters needs train.zero_stage=3, found {stage}")
+
+
+def deepspeed_config(settings: EngineSettings, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary for these settings, with `settings.overrides` merged over it, key by key.
+
+    Raises: UserError for a top-level key that is unknown (DeepSpeed would ignore it) or that has another name here.
+    """
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    elif settings.zero_stage in (1, 2) and not (settings.precision == "bf16" and settings.zero_stage == 1):
+        zero["compute_grad_norm"] = False  # measure() has it already
+    if settings.offload_parameters == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: a micro-batch is whatever the loader gives
+        "gradient_accumulation_steps": settings.accumulation_steps,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 40,
+    }
+    if settings.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        config["communication_data_type"] = "fp32"
+    for key in settings.overrides:
+        if key in OURS:
+            raise UserError(f"deepspeed.{key} is set elsewhere in the configuration: use {OURS[key]}")
+        if key not in OVERRIDABLE:
+            raise UserError(
+                f"deepspeed.{key} is unknown or not supported; possible are {', '.join(sorted(OVERRIDABLE))}"
+            )
+    stage = settings.overrides.get("zero_optimization", {}).get("stage", settings.zero_stage)
+    if stage != settings.zero_stage:
+        raise UserError(
+            f"deepspeed.zero_optimization.stage is {stage}, train.zero_stage {settings.zero_stage}: set the latter only"
+        )
+    return _merged(config, settings.overrides)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both_dicts = {
+        key for key in base.keys() & over.keys() if isinstance(base[key], dict) and isinstance(over[key], dict)
+    }
+    return base | over | {key: _merged(base[key], over[key]) for key in both_dicts}

@@ -1,0 +1,192 @@
+"""The frozen VAE as stage 2 and the diagnosis see it: loaded from a stage-1 run, with its latents' statistics and floors measured.
+
+Shape letters: T packed tokens, M target tokens of several batches, Z latent dim.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from data_pipeline.batch import SUFFIX, Batch, SplitConfig
+from data_pipeline.errors import UserError
+from data_pipeline.loader import TrainLoader
+from data_pipeline.manifest import Manifest
+from modeling.attention import Segments
+from modeling.floors import NAMES, Floors, measure_floors
+from modeling.text_vae import TextVAE, TextVAEConfig
+from pretrain import checkpoint
+from pretrain.config import DiTRun, RunConfig, features_folder
+from pretrain.slices import FOLDER, saved_steps
+
+LATENTS_NAME = "latents.safetensors"
+MIN_STD = 1e-4
+
+
+def checkpoint_of(run: str | Path) -> Path:
+    """The newest complete checkpoint of a run folder, or the checkpoint itself when one is named. Raises: UserError."""
+    path = Path(run)
+    if (path / "manifest.json").is_file():
+        return path
+    found = checkpoint.newest_complete(path) if path.is_dir() else None
+    if found is None:
+        raise UserError(f"{run} has no complete checkpoint; expected the folder of a finished run, e.g. runs/vae_base")
+    return found
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """`load_state_dict` whose mismatches are one message. Raises: UserError."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = [
+        f"{name} is {found.get(name, 'missing')}, expected {wanted.get(name, 'nothing')}"
+        for name in sorted(wanted | found)
+        if wanted.get(name) != found.get(name)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{source} does not fit the model: {'; '.join(wrong[:3])}{more}; check the sizes in its config")
+    model.load_state_dict(tensors)
+
+
+def load_vae(run: str | Path, manifest: Manifest | None = None, weights: str = "ema") -> TextVAE:
+    """The TextVAE of a stage-1 run, frozen, in eval mode, with EMA weights.
+
+    Raises: UserError when the run is not of stage 1, has no complete checkpoint, or was trained with another tokenizer than
+    that of `manifest`.
+    """
+    path = checkpoint_of(run)
+    saved = checkpoint.read_manifest(path).extra
+    config = saved["config"]
+    if config["stage"] != "vae":
+        raise UserError(
+            f"{run} is a run of stage {config['stage']}; expected stage vae: set model.vae to a stage-1 run"
+        )
+    if manifest is not None and saved["tokenizer_sha256"] != manifest.tokenizer.sha256:
+        raise UserError(
+            f"the VAE in {run} was trained with tokenizer {saved['tokenizer_sha256'][:16]}, the data has"
+            f" {manifest.tokenizer.sha256[:16]} ({manifest.tokenizer.name}): train a VAE on this data, or name other data"
+        )
+    tensors = checkpoint.read_tensors(path, weights)
+    tensors = {name.removeprefix("vae."): t for name, t in tensors.items() if name.startswith("vae.")}
+    fields = {field.name for field in dataclasses.fields(TextVAEConfig)}
+    shape = {name: value for name, value in config["model"].items() if name in fields}
+    shape["vocab_size"] = tensors["embedding.weight"].shape[0]
+    with torch.device("meta"):
+        vae = TextVAE(TextVAEConfig(**shape))
+    vae.to_empty(device="cpu")
+    load_weights(vae, tensors, path)
+    return vae.eval().requires_grad_(False)
+
+
+def posterior_mean(vae: TextVAE, batch: Batch) -> Tensor:
+    """Posterior means fp32 [T, Z] with every segment encoded by itself; in bf16 on CUDA, where the kernels want it."""
+    device = batch.tokens_T.device
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        return vae.encode(batch.tokens_T, Segments.from_lengths(batch.segment_lengths, device))[0]
+
+
+def target_latents(vae: TextVAE, batches: Iterable[Batch], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Posterior means [M, Z] and tokens [M] of the target segments, on the CPU."""
+    latents, tokens = [], []
+    for batch in batches:
+        is_target_T = batch.roles_T == SUFFIX
+        latents.append(posterior_mean(vae, batch.to(device)).cpu()[is_target_T])
+        tokens.append(batch.tokens_T[is_target_T])
+    return torch.cat(latents), torch.cat(tokens)
+
+
+def measure_latents(vae: TextVAE, batches: Iterable[Batch], device: torch.device) -> Floors:
+    """Set the VAE's `latents_mean` and `latents_std` from the batches' target latents; returns the floors of the standardised ones."""
+    latents_MZ, tokens_M = target_latents(vae, batches, device)
+    vae.latents_mean.copy_(latents_MZ.double().mean(0))
+    vae.latents_std.copy_(latents_MZ.double().std(0).clamp_min(MIN_STD))
+    standardised_MZ = (latents_MZ - vae.latents_mean.cpu()) / vae.latents_std.cpu()
+    return measure_floors(standardised_MZ, tokens_M)
+
+
+def training_batches(config: RunConfig, num_rows: int, micro_batch_rows: int = 1) -> list[Batch]:
+    """About `num_rows` of the run's training rows, split as in training, with its features: whole steps from the first on."""
+    data = config.data
+    steps = max(1, -(-num_rows // data.rows_per_step))
+    arguments = {
+        "seed": config.train.seed,
+        "streams": data.streams,
+        "rows_per_step": data.rows_per_step,
+        "micro_batch_rows": micro_batch_rows,
+    }
+    split = SplitConfig(**data.split.model_dump())
+    with TrainLoader(
+        data.path,
+        features_folder(config),
+        split=split,
+        workers=0,
+        verify=data.verify,
+        cache_dir=data.cache_dir,
+        **arguments,
+    ) as loader:
+        return [batch for _ in range(steps) for batch in loader.next_step()]
+
+
+def measured_latents(vae: TextVAE, config: DiTRun, manifest: Manifest, device: torch.device) -> Floors:
+    """`measure_latents` on the run's first rows, kept in the run folder. Call on one rank, then read with `read_latents`.
+
+    Raises: UserError when the run has checkpoints and its latents were measured for another VAE or other data: a DiT cannot go on in
+    another latent space than it began in.
+    """
+    path = config.run_folder / LATENTS_NAME
+    key = _latents_key(config, manifest)
+    if path.is_file():
+        try:
+            return read_latents(path, vae, key)
+        except UserError:
+            if saved_steps(config.run_folder / FOLDER):
+                raise
+            path.unlink()
+    floors = measure_latents(vae, training_batches(config, config.flow.statistics_rows), device)
+    tensors = {f"{name}_G": getattr(floors, f"{name}_G") for name in ("times", *NAMES)}
+    tensors |= {"latents_mean": vae.latents_mean.cpu(), "latents_std": vae.latents_std.cpu()}
+    tensors |= {"within_token_variance": torch.tensor(floors.within_token_variance, dtype=torch.float64)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"key": key})
+    partial.replace(path)
+    return floors
+
+
+def read_latents(path: Path, vae: TextVAE, key: str | None = None) -> Floors:
+    """Set the VAE's statistics from a file of `measured_latents` and return the floors. Raises: UserError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get("key")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it, it is measured again at the next start") from None
+    if key is not None and found != key:
+        raise UserError(
+            f"{path} was measured for another VAE (has it been trained on?) or other data than model.vae, data and"
+            " flow.statistics_rows name now, and the run's checkpoints belong to it: set them back, or start over with --fresh"
+        )
+    vae.latents_mean.copy_(tensors["latents_mean"])
+    vae.latents_std.copy_(tensors["latents_std"])
+    grids = [tensors[f"{name}_G"] for name in ("times", *NAMES)]
+    return Floors(*grids, within_token_variance=float(tensors["within_token_variance"]))
+
+
+def _latents_key(config: DiTRun, manifest: Manifest) -> str:
+    """What the statistics depend on: the VAE's checkpoint, the data, and how the rows are drawn."""
+    vae = checkpoint.read_manifest(checkpoint_of(config.model.vae))
+    parts = [
+        vae.step,
+        sorted((name, entry) for name, entry in json.loads(json.dumps(vae.files)).items()),
+        manifest.fingerprint,
+        config.data.split.model_dump(),
+        [config.train.seed, config.data.streams, config.data.rows_per_step, config.flow.statistics_rows],
+    ]
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()

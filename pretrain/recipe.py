@@ -1,0 +1,434 @@
+"""The whole recipe in miniature, as `./run.sh` runs it: every step is a public command, echoed so that it can be copied.
+
+    text -> tokenizer -> shards -> teacher -> feature cache -> VAE -> diagnosis -> DiT -> diagnosis -> export -> continuations -> report
+
+Finished steps are remembered in <output>/recipe.json with their command: a second run goes on after the last one, and a step whose
+command changed runs again, with everything behind it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError, cli
+
+RANKS = 2
+ROW_TOKENS = 1024
+WINDOW_TOKENS = 256
+VOCAB_SIZE = 1024
+TEACHER_SECONDS = 60
+PROMPTS = 3
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "numpy")
+
+# The DiT's part of the time: its number of steps follows from the speed that the VAE's training showed on this machine, so that the
+# recipe keeps its time on a slow one and learns more on a fast one. The VAE's and the DiT's speeds keep about this ratio.
+DIT_SECONDS = 450
+LONG_DIT_SECONDS = 4500
+DIT_STEPS_PER_VAE_STEP = 0.4
+MIN_DIT_STEPS, MAX_DIT_STEPS = 600, 60_000
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the recipe.
+
+    `name`: also its key in recipe.json. `command`: as a user would type it. `title`: what it does, in a line.
+    `produces`: file or folder without which the step does not count as done.
+    """
+
+    name: str
+    title: str
+    command: list[str]
+    produces: Path
+
+
+class Ledger:
+    """What has been done, in <output>/recipe.json."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "recipe.json"
+        self.entries: dict[str, Any] = {}
+        if self.path.is_file():
+            try:
+                self.entries = json.loads(self.path.read_text())
+            except ValueError as error:
+                raise UserError(f"{self.path} cannot be read ({error}); start over with --fresh") from None
+
+    def is_done(self, step: Step) -> bool:
+        """Done with this very command, and what it made is still there."""
+        entry = self.entries.get(step.name)
+        return bool(entry) and entry["command"] == step.command and step.produces.exists()
+
+    def record(self, step: Step, seconds: float, peak_memory_gib: float) -> None:
+        """Remember a finished step, and forget those behind it, which were made from something else."""
+        self.entries.pop(step.name, None)
+        self.entries[step.name] = {"command": step.command, "seconds": seconds, "peak_memory_gib": peak_memory_gib}
+        self.save()
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Drop entries."""
+        for name in names:
+            self.entries.pop(name, None)
+        self.save()
+
+    def save(self) -> None:
+        """Write the file, atomically."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.entries, indent=1))
+        partial.replace(self.path)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The recipe's choices: where everything lies, and what the user brought."""
+
+    output: Path
+    source: str
+    tokenizer: str | None
+    teacher: str | None
+    long: bool
+
+    @property
+    def data(self) -> Path:
+        return self.output / "data"
+
+    @property
+    def vae(self) -> Path:
+        return self.output / "vae"
+
+    @property
+    def dit(self) -> Path:
+        return self.output / ("dit-long" if self.long else "dit")
+
+    @property
+    def export(self) -> Path:
+        return self.output / ("export-long" if self.long else "export")
+
+    @property
+    def tokenizer_folder(self) -> str:
+        return self.tokenizer or str(self.output / "tokenizer")
+
+    @property
+    def teacher_folder(self) -> str:
+        return self.teacher or str(self.output / "teacher")
+
+    def before_dit(self) -> list[Step]:
+        """Everything up to the VAE, which both lengths of the recipe share."""
+        data, features = str(self.data), str(self.data / "features")
+        steps = []
+        if self.tokenizer is None:
+            steps.append(
+                Step(
+                    "tokenizer",
+                    f"train a byte-level BPE of {VOCAB_SIZE} tokens on the text",
+                    _module(
+                        "data_pipeline.tokenization",
+                        "train",
+                        source=self.source,
+                        vocab_size=VOCAB_SIZE,
+                        output=self.tokenizer_folder,
+                    ),
+                    Path(self.tokenizer_folder),
+                )
+            )
+        steps.append(
+            Step(
+                "prepare",
+                "tokenise the text and pack it into WebDataset shards",
+                _module(
+                    "data_pipeline.prepare",
+                    source=self.source,
+                    tokenizer=self.tokenizer_folder,
+                    output=data,
+                    row_tokens=ROW_TOKENS,
+                    max_document_length=WINDOW_TOKENS,
+                    min_document_length=16,
+                    heldout_fraction=0.02,
+                ),
+                self.data / "manifest.json",
+            )
+        )
+        if self.teacher is None:
+            steps.append(
+                Step(
+                    "teacher",
+                    f"train a small causal language model for {TEACHER_SECONDS} s, the teacher where no hub is at hand",
+                    _module(
+                        "data_pipeline.make_teacher", data=data, output=self.teacher_folder, seconds=TEACHER_SECONDS
+                    ),
+                    Path(self.teacher_folder),
+                )
+            )
+        steps += [
+            Step(
+                "features",
+                "run the frozen teacher over every shard once and store its features, compressed",
+                _launch("data_pipeline/cache_features.py", data=data, teacher=self.teacher_folder, output=features),
+                self.data / "features" / "manifest.json",
+            ),
+            Step(
+                "vae",
+                "stage 1: train the VAE",
+                _train("quickstart_vae", self.vae, {"data.path": data, "repa.features": features}),
+                self.vae / "checkpoints" / "latest",
+            ),
+            Step(
+                "diagnose-vae",
+                "is this latent space fit for diffusion?",
+                _module("pretrain.diagnose", run=self.vae),
+                self.vae / "diagnosis.json",
+            ),
+        ]
+        return steps
+
+    def from_dit(self, num_steps: int) -> list[Step]:
+        """The DiT and what follows from it."""
+        data, suffix = str(self.data), "-long" if self.long else ""
+        trajectory = str(self.dit / "trajectory.json")
+        prompts = self.output / "prompts.txt"
+        return [
+            Step(
+                f"dit{suffix}",
+                "stage 2: train the DiT on the frozen VAE's latents",
+                _train(
+                    "quickstart_dit", self.dit, {"data.path": data, "model.vae": self.vae, "train.steps": num_steps}
+                ),
+                self.dit / "checkpoints" / "latest",
+            ),
+            Step(
+                f"diagnose-dit{suffix}",
+                "does it use language? (flow loss against its floors)",
+                _module("pretrain.diagnose", run=self.dit),
+                self.dit / "diagnosis.json",
+            ),
+            Step(
+                f"export{suffix}",
+                "one Hugging Face folder of VAE, DiT and tokenizer",
+                _module("pretrain.convert", run=self.dit, output=self.export),
+                self.export / "config.json",
+            ),
+            Step(
+                f"generate{suffix}",
+                "continue three held-out prompts",
+                _module(
+                    "pretrain.generate",
+                    model=self.export,
+                    prompt_file=prompts,
+                    max_new_tokens=64,
+                    trajectory=trajectory,
+                ),
+                Path(trajectory),
+            ),
+            Step(
+                f"report{suffix}",
+                "draw the losses with their floors, and a text on its way from noise to words",
+                _module("pretrain.report", run=self.dit, vae_run=self.vae, trajectory=trajectory, output=self.output),
+                self.output / "losses.png",
+            ),
+        ]
+
+
+def _flags(options: dict[str, Any]) -> list[str]:
+    return [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def _module(name: str, *arguments: str, **options: Any) -> list[str]:
+    return ["python", "-m", name, *arguments, *_flags(options)]
+
+
+def _launch(script: str, *arguments: str, **options: Any) -> list[str]:
+    return ["deepspeed", "--num_accelerators", str(RANKS), script, *arguments, *_flags(options)]
+
+
+def _train(config: str, run: Path, settings: dict[str, Any]) -> list[str]:
+    overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    return _launch("pretrain/train.py", "--config", config, "--run", str(run), *overrides)
+
+
+def execute(steps: Sequence[Step], ledger: Ledger) -> None:
+    """Run what is not done. Raises: UserError when a command fails."""
+    for number, step in enumerate(steps):
+        print(f"\n[{step.name}] {step.title}\n$ {shlex.join(step.command)}", flush=True)
+        if ledger.is_done(step):
+            print(f"  done before, in {ledger.entries[step.name]['seconds']:.0f} s", flush=True)
+            continue
+        ledger.forget([later.name for later in steps[number:]])
+        started = time.perf_counter()
+        code = subprocess.run(step.command, env=environment(), check=False).returncode
+        # A diagnosis that says no-go is a figure for the summary, not a failure of the recipe.
+        if code and not (step.name.startswith("diagnose") and code == 1):
+            raise UserError(
+                f"step {step.name} ended with exit code {code}; mend what it says above, then run the same command: it goes on here"
+            )
+        # Of all descendants so far, the largest: the kernel's own count, so no sampling misses a peak.
+        peak_gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        ledger.record(step, time.perf_counter() - started, peak_gib)
+
+
+def environment() -> dict[str, str]:
+    """One thread a rank: two ranks share two cores, and small matrices gain nothing from more."""
+    threads = max(1, (os.cpu_count() or RANKS) // RANKS)
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "5"}
+
+
+def dit_steps(plan: Plan) -> int:
+    """Steps that the DiT's share of the time allows, from the speed of the VAE's training just before."""
+    lines = [json.loads(line) for line in (plan.vae / "metrics.jsonl").read_text().splitlines()]
+    speeds = sorted(line["step_s"] for line in lines if "step_s" in line)
+    if not speeds:
+        return MIN_DIT_STEPS
+    seconds_per_step = speeds[len(speeds) // 2] / DIT_STEPS_PER_VAE_STEP
+    budget = LONG_DIT_SECONDS if plan.long else DIT_SECONDS
+    return int(min(max(budget / seconds_per_step, MIN_DIT_STEPS), MAX_DIT_STEPS)) // 100 * 100
+
+
+def summary(plan: Plan, ledger: Ledger, steps: Sequence[Step]) -> dict[str, Any]:
+    """The recipe's figures, as summary.json holds them."""
+    vae = json.loads((plan.vae / "diagnosis.json").read_text())
+    dit = json.loads((plan.dit / "diagnosis.json").read_text())
+    entries = [ledger.entries[step.name] for step in steps]
+    figures = {
+        "recipe_seconds": round(sum(entry["seconds"] for entry in entries), 1),
+        "peak_memory_gib": round(max(entry["peak_memory_gib"] for entry in entries), 2),
+    }
+    for name in ("vae_token_accuracy", "repa_cosine_excess"):
+        figures[name] = vae[name]
+    for name in (
+        "blind_floor_removed",
+        "blind_floor_removed_mean",
+        "covariance_floor_removed",
+        "unigram_floor_removed",
+        "context_gap",
+        "real_word_share",
+    ):
+        figures[name] = dit[name]
+    figures["step_seconds"] = {step.name: round(ledger.entries[step.name]["seconds"], 1) for step in steps}
+    figures["long"] = plan.long
+    figures["commit"] = _commit()
+    figures["versions"] = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    figures["machine"] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "system": platform.platform()}
+    return figures
+
+
+def _commit() -> str:
+    here = Path(__file__).resolve().parent
+    found = subprocess.run(
+        ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
+
+
+def write_prompts(plan: Plan) -> None:
+    """The beginnings of the first held-out windows, as prompts: text that no model here was trained on."""
+    from data_pipeline.batch import PREFIX, SplitConfig
+    from data_pipeline.loader import heldout_batches
+    from data_pipeline.tokenization import load_transformers_tokenizer
+
+    path = plan.output / "prompts.txt"
+    if path.is_file():
+        return
+    tokenizer = load_transformers_tokenizer(str(plan.data / "tokenizer"))
+    split = SplitConfig("context", context_min=0.4, context_max=0.6)
+    batch = next(iter(heldout_batches(plan.data, None, split=split, seed=0, micro_batch_rows=2)))
+    pieces = batch.tokens_T.split(batch.segment_lengths)
+    prompts = [tokenizer.decode(p.tolist()) for p, role in zip(pieces, batch.segment_roles) if role == PREFIX]
+    path.write_text("\n\n".join(" ".join(text.split()) for text in prompts[:PROMPTS]) + "\n")
+
+
+def check_machine() -> None:
+    """The compiler-free parts that every step needs. Raises: UserError."""
+    if shutil.which("deepspeed") is None:
+        raise UserError("no deepspeed command on the PATH; start with ./run.sh, or activate .venv first")
+
+
+NEXT_COMMANDS = """For a real run:
+  ./run.sh -- python -m data_pipeline.prepare --source segyges/OpenWebText2 --tokenizer Qwen/Qwen3-1.7B --output data/owt2
+  ./run.sh -- deepspeed --hostfile hosts data_pipeline/cache_features.py --config vae_base
+  ./run.sh -- deepspeed --hostfile hosts pretrain/train.py --config vae_base
+  ./run.sh -- python -m pretrain.diagnose --run runs/vae_base
+  ./run.sh -- deepspeed --hostfile hosts pretrain/train.py --config dit_xl"""
+
+
+def report(plan: Plan, figures: dict[str, Any]) -> None:
+    """What the user sees at the end."""
+    path = plan.output / ("summary-long.json" if plan.long else "summary.json")
+    path.write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"\n{'figure':<28} value")
+    for name, value in figures.items():
+        if isinstance(value, float):
+            print(f"{name:<28} {value:.4g}")
+        elif isinstance(value, list):
+            print(f"{name:<28} {'  '.join(f'{number:+.4f}' for number in value)}   (quarters of t)")
+    print("\nIn", plan.output)
+    for name, what in (
+        (path.name, "these figures, with commit, versions and machine"),
+        ("losses.png", "losses of both stages, with the floors"),
+        ("denoising.png", "one text on its way from noise to words"),
+        (plan.export.name, "the model: AutoModel.from_pretrained(folder, trust_remote_code=True)"),
+    ):
+        print(f"  {name:<14} {what}")
+    print("\nContinue a prompt of your own:")
+    print(f'  ./run.sh -- python -m pretrain.generate --model {plan.export} --prompt "Once upon a time"')
+    print(NEXT_COMMANDS)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line, which run.sh passes on."""
+    parser = argparse.ArgumentParser(
+        prog="./run.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", default="installed", help="text; default: English prose found on this machine")
+    parser.add_argument("--tokenizer", help="hub id or folder; default: trained on the text")
+    parser.add_argument("--teacher", help="hub id or folder of a causal language model; default: trained on the text")
+    parser.add_argument("--long", action="store_true", help="train the DiT for up to 80 minutes instead of a few")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/quickstart"), help="folder of everything (%(default)s)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="start over")
+    return parser
+
+
+@cli
+def main(argv: list[str] | None = None) -> None:
+    """Run the recipe."""
+    arguments = make_parser().parse_args(argv)
+    check_machine()
+    plan = Plan(arguments.output, arguments.source, arguments.tokenizer, arguments.teacher, arguments.long)
+    if arguments.fresh and plan.output.exists():
+        if not (plan.output / "recipe.json").is_file() and any(plan.output.iterdir()):
+            raise UserError(
+                f"--fresh would delete {plan.output}, which this recipe did not write; name another --output"
+            )
+        shutil.rmtree(plan.output)
+    ledger = Ledger(plan.output)
+    first = plan.before_dit()
+    execute(first, ledger)
+    write_prompts(plan)
+    second = plan.from_dit(dit_steps(plan))
+    execute(second, ledger)
+    report(plan, summary(plan, ledger, first + second))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

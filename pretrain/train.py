@@ -1,0 +1,259 @@
+"""Train a stage: `deepspeed --hostfile hosts pretrain/train.py --config dit_xl`; or under torchrun, srun, plain python.
+
+A run is a function of (configuration, data, step): the same command again resumes the newest complete checkpoint.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    # A script has its own folder, not the repository, on the path. And while the imports take their time, there is
+    # nothing to save.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: os._exit(85))
+
+import torch
+
+from data_pipeline.batch import Batch, SplitConfig
+from data_pipeline.loader import heldout_batches
+from pretrain import faults
+from pretrain.config import RunConfig, features_folder, load_config
+from pretrain.distributed import Topology, all_reduce_sum, barrier, init_distributed, shutdown
+from pretrain.session import Session, open_session, start_over
+from pretrain.stages import Stage
+from pretrain.telemetry import MetricSums, reduce_metrics
+
+
+def train(session: Session, profiler: Any = None, until: int | None = None) -> int:
+    """The loop, up to `until` steps instead of all. Returns the process's exit code. Raises: TooManySkips."""
+    config, engine, telemetry, beat = session.config.train, session.engine, session.telemetry, session.watchdog.beat
+    while session.step < (until or config.steps):
+        step = session.step
+        beat(step, "data")
+        telemetry.begin_step()
+        batches = session.loader.next_step()
+
+        beat(step, "count")
+        counts, stop = agree(session.stage, batches, session.signals.received is not None)
+        if stop:
+            return stop_for_requeue(session)
+
+        beat(step, "compute")
+        session.stage.step = step
+        for i, batch in enumerate(batches):
+            on_device = batch.to(session.topology.device, non_blocking=True)
+            metrics = engine.forward_backward(on_device, counts, last=i == len(batches) - 1)
+            telemetry.add(metrics, session.stage.flops(batch))
+
+        beat(step, "measure")
+        measured = engine.measure()
+        skip = session.guard.verdict(step, measured.loss, measured.grad_norm)
+
+        beat(step, "update")
+        lr = session.lr(step)
+        engine.step(step, lr, skip=skip is not None)
+        session.step += 1
+
+        beat(step, "log")
+        telemetry.end_step(step, measured.loss, measured.grad_norm, lr, session.loader.wait_seconds, skip)
+        if skip is not None:
+            record_skip(session, step, skip, measured, batches)
+        if profiler is not None:
+            profiler.step()
+        if is_due(session.step, config.eval_every, config.steps):
+            beat(step, "evaluate")
+            evaluate(session)
+        if is_due(session.step, config.checkpoint_every, config.steps):
+            beat(step, "checkpoint")
+            session.save(blocking=session.step == config.steps)
+    return faults.EXIT_OK
+
+
+def agree(stage: Stage, batches: Sequence[Batch], stopping: bool) -> tuple[dict[str, int], bool]:
+    """The step's token counts over all ranks, and whether any of them is asked to stop: one all-reduce."""
+    own: dict[str, int] = {}
+    for batch in batches:
+        for name, count in stage.token_counts(batch).items():
+            own[name] = own.get(name, 0) + count
+    names = sorted(own)
+    *counts, stop = all_reduce_sum([*(own[name] for name in names), float(stopping)])
+    return {name: int(count) for name, count in zip(names, counts)}, stop > 0
+
+
+def evaluate(session: Session) -> dict[str, float]:
+    """The stage's metrics on held-out rows with the EMA weights, logged. Collective."""
+    config, topology, started = session.config, session.topology, time.perf_counter()
+    data = config.data
+    rows = heldout_batches(
+        data.path,
+        features_folder(config),
+        split=SplitConfig(**data.split.model_dump()),
+        seed=config.train.seed,
+        micro_batch_rows=data.micro_batch_rows,
+        rank=topology.rank,
+        world_size=topology.world_size,
+        max_rows=config.train.eval_rows,
+        verify=data.verify,
+        cache_dir=data.cache_dir,
+    )
+    sums = MetricSums()
+    with session.engine.ema_weights():
+        for batch in rows:
+            session.watchdog.beat(session.step, "evaluate")
+            # A sum and a weight per metric: how the loss is normalised does not enter, and a batch may be all filler.
+            counts = {name: max(count, 1) for name, count in session.stage.token_counts(batch).items()}
+            sums.add(session.engine.evaluate(batch.to(topology.device), counts).metrics)
+    metrics = reduce_metrics(sums.totals())
+    session.telemetry.evaluation(session.step, metrics, time.perf_counter() - started)
+    return metrics
+
+
+def record_skip(session: Session, step: int, reason: str, measured: Any, batches: Sequence[Batch]) -> None:
+    """Write down the rows of a skipped step. Collective. Raises: TooManySkips."""
+    entry = {"step": step, "reason": reason, "loss": str(measured.loss), "grad_norm": str(measured.grad_norm)}
+    faults.record_skip(session.run, session.topology.rank, session.topology.world_size, entry, batches)
+    session.guard.enforce(step)
+
+
+def stop_for_requeue(session: Session) -> int:
+    """Save, because the scheduler is about to take the machine."""
+    session.watchdog.end_within(session.config.train.grace_s)
+    session.watchdog.beat(session.step, "checkpoint")
+    name = session.signals.received or "a signal on another rank"
+    session.telemetry.say(
+        f"{name}: writing a checkpoint after step {session.step}, then exit code {faults.EXIT_REQUEUE}"
+    )
+    session.save(blocking=True)
+    session.telemetry.event("requeue", step=session.step, signal=name)
+    return faults.EXIT_REQUEUE
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Every so many finished steps (0: never), and after the last."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def train_with_rewinds(session: Session, profiler: Any = None) -> int:
+    """`train`, and once, if train.rewind is set, again from the checkpoint before the bad steps."""
+    try:
+        return train(session, profiler)
+    except faults.TooManySkips:
+        if not session.config.train.rewind or session.rewinds or not session.rewind():
+            raise
+        return train(session, profiler)
+
+
+def run(config: RunConfig, topology: Topology, arguments: argparse.Namespace) -> int:
+    """Open a session, train, close it; the exit code."""
+    if arguments.fresh:
+        start_over(config.run_folder, topology)
+    with ExitStack() as stack:
+        session = open_session(config, topology, stack, arguments.allow_change)
+        if session.step >= config.train.steps:
+            session.telemetry.say(f"{session.run} is finished: {session.step} of {config.train.steps} steps")
+        with profiled(session, arguments.profile) as profiler:
+            code = train_with_rewinds(session, profiler)
+        session.watchdog.beat(session.step, "end")
+        session.close()
+    return code
+
+
+def dry_run(config: RunConfig, topology: Topology) -> int:
+    """Build everything, take one step in a folder beside the run's, say what it took, leave nothing."""
+    folder = Path(f"{config.run_folder}.dry-run")
+    config.train.run = str(folder)
+    config.telemetry.wandb = config.telemetry.tensorboard = False
+    made = next((parent for parent in reversed(folder.parents) if not parent.exists()), folder)
+    barrier()  # every rank has looked before one of them makes folders
+    try:
+        with ExitStack() as stack:
+            session = open_session(config, topology, stack)
+            started = time.perf_counter()
+            train(session, until=1)
+            seconds = time.perf_counter() - started
+            session.telemetry.say(f"dry run: everything works, one step took {seconds:.2f} s; nothing is left of it")
+            session.close()
+    finally:
+        if topology.is_main:
+            shutil.rmtree(made, ignore_errors=True)
+    return faults.EXIT_OK
+
+
+@contextmanager
+def profiled(session: Session, steps: int) -> Iterator[Any]:
+    """torch's profiler over `steps` steps after two others; rank 0 leaves a trace and a table in <run>/profile."""
+    if not steps or not session.topology.is_main:
+        yield None
+        return
+    folder = session.run / "profile"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(profiler: torch.profiler.profile) -> None:
+        profiler.export_chrome_trace(str(folder / f"trace-step-{session.step}.json"))
+        table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
+        (folder / f"table-step-{session.step}.txt").write_text(table, encoding="utf-8")
+        session.telemetry.say(f"profile of {steps} steps in {folder}")
+
+    schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
+        yield profiler
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    codes = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in faults.EXIT_CODES.items())
+    parser = argparse.ArgumentParser(
+        prog="pretrain/train.py",
+        description=__doc__,
+        epilog="exit codes:\n" + codes,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", required=True, help="a JSON file, or a name in configs/ (python -m pretrain.config NAME)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. train.steps=1000"
+    )
+    parser.add_argument("--run", "--run-folder", help="short for --set train.run=...; torchrun takes --run for its own")
+    parser.add_argument("--fresh", action="store_true", help="put an existing run folder aside and start at step 0")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, take one step, leave nothing")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="trace N steps with torch's profiler")
+    parser.add_argument(
+        "--allow-change", action="append", default=[], metavar="KEY", help="a key that a resumed run may change"
+    )
+    parser.add_argument(
+        "--local_rank", "--local-rank", help=argparse.SUPPRESS
+    )  # launchers add it; LOCAL_RANK says the same
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; a rank that fails beside others ends at once, so that the launcher ends them too."""
+    arguments = make_parser().parse_args(argv)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        overrides = [*arguments.set, *([f"train.run={arguments.run}"] if arguments.run else [])]
+        config = load_config(arguments.config, overrides)
+        topology = init_distributed(config.train.timeout_s)
+        rank, world_size = topology.rank, topology.world_size
+        code = dry_run(config, topology) if arguments.dry_run else run(config, topology, arguments)
+    except BaseException as error:
+        code = faults.exit_code_of(error, rank)
+        if world_size > 1:
+            faults.leave(code)
+    return code
+
+
+if __name__ == "__main__":
+    exit_code = main()
+    shutdown()  # not in main(), which another program may call again: DeepSpeed keeps hold of the first process group
+    raise SystemExit(exit_code)

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# The one entry point: installs what is missing into .venv, then runs the miniature recipe, the tests, or any command.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+  cat <<'TEXT'
+./run.sh [OPTIONS]        install, then the whole TextLDM recipe in miniature into runs/quickstart/
+                          (text -> shards -> teacher features -> VAE -> DiT -> Hugging Face folder -> continuations)
+    --source X            text: .jsonl(.zst/.gz), .txt, .parquet, a folder of them, a Hugging Face dataset id or local
+                          dataset folder; default: English prose found on this machine
+    --tokenizer X         Hugging Face id or folder; default: byte-level BPE trained on the text
+    --teacher X           causal language model, id or folder; default: a small one trained on the text
+    --long                train the DiT for up to 80 minutes instead of a few
+    --output DIR          another folder than runs/quickstart
+    --fresh               start over; without it, a second run goes on after the last finished step
+./run.sh install          install only
+./run.sh test [--fast]    install, then linters, type checker and the test suite (--fast: without the slow tests)
+./run.sh supervise [--restarts N] -- COMMAND ...
+                          run a training command and start it again, from its newest checkpoint, whenever it fails
+./run.sh -- COMMAND ...   run a command in the environment
+TEXT
+}
+
+PYTHON=${PYTHON:-python3}
+export HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-true}
+
+install() {
+  # The stamp holds what was installed: it changes with pyproject.toml and with the extras asked for.
+  local extras=$1 stamp=.venv/.installed wanted
+  wanted="$(cksum < pyproject.toml) $extras"
+  if [[ -f $stamp && $(< "$stamp") == *"$wanted"* ]]; then return; fi
+  "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || {
+    echo "error: $("$PYTHON" --version) found, Python 3.11 to 3.13 expected; name one with PYTHON=python3.11 ./run.sh" >&2
+    exit 2
+  }
+  [[ -x .venv/bin/python ]] || "$PYTHON" -m venv .venv
+  echo "installing into .venv (a few minutes the first time) ..."
+  local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+  if ! .venv/bin/python -c 'import torch; assert torch.__version__.startswith("2.13.0")' 2> /dev/null; then
+    # Before anything that depends on it: left to pip's choice, torch brings gigabytes of CUDA to machines without a GPU.
+    if command -v nvidia-smi > /dev/null && nvidia-smi -L > /dev/null 2>&1; then
+      "${pip[@]}" torch==2.13.0
+    else
+      "${pip[@]}" torch==2.13.0+cpu 2> /dev/null || {
+        echo "no CPU build of torch in pip's indexes: taking the default one, with CUDA (gigabytes)." \
+          "For the small one, stop and set PIP_EXTRA_INDEX_URL to PyTorch's CPU index." >&2
+        "${pip[@]}" torch==2.13.0
+      }
+    fi
+  fi
+  "${pip[@]}" --editable ".[$extras]"
+  echo "$wanted" > "$stamp"
+}
+
+case "${1:-}" in
+  -h | --help) usage ;;
+  install) install dev ;;
+  test)
+    install dev
+    shift
+    fast=()
+    if [[ ${1:-} == --fast ]]; then
+      fast=(-m "not slow")
+      shift
+    fi
+    .venv/bin/ruff format --check .
+    .venv/bin/ruff check .
+    .venv/bin/mypy
+    .venv/bin/python -m pytest "${fast[@]}" "$@"
+    ;;
+  supervise)
+    install dev
+    shift
+    exec .venv/bin/python -m pretrain.supervise "$@"
+    ;;
+  --)
+    install dev
+    shift
+    PATH="$PWD/.venv/bin:$PATH" exec "$@"
+    ;;
+  *)
+    install dev
+    PATH="$PWD/.venv/bin:$PATH" exec .venv/bin/python -m pretrain.recipe "$@"
+    ;;
+esac

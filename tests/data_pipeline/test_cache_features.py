@@ -1,0 +1,254 @@
+"""The feature cache: same bytes for any number of ranks and after any kill, exact where it says so, refused where it
+does not fit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sentences import ROW_TOKENS, write_data
+from transformers import Qwen3Config, Qwen3Model
+
+from data_pipeline.batch import SplitConfig
+from data_pipeline.cache_features import main
+from data_pipeline.errors import UserError
+from data_pipeline.feature_cache import load_cache, tile
+from data_pipeline.feature_check import compare
+from data_pipeline.loader import heldout_batches
+from data_pipeline.manifest import Manifest
+from data_pipeline.order import Span
+from data_pipeline.stream import TokenRows
+from data_pipeline.teacher import load_teacher
+
+FAST = ["--sample-tokens", "4000", "--ngram-order", "1"]
+
+
+def write_teacher(folder: Path, data: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=320, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=48,
+    )  # fmt: skip
+    Qwen3Model(config).save_pretrained(folder)
+    shutil.copytree(data / "tokenizer", folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("features") / "data"
+    folder.mkdir()
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(data: Path) -> Path:
+    return write_teacher(data.parent / "teacher", data)
+
+
+@pytest.fixture(scope="module")
+def cached(data: Path, teacher: Path) -> Path:
+    """The cache of an undisturbed run of one process."""
+    output = data.parent / "reference"
+    assert main(command(data, teacher, output)) == 0
+    return output
+
+
+def command(data: Path, teacher: Path, output: Path, *more: str) -> list[str]:
+    return ["--data", str(data), "--teacher", str(teacher), "--output", str(output), "--device", "cpu", *FAST, *more]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def start(arguments: list[str], rank: int = 0, world_size: int = 1) -> subprocess.Popen:
+    environment = os.environ | {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "OMP_NUM_THREADS": "1",
+    }
+    script = Path(__file__).parents[2] / "data_pipeline/cache_features.py"
+    return subprocess.Popen([sys.executable, script, f"--local_rank={rank}", *arguments], env=environment)
+
+
+def test_cached_features_are_the_teachers(data, teacher, cached):
+    tokens = Manifest.load(data)
+    cache = load_cache(cached, tokens)
+    assert sum(shard.rows for shards in cache.manifest.splits.values() for shard in shards) == 177
+    agreement = compare(str(data), tokens, cache, load_teacher(teacher), num_rows=1000)
+    assert agreement.num_rows == 177
+    assert agreement.num_tokens == sum(shard.tokens for shards in tokens.splits.values() for shard in shards)
+    assert agreement.mean_cosine > 0.988
+    assert cache.manifest.statistics["bytes_per_token"] == cache.codec.bytes_per_token < 12
+
+
+def test_the_unfilled_tail_of_a_row_is_zero(data, cached):
+    tokens = Manifest.load(data)
+    cache = load_cache(cached, tokens)
+    span = Span(0, 1, 3, 9)
+    _, windows = TokenRows(str(data), tokens, "train").read(span)
+    lengths, wanted = tile(windows, ROW_TOKENS)
+    filler_T = ~torch.tensor(wanted).repeat_interleave(torch.tensor(lengths))
+    coded = cache.read("train", span)
+    assert filler_T.any()
+    assert not coded.codes_TC[filler_T].any()
+    assert not coded.scales_T[filler_T].any()
+    assert coded.scales_T[~filler_T].all()
+
+
+def test_the_loader_delivers_them_with_their_tokens(data, teacher, cached):
+    cache = load_cache(cached, Manifest.load(data))
+    batch = next(iter(heldout_batches(data, cached, split=SplitConfig("truncate"), seed=0, micro_batch_rows=4)))
+    decoded_TF = cache.codec.decode(batch.features, batch.tokens_T, batch.window_lengths)
+    loaded = load_teacher(teacher)
+    loaded.max_positions = ROW_TOKENS
+    fresh_TF = loaded.features(batch.tokens_T, batch.window_lengths)
+    real_T = batch.roles_T > 0
+    cosine_T = torch.nn.functional.cosine_similarity(decoded_TF[real_T], fresh_TF[real_T])
+    assert cosine_T.mean() > 0.985
+
+
+def test_exact_cache_is_the_online_teacher_bit_for_bit(data, teacher, tmp_path):
+    assert main(command(data, teacher, tmp_path / "exact", "--exact")) == 0
+    tokens = Manifest.load(data)
+    cache = load_cache(tmp_path / "exact", tokens)
+    span = Span(0, 0, 0, 20)
+    tokens_BR, windows = TokenRows(str(data), tokens, "heldout").read(span)
+    lengths, wanted = tile(windows, ROW_TOKENS)
+    tokens_T = torch.from_numpy(tokens_BR.astype(np.int64).reshape(-1))
+    fresh_TF = load_teacher(teacher).features(tokens_T, lengths, wanted)
+    assert torch.equal(cache.codec.decode(cache.read("heldout", span), tokens_T, lengths), fresh_TF)
+
+
+def test_two_ranks_write_the_same_bytes(data, teacher, cached, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert main(command(data, teacher, tmp_path / "two")) == 0
+        assert (tmp_path / "two/manifest.json").exists() == (rank == "1")
+    assert contents(tmp_path / "two") == contents(cached)
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_write_the_same_bytes(data, teacher, cached, tmp_path):
+    arguments = command(data, teacher, tmp_path / "two")
+    processes = [start(arguments, rank, 2) for rank in (1, 0)]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    assert contents(tmp_path / "two") == contents(cached)
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_change_nothing(data, teacher, cached, tmp_path):
+    arguments = command(data, teacher, tmp_path / "killed")
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        process = start(arguments)
+        time.sleep(rng.uniform(2, 9))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(arguments).wait(120) == 0
+    assert {name: content for name, content in contents(tmp_path / "killed").items() if ".tmp" not in name} == contents(
+        cached
+    )
+
+
+def test_resuming_writes_only_what_is_missing_or_broken(data, teacher, cached, tmp_path):
+    output = tmp_path / "resumed"
+    shutil.copytree(cached, output)
+    (output / "manifest.json").unlink()
+    (output / "train-00002.tar").unlink()
+    broken = bytearray((output / "train-00003.tar").read_bytes())
+    broken[5000] ^= 1
+    (output / "train-00003.tar").write_bytes(broken)
+    kept = (output / "train-00000.tar").stat().st_mtime_ns
+    assert main(command(data, teacher, output)) == 0
+    assert contents(output) == contents(cached)
+    assert (output / "train-00000.tar").stat().st_mtime_ns == kept
+    # Finished: once more costs nothing and changes nothing.
+    assert main(command(data, teacher, output)) == 0
+    assert contents(output) == contents(cached)
+
+
+def test_another_job_in_the_same_folder_is_refused(data, teacher, cached, tmp_path, capsys):
+    for more in (["--layer", "-2"], ["--target-cosine", "0.98"]):
+        assert main(command(data, teacher, cached, *more)) == 2
+        assert "holds features of another job" in capsys.readouterr().err
+    other = write_teacher(tmp_path / "teacher", data, seed=1)
+    assert main(command(data, other, cached)) == 2
+    assert "teacher is" in capsys.readouterr().err
+
+
+def test_waiting_ranks_give_up_with_a_reason(data, teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command(data, teacher, tmp_path / "alone", "--timeout", "0.1")) == 2
+    assert "rank 1 waited 0 s for rank 0" in capsys.readouterr().err
+
+
+def test_report_only_writes_nothing(data, teacher, tmp_path, capsys):
+    assert main(command(data, teacher, tmp_path / "none", "--report-only")) == 0
+    assert not (tmp_path / "none").exists()
+    printed = capsys.readouterr().out
+    assert "bytes/token" in printed
+    assert "tokens/s" in printed
+
+
+def test_a_config_fills_in_what_is_not_given(data, teacher, tmp_path, capsys):
+    config = {
+        "data": {"path": str(data)},
+        "repa": {"features": str(tmp_path / "from-config"), "online_teacher": str(teacher), "layer": -2},
+    }
+    (tmp_path / "vae.json").write_text(json.dumps(config))
+    more = ["--device", "cpu", "--rank", "4", "--bits", "8", "--sample-tokens", "4000"]
+    assert main(["--config", str(tmp_path / "vae.json"), *more]) == 0
+    cache = load_cache(tmp_path / "from-config", Manifest.load(data))
+    assert cache.manifest.teacher["layer"] == -2
+    assert cache.manifest.codec["rank"] == 4
+    assert main(["--config", "no-such-config"]) == 2
+    assert "no configuration no-such-config" in capsys.readouterr().err
+    assert main(["--data", str(data)]) == 2
+    assert "--teacher is missing" in capsys.readouterr().err
+
+
+def test_check_accepts_the_cache_and_refuses_another_teacher(data, teacher, cached, tmp_path, capsys):
+    arguments = ["check", "--data", str(data), "--features", str(cached), "--rows", "20", "--device", "cpu"]
+    assert main([*arguments, "--teacher", str(teacher)]) == 0
+    assert "cosine mean 0.9" in capsys.readouterr().out
+    other = write_teacher(tmp_path / "teacher", data, seed=1)
+    assert main([*arguments, "--teacher", str(other)]) == 2
+    assert "weights are other" in capsys.readouterr().err
+
+
+def test_mismatches_are_refused_when_opened(data, cached, tmp_path):
+    tokens = Manifest.load(data)
+    with pytest.raises(UserError, match="features belong to token shards with fingerprint"):
+        load_cache(cached, tokens.model_copy(update={"fingerprint": "1" * 64}))
+    copy = tmp_path / "copy"
+    shutil.copytree(cached, copy)
+    (copy / "train-00001.tar").unlink()
+    with pytest.raises(UserError, match=r"train-00001\.tar: missing, expected \d+ bytes"):
+        load_cache(copy, tokens)
+    shutil.copy(cached / "train-00001.tar", copy)
+    codec = bytearray((copy / "codec.safetensors").read_bytes())
+    codec[-50] ^= 1
+    (copy / "codec.safetensors").write_bytes(codec)
+    with pytest.raises(UserError, match="but the features were written with"):
+        load_cache(copy, tokens)
+    (copy / "manifest.json").unlink()
+    with pytest.raises(UserError, match="not a finished prepared folder"):
+        load_cache(copy, tokens)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(data, shared, tmp_path, capsys):
+    assert main(command(data, shared / "teachers/stories260K", tmp_path / "none")) == 2
+    assert "differ in" in capsys.readouterr().err

@@ -1,0 +1,84 @@
+"""The small teacher learns, is reproducible, and is a teacher that the feature cache accepts."""
+
+import json
+import math
+
+import pytest
+import torch
+from sentences import write_data
+from transformers import AutoModelForCausalLM
+
+from data_pipeline.errors import UserError
+from data_pipeline.make_teacher import IGNORED, Recipe, Windows, build, main, token_loss
+from data_pipeline.manifest import Manifest
+from data_pipeline.teacher import check_fit, load_teacher
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher") / "data"
+    folder.mkdir()
+    write_data(folder)
+    return folder
+
+
+def test_it_learns_and_is_accepted_as_teacher(data, tmp_path, capsys):
+    output = tmp_path / "made/teacher"
+    arguments = ["--data", str(data), "--output", str(output), "--width", "32", "--layers", "3", "--device", "cpu"]
+    assert main([*arguments, "--steps", "80", "--batch-tokens", "512"]) == 0
+    nats = float(capsys.readouterr().out.split(" nats per token")[0].split()[-1])
+    assert (
+        nats < 2.6
+    )  # ten words at random cannot be predicted better than ln 10 = 2.3; uniform over the vocabulary is 5.7
+    tokens = Manifest.load(data)
+    teacher = load_teacher(output)
+    check_fit(teacher, str(data), tokens)
+    assert (teacher.num_layers, teacher.feature_dim, teacher.max_positions) == (1, 32, 48)
+    # The saved folder is the model that was judged.
+    model = AutoModelForCausalLM.from_pretrained(output).eval()
+    held = Windows(str(data), tokens, "heldout")
+    with torch.no_grad():
+        losses = [(token_loss(model, batch), int((batch[:, 1:] != IGNORED).sum())) for batch in held.batches(999, 0, 0)]
+    assert sum(loss * n for loss, n in losses) / sum(n for _, n in losses) == pytest.approx(nats, abs=0.02)
+    assert json.loads((output / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+    assert [path.name for path in output.parent.iterdir()] == ["teacher"]
+    assert main([*arguments, "--steps", "1"]) == 2
+    assert "exists: delete it" in capsys.readouterr().err
+
+
+def test_batches_hold_every_window_once_within_the_budget(data):
+    windows = Windows(str(data), Manifest.load(data), "train")
+    expected = sorted(window.tolist() for window in windows.windows)
+    for epoch in (0, 1):
+        seen = []
+        for padded_WL in windows.batches(256, seed=0, epoch=epoch):
+            assert padded_WL.numel() <= 256 * 1.2
+            seen += [row[row != IGNORED].tolist() for row in padded_WL]
+        assert sorted(seen) == expected
+    first, second = (next(windows.batches(256, 0, epoch)) for epoch in (0, 1))
+    assert first.shape != second.shape or not torch.equal(first, second)
+
+
+def test_padding_does_not_enter_the_loss(data):
+    tokens = Manifest.load(data)
+    model = build(tokens, Recipe(width=32, layers=3, steps=1, seconds=None))
+    window = torch.randint(tokens.tokenizer.vocab_size, (1, 20))
+    padded = torch.nn.functional.pad(window, (0, 13), value=IGNORED)
+    torch.testing.assert_close(token_loss(model, padded), token_loss(model, window))
+
+
+def test_the_learning_rate_follows_the_budget():
+    timed, counted = Recipe(seconds=100), Recipe(seconds=None, steps=50)
+    assert timed.progress(7, 25.0) == 0.25
+    assert counted.progress(10, 1e9) == 0.2
+    rates = [timed.lr_at(share / 100) for share in range(101)]
+    assert max(rates) == pytest.approx(timed.lr)
+    assert rates.index(max(rates)) == 5
+    assert rates[100] == pytest.approx(0.05 * timed.lr)
+    assert all(math.isfinite(rate) and rate > 0 for rate in rates)
+
+
+@pytest.mark.parametrize("wrong", [{"width": 100}, {"layers": 2}, {"steps": 5}, {"seconds": -1.0}])
+def test_impossible_recipes_are_refused(wrong):
+    with pytest.raises(UserError):
+        Recipe(**wrong)

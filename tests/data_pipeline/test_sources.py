@@ -1,0 +1,152 @@
+"""Every kind of source gives the same documents, its units tile it, and what cannot be read is named."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from data_pipeline import sources
+from data_pipeline.errors import UserError
+from data_pipeline.sources import open_source, read_unit, source_name
+
+TEXTS = [f"Document number {i}. " + "Wörter und Zeichen — " * (i % 7) for i in range(1000)]
+
+
+def write_jsonl(path: Path, texts: list[str] = TEXTS) -> Path:
+    path.write_bytes(
+        b"".join(json.dumps({"text": text, "title": "t"}, ensure_ascii=False).encode() + b"\n" for text in texts)
+    )
+    return path
+
+
+def by_unit(spec: Path) -> list[list[str]]:
+    source = open_source(str(spec))
+    return [list(read_unit(unit)) for unit in source.units]
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 50, 1000, 10**7])
+def test_byte_ranges_of_jsonl_hold_every_line_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_bytes: int
+) -> None:
+    monkeypatch.setattr(sources, "UNIT_BYTES", unit_bytes)
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS[: 20 if unit_bytes == 1 else 1000])
+    units = by_unit(path)
+    assert len(units) == -(-path.stat().st_size // unit_bytes)
+    assert [text for unit in units for text in unit] == TEXTS[: 20 if unit_bytes == 1 else 1000]
+
+
+def test_a_missing_last_newline_loses_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n\n{"text": "two"}')
+    assert list(open_source(str(path))) == ["one", "two"]
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_compressed_jsonl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    monkeypatch.setattr(sources, "UNIT_BYTES", 500)
+    monkeypatch.setattr(sources, "_LINES_PER_BLOCK", 16)
+    path = compress(write_jsonl(tmp_path / "a.jsonl"), ending)
+    units = by_unit(path)
+    assert len(units) > 2
+    assert all(units)
+    assert sorted(text for unit in units for text in unit) == sorted(TEXTS)
+
+
+def compress(path: Path, ending: str) -> Path:
+    target = path.with_name(path.name + "." + ending)
+    if ending == "gz":
+        target.write_bytes(gzip.compress(path.read_bytes()))
+    else:
+        zstandard = pytest.importorskip("zstandard")
+        half = len(path.read_bytes()) // 2  # two frames, as parallel compressors write them
+        data = path.read_bytes()
+        target.write_bytes(zstandard.compress(data[:half]) + zstandard.compress(data[half:]))
+    return target
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_a_compressed_file_that_was_cut_short_is_refused(tmp_path: Path, ending: str) -> None:
+    path = compress(write_jsonl(tmp_path / "a.jsonl"), ending)
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(UserError, match="cannot be read"):
+        list(open_source(str(path)))
+
+
+def test_text_files(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("One.\n\nStill one.\n<|endoftext|>\nTwo.\fThree.\n")
+    (tmp_path / "a.txt").write_bytes("\ufeffÄrger.".encode())
+    assert list(open_source(str(tmp_path))) == ["Ärger.", "One.\n\nStill one.", "Two.", "Three."]
+
+
+def test_parquet_with_the_columns_of_openwebtext2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(sources, "UNIT_BYTES", 500)
+    table = pyarrow.table({"title": ["t"] * 1000, "text": TEXTS, "reddit_scores": [[1, 2]] * 1000})
+    pq.write_table(table, tmp_path / "part-0.parquet", row_group_size=100)
+    units = by_unit(tmp_path)
+    assert len(units) > 2
+    assert [text for unit in units for text in unit] == TEXTS
+    with pytest.raises(UserError, match=r"title.*--text-field"):
+        list(open_source(str(tmp_path), "body"))
+    (tmp_path / "part-1.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(UserError, match=r"part-1\.parquet: not a readable Parquet"):
+        open_source(str(tmp_path))
+
+
+def test_saved_and_streamed_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(sources, "_SAVED_ROWS", 300)
+    dataset = datasets.Dataset.from_dict({"text": TEXTS, "title": ["t"] * 1000, "reddit_scores": [[1]] * 1000})
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": dataset, "test": dataset.select(range(3))}).save_to_disk(str(tmp_path / "splits"))
+    for name in ("saved", "splits"):
+        units = by_unit(tmp_path / name)
+        assert len(units) == 4
+        assert [text for unit in units for text in unit] == TEXTS
+    (tmp_path / "csv").mkdir()
+    dataset.remove_columns("reddit_scores").to_csv(str(tmp_path / "csv" / "a.csv"))
+    assert list(open_source(str(tmp_path / "csv"))) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (b"{broken", "byte 16: not valid JSON"),
+        (b"[1]", "found list"),
+        (b'{"title": "x"}', "'title'.*--text-field"),
+        (b'{"text": 5}', "is int, expected text"),
+        (b'{"text": "\xff"}', "not valid JSON"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: bytes, named: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n' + line + b"\n")
+    with pytest.raises(UserError, match=named):
+        list(open_source(str(path)))
+
+
+def test_missing_text_is_an_empty_document(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "x"}\n')
+    assert list(open_source(str(tmp_path / "a.jsonl"))) == ["", "x"]
+
+
+@pytest.mark.parametrize("spec", ["nowhere.jsonl", "./nowhere", "/no/where", "x.csv"])
+def test_missing_sources_are_refused_without_asking_the_hub(spec: str) -> None:
+    with pytest.raises(UserError, match="no such file or folder; expected"):
+        open_source(spec)
+
+
+def test_useless_folders_and_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match="no saved dataset"):
+        open_source(str(tmp_path))
+    with pytest.raises(UserError, match="unknown kind"):
+        open_source(str(tmp_path / "a.bin"))
+
+
+def test_names_hold_no_folders_of_this_machine(tmp_path: Path) -> None:
+    assert source_name(str(write_jsonl(tmp_path / "a.jsonl"))) == "a.jsonl"
+    assert source_name("owner/name@main") == "owner/name@main"

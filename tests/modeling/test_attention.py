@@ -1,0 +1,93 @@
+"""Attention over packed segments equals a dense float64 reference, forward and backward, at a cost without the zeros."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from modeling.attention import _BLOCK_TOKENS, Segments, choose_implementation, varlen_attention
+
+LAYOUTS = {
+    "one": [96],
+    "single tokens": [1] * 40,
+    "tiny": [1 + i % 3 for i in range(1000)],
+    "ragged": [7, 1, 130, 1, 1, 64, 200, 3, 127, 1, 128, 129],
+}
+
+
+def reference(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """One dense softmax over [T, T] with everything outside the block diagonal at minus infinity."""
+    ids_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q_THK.device)
+    scores_HTT = torch.einsum("thk,shk->hts", q_THK, k_THK) / q_THK.shape[-1] ** 0.5
+    scores_HTT = scores_HTT.masked_fill(ids_T[:, None] != ids_T[None, :], -torch.inf)
+    return torch.einsum("hts,shk->thk", scores_HTT.softmax(-1), v_THK)
+
+
+def compare(lengths: list[int], implementation: str, dtype: torch.dtype, device: str, head_dim: int, atol: float) -> None:
+    """Output and the three gradients against the reference on the same (rounded) inputs."""
+    generator = torch.Generator().manual_seed(len(lengths))
+    shape = (sum(lengths), 2, head_dim)
+    given = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(3)]
+    exact = [x.detach().double().requires_grad_() for x in given]
+    output = varlen_attention(*given, Segments.from_lengths(lengths, device), implementation)
+    expected = reference(*exact, lengths)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=atol)
+    slope = torch.randn(shape, generator=generator).to(device, dtype)
+    found = torch.autograd.grad(output, given, slope)
+    wanted = torch.autograd.grad(expected, exact, slope.double())
+    for one, other in zip(found, wanted):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=4 * atol)
+
+
+@pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 5e-6)])
+def test_sdpa_equals_the_dense_reference(lengths: list[int], dtype: torch.dtype, atol: float) -> None:
+    compare(lengths, "sdpa", dtype, "cpu", 8, atol)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("implementation", ["torch_varlen", "flash_attn", "sdpa"])
+def test_cuda_kernels_equal_the_dense_reference(implementation: str, head_dim: int, lengths: list[int]) -> None:
+    needed = {"torch_varlen": ["torch.nn.attention.varlen"], "flash_attn": ["flash_attn", "flash_attn_interface"]}
+    if implementation in needed and not any(map(importlib.util.find_spec, needed[implementation])):
+        pytest.skip(f"{implementation} is not installed")
+    compare(lengths, implementation, torch.bfloat16, "cuda", head_dim, 3e-2)
+
+
+@pytest.mark.parametrize("lengths", [*LAYOUTS.values(), [1024] * 4, [65] * 50, [127, 2] * 20], ids=str)
+def test_cost_grows_with_the_segments_not_with_the_square_of_the_row(lengths: list[int]) -> None:
+    blocks = Segments.from_lengths(lengths).blocks
+    assert sum(tokens for tokens, _ in blocks) == sum(lengths)
+    cost = sum(tokens**2 for tokens, _ in blocks)
+    assert cost <= _BLOCK_TOKENS * sum(lengths) + sum(n**2 for n in lengths if n > _BLOCK_TOKENS)
+    assert all(mask is None or len(mask) == tokens <= _BLOCK_TOKENS for tokens, mask in blocks)
+    # Two neighbours together exceed a block's size, so there are few calls as well.
+    assert len(blocks) <= 2 * sum(lengths) / _BLOCK_TOKENS + 1
+
+
+def test_segments_say_where_tokens_are() -> None:
+    segments = Segments.from_lengths([3, 1, 2])
+    assert segments.positions_T.tolist() == [0, 1, 2, 0, 0, 1]
+    assert segments.ids_T.tolist() == [0, 0, 0, 1, 2, 2]
+    assert (segments.cu_seqlens.tolist(), segments.cu_seqlens.dtype) == ([0, 3, 4, 6], torch.int32)
+    assert (segments.num_tokens, segments.max_length) == (6, 3)
+
+
+@pytest.mark.parametrize("lengths", [[], [3, 0], [-1]])
+def test_lengths_must_be_positive(lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        Segments.from_lengths(lengths)
+
+
+def test_mistakes() -> None:
+    q_THK = torch.zeros(4, 1, 8)
+    with pytest.raises(ValueError, match="sum to 3 tokens, but q has 4"):
+        varlen_attention(q_THK, q_THK, q_THK, Segments.from_lengths([3]))
+    with pytest.raises(ValueError, match="unknown attention implementation 'fast'"):
+        varlen_attention(q_THK, q_THK, q_THK, Segments.from_lengths([4]), "fast")
+
+
+def test_a_kernel_is_chosen_that_runs_here() -> None:
+    assert choose_implementation("cpu", torch.bfloat16) == choose_implementation("cuda", torch.float32) == "sdpa"

@@ -1,0 +1,90 @@
+"""The chunked LM-head loss is the plain one in value and gradients; KL and squared error are their definitions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Normal, kl_divergence
+
+from modeling.losses import kl_to_standard_normal, linear_cross_entropy, squared_error
+
+T, D, V = 37, 16, 301
+
+
+def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states and weight that need gradients, targets, and token weights with zeros among them."""
+    torch.manual_seed(0)
+    hidden_TD, weight_VD = torch.randn(T, D), torch.randn(V, D)
+    weights_T = torch.rand(T) * (torch.arange(T) % 5 != 0)
+    targets_T = torch.randint(V, (T,))
+    targets_T[::3] = (hidden_TD @ weight_VD.T).argmax(-1)[::3]  # some are right
+    return hidden_TD.to(dtype).requires_grad_(), weight_VD.to(dtype).requires_grad_(), targets_T, weights_T
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 37, 1024])
+def test_equals_the_plain_loss_in_value_and_gradients(chunk: int) -> None:
+    hidden_TD, weight_VD, targets_T, weights_T = inputs(torch.float32)
+    loss, correct_T = linear_cross_entropy(hidden_TD, weight_VD, targets_T, weights_T, chunk)
+    grads = torch.autograd.grad(2.5 * loss, (hidden_TD, weight_VD))
+
+    exact_TD, exact_VD = (x.detach().double().requires_grad_() for x in (hidden_TD, weight_VD))
+    logits_TV = exact_TD @ exact_VD.T
+    expected = (F.cross_entropy(logits_TV, targets_T, reduction="none") * weights_T.double()).sum()
+    wanted = torch.autograd.grad(2.5 * expected, (exact_TD, exact_VD))
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    for found, exact in zip(grads, wanted):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    right_T = logits_TV.argmax(-1) == targets_T
+    assert torch.equal(correct_T, right_T) and 0 < right_T.sum() < T
+
+
+def test_half_precision_stays_near_and_sums_in_single() -> None:
+    hidden_TD, weight_VD, targets_T, weights_T = inputs(torch.bfloat16)
+    loss, _ = linear_cross_entropy(hidden_TD, weight_VD, targets_T, weights_T, 8)
+    grads = torch.autograd.grad(loss, (hidden_TD, weight_VD))
+    plain = (F.cross_entropy((hidden_TD @ weight_VD.T).float(), targets_T, reduction="none") * weights_T).sum()
+    wanted = torch.autograd.grad(plain, (hidden_TD, weight_VD))
+    assert loss.dtype == torch.float32 and [g.dtype for g in grads] == [torch.bfloat16] * 2
+    assert float(loss) == pytest.approx(float(plain), rel=1e-2)
+    for found, other in zip(grads, wanted):
+        assert (found - other).float().norm() < 0.02 * other.float().norm()
+
+
+def test_single_weights_under_half_precision_hidden_states() -> None:
+    hidden_TD, weight_VD, targets_T, weights_T = inputs(torch.bfloat16)
+    weight_VD = weight_VD.detach().float().requires_grad_()
+    loss, _ = linear_cross_entropy(hidden_TD, weight_VD, targets_T, weights_T, 8)
+    grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden_TD, weight_VD))
+    assert (grad_hidden.dtype, grad_weight.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
+def test_gradients_only_where_they_are_wanted(frozen: str) -> None:
+    hidden_TD, weight_VD, targets_T, weights_T = inputs(torch.float32)
+    full = torch.autograd.grad(linear_cross_entropy(hidden_TD, weight_VD, targets_T, weights_T)[0], [hidden_TD, weight_VD])
+    hidden_TD.requires_grad_(frozen not in ("hidden", "both"))
+    weight_VD.requires_grad_(frozen not in ("weight", "both"))
+    loss, _ = linear_cross_entropy(hidden_TD, weight_VD, targets_T, weights_T)
+    assert loss.requires_grad == (frozen != "both")
+    if loss.requires_grad:
+        loss.backward()
+    for x, grad in zip((hidden_TD, weight_VD), full):
+        assert (x.grad is None) if not x.requires_grad else torch.equal(x.grad, grad)
+
+
+def test_the_logits_never_exist_in_full() -> None:
+    hidden_TD, weight_VD, targets_T, weights_T = inputs(torch.float32)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        linear_cross_entropy(hidden_TD, weight_VD, targets_T, weights_T, 4)
+    assert max(kept, default=0) < T * V
+
+
+def test_kl_is_that_of_torch() -> None:
+    mean_TZ, log_variance_TZ = torch.randn(2, 9, 3, dtype=torch.float64)
+    expected = kl_divergence(Normal(mean_TZ, (0.5 * log_variance_TZ).exp()), Normal(0.0, 1.0))
+    torch.testing.assert_close(kl_to_standard_normal(mean_TZ, log_variance_TZ), expected)
+
+
+def test_squared_error_is_the_mean_over_channels() -> None:
+    found_T = squared_error(torch.tensor([[1.0, 2.0], [0.0, 0.0]]).bfloat16(), torch.tensor([[0.0, 0.0], [3.0, 0.0]]))
+    assert found_T.tolist() == [2.5, 4.5] and found_T.dtype == torch.float32

@@ -1,0 +1,133 @@
+"""A stage in miniature with everything that trips sharded training, its data, and a plain PyTorch loop beside it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.optim import OptimizerSettings, parameter_groups
+
+VOCABULARY, WIDTH, ROWS = 37, 11, 6
+"""Odd sizes, so that partitions get padding and cut through parameters; 6 rows divide by 1, 2, 3 and 6."""
+
+LR = 3e-3
+OPTIMIZER = OptimizerSettings(lr=LR, weight_decay=0.1, grad_clip=0.7, ema_decay=0.9)
+
+
+@dataclass
+class ToyBatch:
+    """Rows of one micro-batch. `uses_null`: whether the forward pass touches the parameter `null`."""
+
+    tokens_BT: Tensor
+    target_BT: Tensor
+    uses_null: bool
+
+
+@dataclass
+class ToyOutput:
+    """What a stage returns."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Block(nn.Module):
+    """Norm and a two-layer perceptron with a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 3 * WIDTH)
+        self.down = nn.Linear(3 * WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class ToyStage(nn.Module):
+    """A block used twice a step, a tied and functionally used embedding, a parameter of its own, one used in some
+    steps only, an auxiliary loss over another count, a buffer; if asked, its own autocast region and recomputation."""
+
+    def __init__(self, autocast: bool = False, recompute: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.block, self.last = Block(), Block()
+        self.scale = nn.Parameter(torch.randn(WIDTH))
+        self.null = nn.Parameter(torch.randn(3, WIDTH))
+        self.aux = nn.Linear(WIDTH, 5)
+        self.register_buffer("latents_mean", torch.arange(5.0))
+        self.autocast, self.recompute = autocast, recompute
+
+    def forward(self, batch: ToyBatch, counts: dict[str, int]) -> ToyOutput:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            hidden = self.block(self.embedding(batch.tokens_BT))
+            auxiliary = self.aux(hidden).float().square().sum() / counts["tokens"]
+            again = checkpoint(self.block, hidden, use_reentrant=False) if self.recompute else self.block(hidden)
+            hidden = self.last(again * self.scale)
+            if batch.uses_null:
+                hidden = hidden + self.null.sum(0)
+            logits = F.linear(hidden, self.embedding.weight)
+        losses_BT = F.cross_entropy(logits.float().flatten(0, 1), batch.tokens_BT.flatten(), reduction="none")
+        main = (losses_BT * batch.target_BT.flatten()).sum() / counts["targets"]
+        return ToyOutput(main + 0.3 * auxiliary, {"main": main})
+
+
+def step_rows(step: int) -> ToyBatch:
+    """The global batch of a step, a function of it. `null` is used in even steps only; counts differ by row."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    tokens_BT = torch.randint(VOCABULARY, (ROWS, 7), generator=generator)
+    target_BT = (torch.rand(ROWS, 7, generator=generator) < torch.linspace(0.1, 1.0, ROWS)[:, None]).float()
+    target_BT[:, 0] = 1
+    return ToyBatch(tokens_BT, target_BT, step % 2 == 0)
+
+
+def counts_of(batch: ToyBatch) -> dict[str, int]:
+    """Global counts, the loss's denominators."""
+    return {"tokens": batch.tokens_BT.numel(), "targets": int(batch.target_BT.sum())}
+
+
+def micro_batches(step: int, rank: int, world_size: int, accumulation: int) -> list[ToyBatch]:
+    """A rank's share of a step: rows rank, rank + world_size, ..., cut into `accumulation` micro-batches."""
+    rows = step_rows(step)
+    mine = torch.arange(rank, ROWS, world_size).chunk(accumulation)
+    return [ToyBatch(rows.tokens_BT[i], rows.target_BT[i], rows.uses_null) for i in mine]
+
+
+@dataclass
+class Reference:
+    """What the plain loop ends with: every state by name, and per step the losses and gradient norms."""
+
+    states: dict[str, dict[str, Tensor]]
+    losses: list[float]
+    norms: list[float]
+
+
+def plain_training(num_steps: int, dtype: torch.dtype = torch.float64, autocast: bool = False) -> Reference:
+    """AdamW, clipping and EMA by hand over whole global batches: no DeepSpeed, no ranks, no accumulation, no shards."""
+    stage = ToyStage(autocast).to(dtype)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(stage, OPTIMIZER.weight_decay), lr=LR, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps
+    )
+    parameters = dict(stage.named_parameters())
+    ema = {name: p.detach().clone() for name, p in parameters.items()}
+    losses, norms = [], []
+    for step in range(num_steps):
+        batch = step_rows(step)
+        batch.target_BT = batch.target_BT.to(dtype)
+        for p in parameters.values():
+            p.grad = torch.zeros_like(p)
+        loss = stage(batch, counts_of(batch)).loss
+        loss.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), OPTIMIZER.grad_clip)))
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        decay = min(OPTIMIZER.ema_decay, (1 + step) / (10 + step))
+        for name, p in parameters.items():
+            ema[name] = decay * ema[name] + (1 - decay) * p.detach()
+    states = {"weight": {name: p.detach() for name, p in parameters.items()}, "ema": ema}
+    for state in ("exp_avg", "exp_avg_sq"):
+        states[state] = {name: optimizer.state[p][state] for name, p in parameters.items()}
+    return Reference(states, losses, norms)

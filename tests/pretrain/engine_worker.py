@@ -1,0 +1,123 @@
+"""One rank of a test job: runs a list of cases after one another (start-up costs seconds), rank 0 writes what came out.
+
+python engine_worker.py jobs.json      with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_RANK in the environment
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import engine_toy as toy
+import torch
+from safetensors.torch import save_file
+
+from pretrain.checkpoint import CheckpointWriter, restore
+from pretrain.distributed import init_distributed, shutdown
+from pretrain.engine import Engine, EngineSettings
+from pretrain.optim import STATES
+
+
+@dataclasses.dataclass
+class Case:
+    """One training run. `steps`: [first, last). `skip`: steps not applied. `poison`: steps with a nan on the last rank.
+    `save`: numbers of updates after which to save into `run`."""
+
+    name: str
+    zero_stage: int = 2
+    accumulation: int = 1
+    precision: str = "fp32"
+    offload: str = "none"
+    offload_parameters: str = "none"
+    steps: tuple[int, int] = (0, 3)
+    skip: tuple[int, ...] = ()
+    poison: tuple[int, ...] = ()
+    save: tuple[int, ...] = ()
+    run: str = ""
+    restore: str = ""
+    autocast: bool = False
+    recompute: bool = False
+    evaluate: bool = False
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def run_case(case: Case, topology, output: Path) -> None:
+    """Train as the case says and write every state, losses and norms to `output`/<name>.safetensors and .json."""
+    settings = EngineSettings(
+        case.zero_stage, case.precision, case.accumulation, case.offload, case.offload_parameters, case.overrides
+    )
+    stage = toy.ToyStage(case.autocast, case.recompute)
+    engine = Engine(stage, settings, toy.OPTIMIZER, topology)
+    notes: dict[str, Any] = {
+        "losses": [],
+        "norms": [],
+        "manifest": None,
+        "table": engine.parameter_table(),
+        "checks": {},
+    }
+    first, last = case.steps
+    if case.restore:
+        manifest = restore(Path(case.restore), engine)
+        notes["manifest"] = {"step": manifest.step, "extra": manifest.extra}
+    writer = CheckpointWriter(Path(case.run), topology, keep_last=10) if case.save else None
+    for step in range(first, last):
+        counts = toy.counts_of(toy.step_rows(step))
+        batches = toy.micro_batches(step, topology.rank, topology.world_size, case.accumulation)
+        for index, batch in enumerate(batches):
+            if step in case.poison and topology.rank == topology.world_size - 1 and index == 0:
+                batch.target_BT = batch.target_BT * float("nan")
+            engine.forward_backward(batch, counts, last=index == len(batches) - 1)
+        measured = engine.measure()
+        engine.step(step, toy.LR, skip=step in case.skip)
+        notes["losses"].append(measured.loss)
+        notes["norms"].append(measured.grad_norm)
+        if case.evaluate:
+            check_evaluation(engine, counts, notes["checks"])
+        if writer and step + 1 in case.save:
+            writer.save(step + 1, engine, {"seen": step}, {"extra_tensor": torch.ones(3)})
+    if writer:
+        writer.close()
+    tensors = {f"{state}/{name}": t for state in STATES for name, t in engine.gather_full(state).items()}
+    notes["adam_step"] = engine.partition.adam_step
+    notes["dtypes"] = sorted({str(p.dtype) for p in stage.parameters()})
+    engine.close()
+    if topology.is_main:
+        save_file(tensors, output / f"{case.name}.safetensors")
+        (output / f"{case.name}.json").write_text(json.dumps(notes))
+
+
+def check_evaluation(engine: Engine, counts: dict[str, int], checks: dict[str, bool]) -> None:
+    """The EMA evaluates as a plain model with the EMA's weights would, and everything is back to the bit afterwards."""
+    batch = toy.step_rows(77)
+    before = {state: engine.gather_full(state) for state in ("weight", "ema")}
+    plain_loss = engine.evaluate(batch, counts).loss
+    with engine.ema_weights():
+        ema_loss = engine.evaluate(batch, counts).loss
+    reference = toy.ToyStage()
+    with torch.no_grad():
+        for name, p in reference.named_parameters():
+            p.copy_(before["ema"][name])
+        expected = reference(batch, counts).loss
+    tolerance = 1e-6 if engine.settings.precision == "fp32" else 2e-2
+    after = {state: engine.gather_full(state) for state in ("weight", "ema")}
+    checks["ema_used"] = bool(torch.isclose(ema_loss.float(), expected, rtol=tolerance, atol=0)) and bool(
+        ema_loss != plain_loss
+    )
+    checks["bitwise"] = all(torch.equal(before[s][n], after[s][n]) for s in before for n in before[s])
+    checks["same_loss"] = bool(engine.evaluate(batch, counts).loss == plain_loss)
+    checks["training"] = engine.stage.training
+
+
+def main() -> None:
+    """Run the cases of the JSON file given as the only argument."""
+    torch.set_num_threads(1)
+    jobs = Path(sys.argv[1])
+    topology = init_distributed(timeout_s=60)
+    for case in json.loads(jobs.read_text()):
+        run_case(Case(**case), topology, jobs.parent)
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""One rank training the real stages in miniature, under several shardings or without DeepSpeed at all.
+
+    python stage_worker.py jobs.json      with RANK, WORLD_SIZE, ... in the environment, as engine_worker.py
+
+A job is {"name", "config", "zero_stage" (null: a plain PyTorch loop), "accumulation", "steps"}; rank 0 writes all states to
+<name>.safetensors and, for stage vae, a checkpoint to the config's run folder.
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from data_pipeline.batch import Batch, SplitConfig
+from data_pipeline.loader import TrainLoader
+from data_pipeline.manifest import Manifest
+from modeling.repa import RepaHead
+from pretrain.checkpoint import CheckpointWriter
+from pretrain.config import RunConfig, parse_config
+from pretrain.distributed import Topology, init_distributed, shutdown
+from pretrain.engine import Engine, EngineSettings
+from pretrain.optim import STATES, OptimizerSettings, parameter_groups
+from pretrain.stages import Stage, build_stage
+
+FEATURE_DIM = 24
+OPTIMIZER = OptimizerSettings(lr=3e-3, eps=1e-3, weight_decay=0.1, grad_clip=1.0, ema_decay=0.9)
+"""A large eps: attention's key bias has no gradient but rounding errors, which Adam would blow up to full steps."""
+
+
+def make_stage(config: RunConfig) -> Stage:
+    """The configured stage, with random weights everywhere (zero ones hide errors) and, for the VAE, a REPA target."""
+    torch.manual_seed(0)
+    stage = build_stage(config, torch.device("cpu"))
+    if config.stage == "vae":
+        table_VF = torch.randn(stage.vae.config.vocab_size, FEATURE_DIM, generator=torch.Generator().manual_seed(1))
+        stage._frozen["codec"] = SimpleNamespace(decode=lambda features, tokens_T, lengths: table_VF[tokens_T])
+        stage.repa = RepaHead(stage.vae.config.width, FEATURE_DIM)
+    with torch.no_grad():
+        for p in stage.parameters():
+            if not p.any():
+                p.normal_(std=0.05)
+    return stage
+
+
+def counts_of(stage: Stage, batches: list[Batch]) -> dict[str, int]:
+    """Token counts of the batches together."""
+    counts = [stage.token_counts(batch) for batch in batches]
+    return {name: sum(count[name] for count in counts) for name in counts[0]}
+
+
+def steps_of(config: RunConfig, rank: int, world_size: int, micro_batch_rows: int, num_steps: int) -> list[list[Batch]]:
+    """A rank's micro-batches of the first steps."""
+    data = config.data
+    loader = TrainLoader(
+        data.path, None, seed=config.train.seed, streams=data.streams, rows_per_step=data.rows_per_step,
+        micro_batch_rows=micro_batch_rows, split=SplitConfig(**data.split.model_dump()), rank=rank,
+        world_size=world_size, workers=0,
+    )  # fmt: skip
+    with loader:
+        return [loader.next_step() for _ in range(num_steps)]
+
+
+def train_plain(config: RunConfig, num_steps: int) -> dict[str, Tensor]:
+    """The whole global batch at once, in one process: torch's AdamW and clipping, the EMA by hand."""
+    stage = make_stage(config)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(stage, OPTIMIZER.weight_decay), lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps
+    )
+    ema = {name: p.detach().clone() for name, p in stage.named_parameters()}
+    for step, batches in enumerate(steps_of(config, 0, 1, config.data.rows_per_step, num_steps)):
+        stage.step = step
+        optimizer.zero_grad()
+        for batch in batches:
+            stage(batch, counts_of(stage, batches)).loss.backward()
+        nn.utils.clip_grad_norm_(stage.parameters(), OPTIMIZER.grad_clip)
+        optimizer.step()
+        for name, p in stage.named_parameters():
+            ema[name].lerp_(p.detach(), 1 - OPTIMIZER.ema_decay_at(step))
+    states = {f"weight/{name}": p.detach() for name, p in stage.named_parameters()}
+    states |= {f"ema/{name}": tensor for name, tensor in ema.items()}
+    for name, p in stage.named_parameters():
+        states |= {f"{state}/{name}": optimizer.state[p][state] for state in ("exp_avg", "exp_avg_sq")}
+    return states
+
+
+def train_sharded(job: dict[str, Any], config: RunConfig, topology: Topology) -> dict[str, Tensor]:
+    """The same through the engine; the evaluation in between must leave no trace."""
+    stage, num_steps, accumulation = make_stage(config), job["steps"], job["accumulation"]
+    engine = Engine(stage, EngineSettings(job["zero_stage"], "fp32", accumulation), OPTIMIZER, topology)
+    rows = config.data.rows_per_step
+    micro_batch_rows = rows // topology.world_size // accumulation
+    every_row = steps_of(config, 0, 1, rows, num_steps)
+    for step, batches in enumerate(steps_of(config, topology.rank, topology.world_size, micro_batch_rows, num_steps)):
+        stage.step = step
+        counts = counts_of(stage, every_row[step])
+        for i, batch in enumerate(batches):
+            engine.forward_backward(batch, counts, last=i == len(batches) - 1)
+        engine.step(step, OPTIMIZER.lr)
+        with engine.ema_weights():
+            engine.evaluate(batches[0], counts)
+    if config.stage == "vae":
+        manifest = Manifest.load(config.data.path)
+        extra = {"config": config.model_dump(mode="json"), "tokenizer_sha256": manifest.tokenizer.sha256}
+        CheckpointWriter(config.run_folder, topology).save(num_steps, engine, extra, blocking=True)
+    states = {f"{state}/{name}": t for state in STATES for name, t in engine.gather_full(state).items()}
+    engine.close()
+    return states
+
+
+def main() -> None:
+    """Run the jobs of the JSON file given as the only argument."""
+    torch.set_num_threads(1)
+    path = Path(sys.argv[1])
+    topology = init_distributed(timeout_s=60)
+    for job in json.loads(path.read_text()):
+        config = parse_config(job["config"], "job")
+        plain = job["zero_stage"] is None
+        states = train_plain(config, job["steps"]) if plain else train_sharded(job, config, topology)
+        if topology.is_main:
+            save_file({name: t.contiguous() for name, t in states.items()}, path.parent / f"{job['name']}.safetensors")
+            (path.parent / f"{job['name']}.json").write_text("{}")
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()

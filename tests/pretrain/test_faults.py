@@ -1,0 +1,154 @@
+"""Faults: who is skipped, who is named, and that a process that hangs ends with its stacks written."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.errors import UserError
+from pretrain import faults
+from pretrain.faults import Signals, SpikeGuard, TooManySkips, Watchdog
+
+
+def make_guard(sigmas: float = 6.0, max_skips: int = 2, skip_window: int = 10) -> SpikeGuard:
+    return SpikeGuard(sigmas, window=32, max_skips=max_skips, skip_window=skip_window)
+
+
+def test_signals_are_noted_once_and_handlers_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    calls = []
+    with Signals() as signals:
+        signals.on_first = lambda: calls.append(1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == "SIGUSR1"
+    assert calls == [1]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
+def test_non_finite_steps_are_skipped_from_the_first_step_on(loss: float, norm: float) -> None:
+    assert make_guard(sigmas=0).verdict(0, loss, norm) is not None
+
+
+def test_spikes_are_skipped_and_do_not_enter_the_history() -> None:
+    guard = make_guard()
+    for step in range(40):
+        assert guard.verdict(step, 1.0, 1.0 + 0.05 * (step % 3)) is None
+    state = guard.state()
+    assert "sigmas" in (guard.verdict(40, 1.0, 50.0) or "")
+    assert guard.state()["norms"] == state["norms"]
+    assert guard.verdict(41, 1.0, 1.1) is None
+
+
+def test_a_constant_norm_does_not_make_every_wiggle_a_spike() -> None:
+    guard = make_guard()
+    for step in range(40):
+        guard.verdict(step, 1.0, 1.0)
+    assert guard.verdict(40, 1.0, 1.05) is None
+
+
+def test_no_verdict_on_spikes_without_history_or_without_sigmas() -> None:
+    assert make_guard().verdict(0, 1.0, 1e9) is None
+    guard = make_guard(sigmas=0.0)
+    for step in range(40):
+        guard.verdict(step, 1.0, 1.0)
+    assert guard.verdict(40, 1.0, 1e9) is None
+
+
+def test_too_many_skips_stop_the_run_but_old_ones_are_forgotten() -> None:
+    guard = make_guard(max_skips=2, skip_window=10)
+    for step in (0, 20, 25, 40, 41):
+        assert guard.verdict(step, math.nan, 1.0)
+        guard.enforce(step)
+    guard.verdict(42, math.nan, 1.0)
+    with pytest.raises(TooManySkips, match=r"3 steps \(40, 41, 42\) were skipped within 10"):
+        guard.enforce(42)
+
+
+def test_a_restored_guard_decides_as_the_uninterrupted_one() -> None:
+    norms = [1 + 0.3 * math.sin(step) for step in range(60)]
+    norms[30] = norms[50] = 30.0
+    straight = make_guard()
+    verdicts = [straight.verdict(step, 1.0, norm) for step, norm in enumerate(norms)]
+    first, second = make_guard(), make_guard()
+    for step in range(35):
+        first.verdict(step, 1.0, norms[step])
+    second.load(json.loads(json.dumps(first.state())))
+    assert [second.verdict(step, 1.0, norms[step]) for step in range(35, 60)] == verdicts[35:]
+    assert second.state() == straight.state()
+
+
+def test_the_watchdog_is_quiet_while_there_is_progress(tmp_path: Path) -> None:
+    codes: list[int] = []
+    with Watchdog(1.0, tmp_path, rank=0, exit_process=codes.append) as watchdog:
+        for step in range(8):
+            watchdog.beat(step, "compute")
+            time.sleep(0.2)
+    assert codes == []
+    assert list((tmp_path / "heartbeats").iterdir()) == []
+
+
+def test_the_watchdog_ends_a_hung_process_and_writes_all_stacks(tmp_path: Path) -> None:
+    program = f"""
+import threading, time
+from pathlib import Path
+from pretrain.faults import Watchdog
+def other_thread_function(): time.sleep(60)
+threading.Thread(target=other_thread_function, daemon=True).start()
+def hang_here(): time.sleep(60)
+with Watchdog(1.0, Path({str(tmp_path)!r}), rank=3, host="h") as watchdog:
+    watchdog.beat(7, "compute")
+    hang_here()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == faults.EXIT_HUNG, done.stderr
+    stacks = (tmp_path / "stacks-rank-00003.txt").read_text()
+    for text in (stacks, done.stderr):
+        assert "hang_here" in text
+        assert "other_thread_function" in text
+        assert "in phase compute of step 7" in text
+
+
+def test_the_grace_period_ends_the_process_for_requeue(tmp_path: Path) -> None:
+    codes: list[int] = []
+    with Watchdog(2.0, tmp_path, rank=0, exit_process=codes.append) as watchdog:
+        watchdog.end_within(0.1)
+        for _ in range(40):
+            watchdog.beat(0, "checkpoint")
+            time.sleep(0.05)
+    assert set(codes) == {faults.EXIT_REQUEUE}
+
+
+def test_the_culprit_is_the_silent_rank_else_the_one_behind(tmp_path: Path) -> None:
+    watchdog = Watchdog(40.0, tmp_path, rank=0)
+    folder = tmp_path / "heartbeats"
+    folder.mkdir()
+
+    def beat(rank: int, step: int, phase: str, age_s: float = 0.0) -> None:
+        entry = {"rank": rank, "host": f"host{rank}", "step": step, "phase": phase, "time": time.time() - age_s}
+        (folder / f"rank-{rank:05d}.json").write_text(json.dumps(entry))
+
+    for rank in range(4):
+        beat(rank, 12, "compute" if rank == 2 else "measure")
+    assert watchdog.culprit().startswith("rank 2 on host2")
+    beat(1, 12, "measure", age_s=100)
+    assert watchdog.culprit().startswith("rank 1 on host1 (step 12, phase measure) is silent for 100 s")
+
+
+def test_exit_codes_and_messages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert faults.exit_code_of(UserError("bad key")) == faults.EXIT_USER
+    assert capsys.readouterr().err == "error: bad key\n"
+    assert faults.exit_code_of(TooManySkips("x")) == faults.EXIT_SKIPS
+    assert faults.exit_code_of(KeyboardInterrupt()) == 130
+    assert faults.exit_code_of(RuntimeError("boom"), rank=5) == faults.EXIT_FAILED
+    assert "rank 5" in capsys.readouterr().err
+    assert faults.exit_code_of(torch.OutOfMemoryError("no memory")) == faults.EXIT_FAILED
+    assert "Lower data.micro_batch_rows" in capsys.readouterr().err

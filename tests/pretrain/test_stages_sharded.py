@@ -1,0 +1,80 @@
+"""Both real stages in miniature: every sharding trains them as one plain PyTorch loop does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+from engine_launch import Result, largest_relative_difference, launch
+
+from pretrain.optim import STATES
+
+STEPS, ROWS = 3, 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, runs and results."""
+    folder = tmp_path_factory.mktemp("stages")
+    tiny_run.write_data(folder / "data")
+    return folder
+
+
+def config_of(folder: Path, stage: str, run: str) -> dict[str, Any]:
+    """Stage 1 with truncation (two encodings a window) and REPA; stage 2 on the VAE that stage 1 left."""
+    config = tiny_run.config_values(folder / "data", folder / run)
+    config["data"] |= {"rows_per_step": ROWS, "streams": 4}
+    config["data"]["split"] = {"kind": "truncate" if stage == "vae" else "context"}
+    if stage == "vae":
+        return config
+    del config["repa"]
+    model = {"latent_dim": 4, "width": 32, "num_layers": 2, "head_dim": 16, "vae": str(folder / "vae")}
+    return config | {"stage": "dit", "model": model, "flow": {"statistics_rows": 12}}
+
+
+def jobs(folder: Path, world_size: int) -> list[dict[str, Any]]:
+    """Stage x ZeRO 0-3 x accumulation 1 and 3; on one rank also the plain loops, and first the VAE for stage 2."""
+    found = []
+    for stage in ("vae", "dit"):
+        if world_size == 1:
+            config = config_of(folder, stage, stage)
+            if stage == "vae":
+                found.append({"name": "for-dit", "config": config, "zero_stage": 0, "accumulation": 1, "steps": 1})
+            found.append({"name": f"{stage}-plain", "config": config, "zero_stage": None, "steps": STEPS})
+        for zero_stage in range(4):
+            for accumulation in (1, 3):
+                name = f"{stage}-{zero_stage}-{accumulation}"
+                config = config_of(folder, stage, f"run{world_size}-{name}")
+                found.append(
+                    {
+                        "name": name,
+                        "config": config,
+                        "zero_stage": zero_stage,
+                        "accumulation": accumulation,
+                        "steps": STEPS,
+                    }
+                )
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_rank(folder: Path) -> dict[str, Result]:
+    return launch(folder / "one", 1, jobs(folder, 1), worker="stage_worker.py")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder: Path, one_rank: dict[str, Result]) -> dict[str, Result]:
+    return launch(folder / "two", 2, jobs(folder, 2), worker="stage_worker.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("zero_stage", range(4))
+@pytest.mark.parametrize("stage", ["vae", "dit"])
+def test_every_sharding_trains_as_the_plain_loop(one_rank, two_ranks, stage, zero_stage, accumulation):
+    for results in (one_rank, two_ranks):
+        found, expected = results[f"{stage}-{zero_stage}-{accumulation}"], one_rank[f"{stage}-plain"]
+        for state in STATES:
+            # Moments are gradients, which are sums with cancellation, and their squares, which double a relative error.
+            tolerance = 1e-6 if state in ("weight", "ema") else 4e-6
+            assert largest_relative_difference(found.states[state], expected.states[state]) <= tolerance, state

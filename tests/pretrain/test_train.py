@@ -1,0 +1,322 @@
+"""The loop, with a stage in miniature: resuming is exact, faults are agreed on, mistakes refused."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_run
+import torch
+from torch import Tensor
+
+from data_pipeline.errors import UserError
+from pretrain import faults, train
+from pretrain.checkpoint import read_manifest, read_tensors
+from pretrain.distributed import free_port
+from pretrain.session import refuse_other_inputs
+from pretrain.telemetry_sinks import read_metrics
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def tiny_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.session.build_stage", lambda config, device: tiny_run.TinyStage())
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.write_data(tmp_path_factory.mktemp("tiny"))
+
+
+def start(config: Path, *arguments: str) -> int:
+    """One process, here."""
+    return train.main(["--config", str(config), *arguments])
+
+
+def start_ranks(config: Path, *arguments: str, ranks: int = 2, **environment: str) -> list[subprocess.Popen]:
+    """The same command on several ranks, as a launcher starts it, but without one that ends them."""
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), **environment}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, str(Path(__file__).parent / "tiny_run.py"), "--config", str(config), *arguments]
+    return [
+        subprocess.Popen(
+            command,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def finish(processes: list[subprocess.Popen], timeout_s: float = 300) -> list[tuple[int, str]]:
+    """(exit code, output) of every rank."""
+    try:
+        outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, output) for process, output in zip(processes, outputs)]
+
+
+def everything(run: Path) -> dict[str, Tensor]:
+    """Weights, moments and EMA of the newest checkpoint."""
+    states = ("weight", "exp_avg", "exp_avg_sq", "ema")
+    return {f"{state}/{name}": t for state in states for name, t in read_tensors(run, state=state).items()}
+
+
+def losses(run: Path) -> list[float]:
+    """Of every step."""
+    return [line["loss"] for line in read_metrics(run)]
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    different = [name for name in found if not torch.equal(found[name], expected[name])]
+    assert not different
+
+
+@pytest.fixture(scope="module")
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("straight")
+    config = tiny_run.write_config(folder / "c.json", tiny_run.config_values(data, folder / "run"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pretrain.session.build_stage", lambda config, device: tiny_run.TinyStage())
+        assert start(config) == 0
+    return folder / "run"
+
+
+def make_config(tmp_path: Path, data: Path, **train_keys: object) -> Path:
+    return tiny_run.write_config(tmp_path / "c.json", tiny_run.config_values(data, tmp_path / "run", **train_keys))
+
+
+def test_the_loop_fits_one_screen_and_knows_no_stage() -> None:
+    assert len(inspect.getsource(train.train).splitlines()) <= 52
+    source = inspect.getsource(train)
+    assert "vae" not in source.lower().replace("vae_base", "")
+
+
+def test_a_run_leaves_what_it_promises(straight: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines, evaluations = read_metrics(straight), read_metrics(straight, "eval")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in evaluations] == [3, 6]
+    assert lines[0]["loss"] > lines[-1]["loss"]
+    assert lines[0]["ce"] == pytest.approx(lines[0]["loss"], rel=1e-6)
+    kept = {path.name for path in (straight / "checkpoints").iterdir()}
+    assert kept == {"latest", "step-000000004", "step-000000006"}
+    assert start(straight / "config.json") == 0  # the resolved configuration is one, and the run is finished
+    assert "is finished" in capsys.readouterr().out
+    assert [line["step"] for line in read_metrics(straight)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_evaluation_uses_the_ema(straight: Path, data: Path) -> None:
+    from data_pipeline.batch import SplitConfig
+    from data_pipeline.loader import heldout_batches
+
+    stage = tiny_run.TinyStage()
+    stage.load_state_dict(read_tensors(straight, state="ema"))
+    sums = torch.zeros(2)
+    for batch in heldout_batches(data, None, split=SplitConfig("none"), seed=0, micro_batch_rows=2, max_rows=6):
+        sums += stage(batch, {"tokens": 1}).metrics["ce"].detach()
+    assert read_metrics(straight, "eval")[-1]["eval/ce"] == pytest.approx((sums[0] / sums[1]).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("ticket", [0, 24, 31])
+def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(
+    ticket: int, tmp_path: Path, data: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path, data)
+    monkeypatch.setenv("TINY_TERM", f"0:{ticket}")
+    assert start(config) == faults.EXIT_REQUEUE
+    assert read_manifest(tmp_path / "run" / "checkpoints" / f"step-{ticket // 8 + 1:09d}").step == ticket // 8 + 1
+    monkeypatch.delenv("TINY_TERM")
+    assert start(config) == 0
+    assert_same(everything(tmp_path / "run"), everything(straight))
+    assert losses(tmp_path / "run") == losses(straight)
+
+
+def test_a_bad_step_is_skipped_and_written_down(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINY_NAN", "18")
+    assert start(make_config(tmp_path, data, eval_every=0)) == 0
+    (entry,) = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert (entry["step"], entry["reason"], entry["rank"]) == (2, "the loss is nan", 0)
+    assert [row[0] for row in entry["rows"]] == list(range(16, 24))
+    lines = read_metrics(tmp_path / "run")
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 0, 0, 0]
+    assert all(torch.isfinite(tensor).all() for tensor in everything(tmp_path / "run").values())
+
+
+def test_too_many_bad_steps_stop_the_run(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("TINY_NAN", "18,26,34")
+    assert start(make_config(tmp_path, data, max_skips=2)) == faults.EXIT_SKIPS
+    assert "3 steps (2, 3, 4) were skipped" in capsys.readouterr().err
+    assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) == 3
+
+
+def test_rewinding_leaves_out_the_rows_from_the_last_good_checkpoint_on(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINY_NAN", "26,34")  # steps 3 and 4; the newest checkpoint before them is that after step 1
+    config = make_config(tmp_path, data, max_skips=1, rewind=True, checkpoint_every=2, checkpoint_async=False)
+    assert start(config) == 0
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (rewind,) = [event for event in events if event.get("event") == "rewind"]
+    assert (rewind["checkpoint"], rewind["left_out"], rewind["step"]) == ("step-000000002", [2, 4], 5)
+
+
+def test_a_dry_run_leaves_nothing(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config(tmp_path, data)
+    assert start(config, "--dry-run") == 0
+    assert "one step" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
+
+
+def test_a_changed_run_is_refused_with_both_values(
+    tmp_path: Path, data: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(straight / "config.json")
+    for override, expected in (
+        ("train.seed=5", "train.seed was 0, is 5"),
+        ("data.rows_per_step=16", "data.rows_per_step was 8, is 16"),
+        ("data.streams=2", "data.streams was 4, is 2"),
+        ("optimizer.lr=0.5", "add --allow-change optimizer.lr"),
+    ):
+        assert train.main(["--config", config, "--set", override]) == faults.EXIT_USER
+        assert expected in capsys.readouterr().err
+    other = tiny_run.write_data(tmp_path / "other", seed=1)
+    assert train.main(["--config", config, "--set", f"data.path={other}"]) == faults.EXIT_USER
+    assert "fingerprint was" in capsys.readouterr().err
+
+
+def test_another_vae_by_the_same_name_is_refused() -> None:
+    with pytest.raises(UserError, match=r"what model.vae names had fingerprint a and has b"):
+        refuse_other_inputs({"model.vae": "a"}, {"model.vae": "b"}, [], "runs/x")
+    refuse_other_inputs({"model.vae": "a"}, {"model.vae": "b"}, ["model.vae"], "runs/x")
+    refuse_other_inputs({"model.vae": "a"}, {"model.vae": "a"}, [], "runs/x")
+
+
+def test_allowed_and_harmless_changes_proceed(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config(tmp_path, data)
+    assert start(config, "--set", "train.steps=2") == 0
+    changes = ["--set", "optimizer.lr=0.5", "--set", "train.zero_stage=2", "--allow-change", "optimizer.lr"]
+    assert start(config, *changes, "--allow-change", "train.steps") == 0
+    out = capsys.readouterr().out
+    assert "optimizer.lr was 0.01, is 0.5" in out
+    assert "train.zero_stage was 1, is 2" in out
+
+
+def test_fresh_puts_the_old_run_aside(tmp_path: Path, data: Path) -> None:
+    config = make_config(tmp_path, data, steps=2)
+    assert start(config) == 0
+    assert start(config, "--fresh", "--set", "train.seed=1") == 0
+    assert (tmp_path / "run.1" / "checkpoints" / "latest").exists()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["seed"] == 1
+
+
+def test_damaged_checkpoints_are_passed_over_but_never_forgotten(
+    tmp_path: Path, data: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(tmp_path, data)
+    assert start(config) == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    file = next((checkpoints / "step-000000006").glob("rank-*"))
+    file.write_bytes(file.read_bytes()[:-1])
+    assert start(config) == 0
+    assert "step-000000006" in capsys.readouterr().err
+    assert_same(everything(tmp_path / "run"), everything(straight))
+    for file in checkpoints.glob("step-*/rank-*"):
+        file.write_bytes(b"x")
+    assert start(config) == faults.EXIT_USER
+    assert "none of them is complete" in capsys.readouterr().err
+
+
+def test_profiling_leaves_a_trace(tmp_path: Path, data: Path) -> None:
+    assert start(make_config(tmp_path, data, eval_every=0), "--profile", "2") == 0
+    assert list((tmp_path / "run" / "profile").glob("trace-*.json"))
+
+
+def test_help_names_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    assert "85  SIGTERM" in capsys.readouterr().out
+
+
+def test_two_ranks_train_as_one_and_survive_a_signal_to_one_of_them(tmp_path: Path, data: Path, straight: Path) -> None:
+    config = make_config(tmp_path, data)
+    for code, output in finish(start_ranks(config, TINY_TERM="1:21")):
+        assert code == faults.EXIT_REQUEUE, output
+    for code, output in finish(start_ranks(config)):
+        assert code == 0, output
+    two, one = everything(tmp_path / "run"), everything(straight)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_nan_on_one_rank_is_skipped_by_both(tmp_path: Path, data: Path) -> None:
+    config = make_config(tmp_path, data)
+    for code, output in finish(start_ranks(config, TINY_NAN="19")):
+        assert code == 0, output
+    entries = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert [(entry["step"], entry["rank"]) for entry in entries] == [(2, 0), (2, 1)]
+    assert sorted(row[0] for entry in entries for row in entry["rows"]) == list(range(16, 24))
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_ends_it_at_once(tmp_path: Path, data: Path) -> None:
+    processes = start_ranks(make_config(tmp_path, data), TINY_RAISE="1:21")
+    output = processes[1].communicate(timeout=300)[0]
+    processes[0].kill()
+    assert processes[1].returncode == faults.EXIT_FAILED
+    assert "injected" in output
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_is_named_by_the_others_which_end(tmp_path: Path, data: Path) -> None:
+    alive, frozen = start_ranks(make_config(tmp_path, data, watchdog_s=20.0, grace_s=3.0), TINY_STOP="1:21")[:2]
+    output = alive.communicate(timeout=300)[0]
+    frozen.kill()
+    frozen.wait()
+    assert alive.returncode == faults.EXIT_HUNG, output
+    assert "in phase compute of step 2; rank 1 on" in output
+    assert "is silent for" in output
+    assert "in forward_backward" in (tmp_path / "run" / "stacks-rank-00000.txt").read_text()
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_changes_no_bit(tmp_path: Path, data: Path) -> None:
+    keys = {"steps": 120, "checkpoint_every": 7, "eval_every": 0, "zero_stage": 2, "log_every": 1}
+    (tmp_path / "straight").mkdir()
+    for code, output in finish(start_ranks(make_config(tmp_path / "straight", data, **keys))):
+        assert code == 0, output
+    config, rng = make_config(tmp_path, data, **keys), np.random.default_rng(0)
+    for kill_after in np.cumsum(rng.integers(10, 35, size=4)):
+        processes = start_ranks(config)
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while (not metrics.exists() or last_step(tmp_path / "run") < kill_after) and processes[0].poll() is None:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.05))
+        for process in processes:
+            process.kill()
+            process.communicate()
+    for code, output in finish(start_ranks(config)):
+        assert code == 0, output
+    assert_same(everything(tmp_path / "run"), everything(tmp_path / "straight" / "run"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight" / "run")
+
+
+def last_step(run: Path) -> int:
+    """The last logged one."""
+    lines = read_metrics(run)
+    return lines[-1]["step"] if lines else 0
