@@ -1,6 +1,7 @@
 """The one error class for users' mistakes, and the wrapper that every command's `main` runs under."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ class UserError(ValueError):
     """Bad input: the message says what was found, what was expected and what to do. Commands print it without a traceback."""
 
 
-def cli(main: Callable[[list[str] | None], int | None]) -> Callable[[list[str] | None], int]:
+def cli(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
     """Wrap a command's `main(argv)`: a UserError becomes one line on stderr and exit code 2, Ctrl-C becomes 130."""
 
     @functools.wraps(main)
@@ -22,5 +23,8 @@ def cli(main: Callable[[list[str] | None], int | None]) -> Callable[[list[str] |
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
+        except BrokenPipeError:  # `command | head`: the reader has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
 
     return run

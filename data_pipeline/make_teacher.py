@@ -46,7 +46,7 @@ class Recipe:
     """Stop after this time, or ..."""
     steps: int | None = None
     """... after this many steps."""
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
     lr: float = 4e-3
     weight_decay: float = 0.1
     seed: int = 0
@@ -127,6 +127,9 @@ def build(manifest: Manifest, recipe: Recipe) -> Qwen3ForCausalLM:
         head_dim=HEAD_DIM,
         max_position_embeddings=manifest.max_window,
         tie_word_embeddings=True,
+        # Measured on TinyStories at width 96, held-out nats after 120 steps: 3.62 with a range of 0.06, 3.66 with 0.1, and 4.29
+        # with the library's 0.02, at which so short a training begins on a plateau.
+        initializer_range=0.6 / math.sqrt(recipe.width),
         bos_token_id=None,
         eos_token_id=manifest.tokenizer.eos_id,
     )

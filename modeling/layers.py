@@ -72,12 +72,18 @@ class Block(nn.Module):
         if self.modulation is None:
             x_TD = x_TD + self.attention(self.attention_norm(x_TD), rope, segments)
             return x_TD + self._mlp(self.mlp_norm(x_TD))
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition_TD)).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(_given(condition_TD))).chunk(6, dim=-1)
         x_TD = x_TD + gate1 * self.attention(self.attention_norm(x_TD) * (1 + scale1) + shift1, rope, segments)
         return x_TD + gate2 * self._mlp(self.mlp_norm(x_TD) * (1 + scale2) + shift2)
 
     def _mlp(self, x_TD: torch.Tensor) -> torch.Tensor:
         return self.mlp_out(F.gelu(self.mlp_in(x_TD), approximate="tanh"))
+
+
+def _given(condition_TD: torch.Tensor | None) -> torch.Tensor:
+    if condition_TD is None:
+        raise ValueError("a modulated block needs a conditioning vector per token")
+    return condition_TD
 
 
 class Transformer(nn.Module):
@@ -150,6 +156,7 @@ def initialize(module: nn.Module) -> None:
         if isinstance(stack, Transformer):
             residual_std = 0.02 / math.sqrt(2 * max(len(stack.blocks), 1))
             for block in stack.blocks:
+                assert isinstance(block, Block)
                 nn.init.normal_(block.attention.out.weight, std=residual_std)
                 nn.init.normal_(block.mlp_out.weight, std=residual_std)
                 if block.modulation is not None:

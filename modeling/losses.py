@@ -29,7 +29,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             log_normaliser = logits.logsumexp(-1)
             loss += (weights * (log_normaliser - logits.gather(1, targets[:, None])[:, 0])).sum()
             correct_T[part] = logits.argmax(-1) == targets
-            if needs_grad:
+            if grad_hidden is not None:
                 probabilities = logits.sub_(log_normaliser[:, None]).exp_()
                 probabilities.scatter_add_(1, targets[:, None], -torch.ones_like(probabilities[:, :1]))
                 grad_logits = probabilities.mul_(weights[:, None]).to(hidden.dtype)

@@ -112,7 +112,7 @@ class GuidedVelocity:
         time_T = torch.full(target_T.shape, t, device=z_TZ.device)
         velocity_TZ = self._dit(inputs_TZ, target_T, time_T, windows, estimate_TZ)
         if guided:
-            velocity_TZ = flow.guide(*velocity_TZ.chunk(2), self._scale)
+            velocity_TZ = flow.guide(velocity_TZ[: len(z_TZ)], velocity_TZ[len(z_TZ) :], self._scale)
             time_T = time_T[: len(z_TZ)]
         if self._dit.config.self_conditioning:
             self._estimate_TZ = self._dit.estimate(velocity_TZ, z_TZ, time_T)

@@ -43,6 +43,9 @@ class TextVAE(nn.Module):
     they are 0 and 1 until `pretrain.latents` has measured them.
     """
 
+    latents_mean: torch.Tensor
+    latents_std: torch.Tensor
+
     def __init__(self, config: TextVAEConfig):
         super().__init__()
         self.config = config

@@ -100,11 +100,12 @@ class TextLDM(PreTrainedModel):
             on_step: called in every step with (step, t, tokens of each continuation as decoded from the one-step estimate).
 
         Returns: one 1-D int64 tensor of new tokens a prompt.
-        Raises: ValueError for lengths beyond `config.max_window` or empty requests.
+        Raises: ValueError for lengths beyond `config.max_window`, empty requests, ids or noise that do not fit.
         """
         config = self.config
         prompts = [torch.as_tensor(ids, dtype=torch.int64).reshape(-1).cpu() for ids in input_ids]
-        self._check(prompts, max_new_tokens)
+        num_steps = config.num_steps if num_steps is None else num_steps
+        self._check(prompts, max_new_tokens, num_steps, noise)
         device = self.device
         # The two are encoded separately in training; here only the context exists.
         latents_TZ, is_target_T, lengths = self._pack(prompts, max_new_tokens)
@@ -115,7 +116,7 @@ class TextLDM(PreTrainedModel):
         noise_TZ[is_target_T] = torch.cat([n.to(device, torch.float32) for n in noise])
         scale = config.guidance_scale if guidance_scale is None else guidance_scale
         velocity = GuidedVelocity(self.dit, latents_TZ, is_target_T, windows, scale, guidance_interval)
-        grid = TimeDistribution(**config.times).grid(num_steps or config.num_steps).tolist()
+        grid = TimeDistribution(**config.times).grid(num_steps).tolist()
 
         def report(step: int, t: float, estimate_TZ: torch.Tensor) -> None:
             assert on_step is not None
@@ -126,7 +127,13 @@ class TextLDM(PreTrainedModel):
         eos = eos_token_id if eos_token_id is not None else getattr(config, "eos_token_id", None)
         return [_before(ids, eos) for ids in tokens]
 
-    def _check(self, prompts: list[torch.Tensor], max_new_tokens: int) -> None:
+    def _check(
+        self,
+        prompts: list[torch.Tensor],
+        max_new_tokens: int,
+        num_steps: int,
+        noise: Sequence[torch.Tensor] | None,
+    ) -> None:
         if not prompts or max_new_tokens < 1:
             raise ValueError(
                 f"generate() needs a prompt and max_new_tokens >= 1, found {len(prompts)} and {max_new_tokens}"
@@ -137,10 +144,18 @@ class TextLDM(PreTrainedModel):
                 f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the {limit} of this model's windows;"
                 " shorten the prompt or lower max_new_tokens"
             )
-        top = max((int(ids.max()) for ids in prompts if len(ids)), default=0)
-        if top >= self.vae.config.vocab_size:
+        vocab_size, latent_dim = self.vae.config.vocab_size, self.vae.config.latent_dim
+        beyond = [id_ for ids in prompts for id_ in ids.tolist() if not 0 <= id_ < vocab_size]
+        if beyond:
             raise ValueError(
-                f"token id {top} is beyond the vocabulary of {self.vae.config.vocab_size}; use this model's tokenizer"
+                f"token id {beyond[0]} is beyond the vocabulary of {vocab_size}; use this model's tokenizer"
+            )
+        if num_steps < 1:
+            raise ValueError(f"num_steps is {num_steps}; expected at least 1")
+        shapes = [tuple(eps.shape) for eps in noise] if noise is not None else []
+        if noise is not None and shapes != [(max_new_tokens, latent_dim)] * len(prompts):
+            raise ValueError(
+                f"noise has shapes {shapes[:3]}; expected ({max_new_tokens}, {latent_dim}) for each prompt"
             )
 
     def _pack(self, prompts: list[torch.Tensor], new: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

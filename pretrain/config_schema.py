@@ -118,6 +118,10 @@ class Repa(Section):
     """Steps over which the weight rises linearly from 0."""
     features: str | None = None
     """Folder of cached features (data_pipeline.cache_features)."""
+    teacher: str | None = None
+    """Hub id or folder of the causal language model whose features the cache holds; data_pipeline.cache_features reads it here."""
+    revision: str | None = None
+    """Commit of that teacher on the hub."""
     online_teacher: str | None = None
     """Instead of a cache: hub id or folder of a causal language model, run in the loop."""
     online_revision: str | None = None

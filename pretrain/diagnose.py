@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{output / JSON_NAME}, {output / PAGE_NAME}")
     judged = sum(verdict.passed is not None for verdict in verdicts)
     if failed:
-        print(f"NO-GO: {len(failed)} of {judged} thresholds missed: {', '.join(verdict.name for verdict in failed)}")
+        print(f"NO-GO: {len(failed)} of {judged} thresholds missed: {'; '.join(verdict.name for verdict in failed)}")
     else:
         print(f"GO: all {judged} thresholds met")
     return 1 if failed else 0

@@ -33,13 +33,12 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "text.color": INK,
-    "text.parse_math": False,
 }
 
 
 def draw(figures: Figures, verdicts: Sequence[Verdict], title: str, path: Path) -> None:
     """Write the page as PNG."""
-    panels = [draw_noise, draw_basin, draw_vae_floors] if figures["stage"] == "vae" else list(DIT_PANELS)
+    panels = [draw_vae_floors, draw_noise, draw_basin] if figures["stage"] == "vae" else list(DIT_PANELS)
     if "guidance_sweep" not in figures and draw_guidance in panels:
         panels.remove(draw_guidance)
     columns = 3 if len(panels) == 3 else 4
@@ -50,7 +49,13 @@ def draw(figures: Figures, verdicts: Sequence[Verdict], title: str, path: Path) 
         above, below = figure.subfigures(2, 1, height_ratios=[2.9 * rows, table_inches])
         go = figures["verdict"]
         figure.suptitle(
-            f"{title}:  {go.upper()}", x=0.01, ha="left", fontsize=13, weight="bold", color=_color(go == "go")
+            f"{title}:  {go.upper()}",
+            x=0.01,
+            ha="left",
+            fontsize=13,
+            weight="bold",
+            color=_color(go == "go"),
+            parse_math=False,
         )
         grid = above.subplots(rows, columns, squeeze=False)
         for axes, panel in zip(grid.flat, panels):
@@ -68,21 +73,18 @@ def _color(passed: bool | None) -> str:
 
 def draw_flow(axes: Axes, figures: Figures) -> None:
     """Check 1: the loss between the floors."""
-    places = range(4)
-    for name, color in FLOOR_COLORS.items():
-        axes.hlines(
-            figures[f"{name}_floor"],
-            [x - 0.4 for x in places],
-            [x + 0.4 for x in places],
-            color=color,
-            lw=2,
-            label=name,
-        )
-    axes.bar(places, figures["flow_loss"], 0.5, color=MODEL, label="model")
-    axes.set_xticks(places, QUARTER_LABELS)
-    axes.set_ylim(0, 1.3 * max(figures["blind_floor"]))
+    axes.bar(range(4), figures["flow_loss"], 0.5, color=MODEL, label="model")
+    _floor_lines(axes, figures)
+    axes.set_xticks(range(4), QUARTER_LABELS)
+    axes.set_ylim(0, 1.35 * max(*figures["blind_floor"], *(loss for loss in figures["flow_loss"] if loss == loss)))
     axes.set_title("1  flow loss and floors, by t")
     axes.legend(ncols=2, loc="upper center")
+
+
+def _floor_lines(axes: Axes, figures: Figures) -> None:
+    for name, color in FLOOR_COLORS.items():
+        left, right = ([x + side for x in range(4)] for side in (-0.4, 0.4))
+        axes.hlines(figures[f"{name}_floor"], left, right, color=color, lw=2.2, label=name)
 
 
 def draw_removed(axes: Axes, figures: Figures) -> None:
@@ -91,10 +93,12 @@ def draw_removed(axes: Axes, figures: Figures) -> None:
         places = [x + 0.27 * (i - 1) for x in range(4)]
         # A model far above a floor says "no" in any case: what is below -1 is cut off, so that the rest can be read.
         axes.bar(places, [max(value, -1) for value in figures[f"{name}_floor_removed"]], 0.25, color=color, label=name)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.22 * (high - low))
     axes.axhline(0, color=INK, lw=0.8)
     axes.set_xticks(range(4), QUARTER_LABELS)
     axes.set_title("1  fraction of each floor removed, by t")
-    axes.legend(ncols=3, loc="best")
+    axes.legend(ncols=3, loc="upper center")
 
 
 def draw_context(axes: Axes, figures: Figures) -> None:
@@ -162,12 +166,11 @@ def draw_guidance(axes: Axes, figures: Figures) -> None:
 
 def draw_vae_floors(axes: Axes, figures: Figures) -> None:
     """Check 1 for a VAE: what its latents give away to predictors without language."""
-    for name, color in FLOOR_COLORS.items():
-        axes.plot(range(4), figures[f"{name}_floor"], "o-", color=color, ms=4, label=name)
+    _floor_lines(axes, figures)
+    axes.set_ylim(0, 1.35 * max(figures["blind_floor"]))
     axes.set_xticks(range(4), QUARTER_LABELS)
-    axes.set_ylim(0)
     axes.set_title("1  floors of the flow loss, by t")
-    axes.legend(loc="lower right")
+    axes.legend(ncols=3, loc="upper center")
 
 
 def draw_table(below: Any, verdicts: Sequence[Verdict]) -> None:

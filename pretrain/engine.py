@@ -90,7 +90,8 @@ class Engine:
         check_settings(settings)
         _check_trainable(stage)
         self.stage, self.settings, self.optimizer_settings, self.topology = stage, settings, optimizer, topology
-        base = build_optimizer(stage, optimizer)
+        on_gpu = topology.device.type == "cuda" and settings.offload_optimizer == "none"
+        base = build_optimizer(stage, optimizer, fused=on_gpu)
         names = {p: name for name, p in stage.named_parameters()}
         decays = {names[p]: group["decays"] for group in base.param_groups for p in group["params"]}
         self._bare_loss = stage.forward = _BareLoss(stage)
@@ -99,7 +100,7 @@ class Engine:
         self._deepspeed, wrapped, _, _ = deepspeed.initialize(
             model=stage,
             optimizer=base,
-            config=deepspeed_config(settings, topology.world_size),
+            config=deepspeed_config(settings, sum(p.numel() for p in names)),
             dist_init_required=False,
         )
         self.partition: Partition = partition_of(names, decays, wrapped, base, topology.rank, topology.world_size)

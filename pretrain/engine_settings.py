@@ -8,7 +8,7 @@ import torch
 from data_pipeline.errors import UserError
 
 OVERRIDABLE = {
-    "zero_optimization", "bf16", "data_types", "communication_data_type", "aio", "comms_logger", "flops_profiler",
+    "zero_optimization", "communication_data_type", "aio", "comms_logger", "flops_profiler",
     "wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level", "disable_python_gc",
 }  # fmt: skip
 """Top-level keys that the config's `deepspeed` section may set. DeepSpeed itself ignores unknown ones silently."""
@@ -17,10 +17,14 @@ OURS = {
     "optimizer": "optimizer.*", "scheduler": "schedule.*", "gradient_clipping": "optimizer.grad_clip",
     "train_batch_size": "data.rows_per_step", "train_micro_batch_size_per_gpu": "data.micro_batch_rows",
     "gradient_accumulation_steps": "data.micro_batch_rows", "checkpoint": "train.checkpoint_every",
-    "fp16": "train.precision", "torch_autocast": "train.precision",
+    "fp16": "train.precision", "bf16": "train.precision", "data_types": "train.precision", "torch_autocast": "train.precision",
     "activation_checkpointing": "train.activation_checkpointing",
 }  # fmt: skip
 """Keys of DeepSpeed that the configuration sets by another name."""
+
+
+MAX_BUCKET = 200_000_000
+"""Elements of gradients reduced at a time."""
 
 
 @dataclass
@@ -56,12 +60,14 @@ def check_settings(settings: EngineSettings) -> None:
         raise UserError(f"train.offload_parameters needs train.zero_stage=3, found {stage}")
 
 
-def deepspeed_config(settings: EngineSettings, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's dictionary for these settings, with `settings.overrides` merged over it, key by key.
+def deepspeed_config(settings: EngineSettings, num_parameters: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary for these settings and model size, with `settings.overrides` merged over it, key by key.
 
     Raises: UserError for a top-level key that is unknown (DeepSpeed would ignore it) or that has another name here.
     """
     zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.zero_stage > 0:  # by default a buffer of 2 GB, however small the model
+        zero["reduce_bucket_size"] = max(1, min(num_parameters, MAX_BUCKET))
     if settings.offload_optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     elif settings.zero_stage in (1, 2) and not (settings.precision == "bf16" and settings.zero_stage == 1):

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -115,7 +116,7 @@ def training_batches(config: RunConfig, num_rows: int, micro_batch_rows: int = 1
     """About `num_rows` of the run's training rows, split as in training, with its features: whole steps from the first on."""
     data = config.data
     steps = max(1, -(-num_rows // data.rows_per_step))
-    arguments = {
+    arguments: dict[str, Any] = {
         "seed": config.train.seed,
         "streams": data.streams,
         "rows_per_step": data.rows_per_step,
@@ -176,7 +177,8 @@ def read_latents(path: Path, vae: TextVAE, key: str | None = None) -> Floors:
     vae.latents_mean.copy_(tensors["latents_mean"])
     vae.latents_std.copy_(tensors["latents_std"])
     grids = [tensors[f"{name}_G"] for name in ("times", *NAMES)]
-    return Floors(*grids, within_token_variance=float(tensors["within_token_variance"]))
+    times_G, blind_G, covariance_G, unigram_G = grids
+    return Floors(times_G, blind_G, covariance_G, unigram_G, float(tensors["within_token_variance"]))
 
 
 def _latents_key(config: DiTRun, manifest: Manifest) -> str:

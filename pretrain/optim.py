@@ -146,9 +146,12 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> AdamWithEMA:
-    """AdamW over the trainable parameters of `module`, in the groups of `parameter_groups`."""
+def build_optimizer(module: nn.Module, settings: OptimizerSettings, fused: bool = False) -> AdamWithEMA:
+    """AdamW over the trainable parameters of `module`, in the groups of `parameter_groups`.
+
+    `fused`: one kernel per tensor, for GPUs. On CPUs its result depends on where a shard begins (vector or scalar code).
+    """
     groups = parameter_groups(module, settings.weight_decay)
     # One tensor after the other: the multi-tensor kernels hold a temporary as large as all gradients, and under ZeRO
     # a group is one flat tensor anyway.
-    return AdamWithEMA(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, foreach=False)
+    return AdamWithEMA(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, foreach=False, fused=fused)

@@ -17,18 +17,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError, cli
+from pretrain.recipe_plan import RANKS, Ledger, Plan, Step
 
-RANKS = 2
-ROW_TOKENS = 1024
-WINDOW_TOKENS = 256
-VOCAB_SIZE = 1024
-TEACHER_SECONDS = 60
 PROMPTS = 3
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "numpy")
 
@@ -38,224 +33,6 @@ DIT_SECONDS = 450
 LONG_DIT_SECONDS = 4500
 DIT_STEPS_PER_VAE_STEP = 0.4
 MIN_DIT_STEPS, MAX_DIT_STEPS = 600, 60_000
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command of the recipe.
-
-    `name`: also its key in recipe.json. `command`: as a user would type it. `title`: what it does, in a line.
-    `produces`: file or folder without which the step does not count as done.
-    """
-
-    name: str
-    title: str
-    command: list[str]
-    produces: Path
-
-
-class Ledger:
-    """What has been done, in <output>/recipe.json."""
-
-    def __init__(self, folder: Path):
-        self.path = folder / "recipe.json"
-        self.entries: dict[str, Any] = {}
-        if self.path.is_file():
-            try:
-                self.entries = json.loads(self.path.read_text())
-            except ValueError as error:
-                raise UserError(f"{self.path} cannot be read ({error}); start over with --fresh") from None
-
-    def is_done(self, step: Step) -> bool:
-        """Done with this very command, and what it made is still there."""
-        entry = self.entries.get(step.name)
-        return bool(entry) and entry["command"] == step.command and step.produces.exists()
-
-    def record(self, step: Step, seconds: float, peak_memory_gib: float) -> None:
-        """Remember a finished step, and forget those behind it, which were made from something else."""
-        self.entries.pop(step.name, None)
-        self.entries[step.name] = {"command": step.command, "seconds": seconds, "peak_memory_gib": peak_memory_gib}
-        self.save()
-
-    def forget(self, names: Sequence[str]) -> None:
-        """Drop entries."""
-        for name in names:
-            self.entries.pop(name, None)
-        self.save()
-
-    def save(self) -> None:
-        """Write the file, atomically."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.entries, indent=1))
-        partial.replace(self.path)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The recipe's choices: where everything lies, and what the user brought."""
-
-    output: Path
-    source: str
-    tokenizer: str | None
-    teacher: str | None
-    long: bool
-
-    @property
-    def data(self) -> Path:
-        return self.output / "data"
-
-    @property
-    def vae(self) -> Path:
-        return self.output / "vae"
-
-    @property
-    def dit(self) -> Path:
-        return self.output / ("dit-long" if self.long else "dit")
-
-    @property
-    def export(self) -> Path:
-        return self.output / ("export-long" if self.long else "export")
-
-    @property
-    def tokenizer_folder(self) -> str:
-        return self.tokenizer or str(self.output / "tokenizer")
-
-    @property
-    def teacher_folder(self) -> str:
-        return self.teacher or str(self.output / "teacher")
-
-    def before_dit(self) -> list[Step]:
-        """Everything up to the VAE, which both lengths of the recipe share."""
-        data, features = str(self.data), str(self.data / "features")
-        steps = []
-        if self.tokenizer is None:
-            steps.append(
-                Step(
-                    "tokenizer",
-                    f"train a byte-level BPE of {VOCAB_SIZE} tokens on the text",
-                    _module(
-                        "data_pipeline.tokenization",
-                        "train",
-                        source=self.source,
-                        vocab_size=VOCAB_SIZE,
-                        output=self.tokenizer_folder,
-                    ),
-                    Path(self.tokenizer_folder),
-                )
-            )
-        steps.append(
-            Step(
-                "prepare",
-                "tokenise the text and pack it into WebDataset shards",
-                _module(
-                    "data_pipeline.prepare",
-                    source=self.source,
-                    tokenizer=self.tokenizer_folder,
-                    output=data,
-                    row_tokens=ROW_TOKENS,
-                    max_document_length=WINDOW_TOKENS,
-                    min_document_length=16,
-                    heldout_fraction=0.02,
-                ),
-                self.data / "manifest.json",
-            )
-        )
-        if self.teacher is None:
-            steps.append(
-                Step(
-                    "teacher",
-                    f"train a small causal language model for {TEACHER_SECONDS} s, the teacher where no hub is at hand",
-                    _module(
-                        "data_pipeline.make_teacher", data=data, output=self.teacher_folder, seconds=TEACHER_SECONDS
-                    ),
-                    Path(self.teacher_folder),
-                )
-            )
-        steps += [
-            Step(
-                "features",
-                "run the frozen teacher over every shard once and store its features, compressed",
-                _launch("data_pipeline/cache_features.py", data=data, teacher=self.teacher_folder, output=features),
-                self.data / "features" / "manifest.json",
-            ),
-            Step(
-                "vae",
-                "stage 1: train the VAE",
-                _train("quickstart_vae", self.vae, {"data.path": data, "repa.features": features}),
-                self.vae / "checkpoints" / "latest",
-            ),
-            Step(
-                "diagnose-vae",
-                "is this latent space fit for diffusion?",
-                _module("pretrain.diagnose", run=self.vae),
-                self.vae / "diagnosis.json",
-            ),
-        ]
-        return steps
-
-    def from_dit(self, num_steps: int) -> list[Step]:
-        """The DiT and what follows from it."""
-        data, suffix = str(self.data), "-long" if self.long else ""
-        trajectory = str(self.dit / "trajectory.json")
-        prompts = self.output / "prompts.txt"
-        return [
-            Step(
-                f"dit{suffix}",
-                "stage 2: train the DiT on the frozen VAE's latents",
-                _train(
-                    "quickstart_dit", self.dit, {"data.path": data, "model.vae": self.vae, "train.steps": num_steps}
-                ),
-                self.dit / "checkpoints" / "latest",
-            ),
-            Step(
-                f"diagnose-dit{suffix}",
-                "does it use language? (flow loss against its floors)",
-                _module("pretrain.diagnose", run=self.dit),
-                self.dit / "diagnosis.json",
-            ),
-            Step(
-                f"export{suffix}",
-                "one Hugging Face folder of VAE, DiT and tokenizer",
-                _module("pretrain.convert", run=self.dit, output=self.export),
-                self.export / "config.json",
-            ),
-            Step(
-                f"generate{suffix}",
-                "continue three held-out prompts",
-                _module(
-                    "pretrain.generate",
-                    model=self.export,
-                    prompt_file=prompts,
-                    max_new_tokens=64,
-                    trajectory=trajectory,
-                ),
-                Path(trajectory),
-            ),
-            Step(
-                f"report{suffix}",
-                "draw the losses with their floors, and a text on its way from noise to words",
-                _module("pretrain.report", run=self.dit, vae_run=self.vae, trajectory=trajectory, output=self.output),
-                self.output / "losses.png",
-            ),
-        ]
-
-
-def _flags(options: dict[str, Any]) -> list[str]:
-    return [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-
-
-def _module(name: str, *arguments: str, **options: Any) -> list[str]:
-    return ["python", "-m", name, *arguments, *_flags(options)]
-
-
-def _launch(script: str, *arguments: str, **options: Any) -> list[str]:
-    return ["deepspeed", "--num_accelerators", str(RANKS), script, *arguments, *_flags(options)]
-
-
-def _train(config: str, run: Path, settings: dict[str, Any]) -> list[str]:
-    overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    return _launch("pretrain/train.py", "--config", config, "--run", str(run), *overrides)
 
 
 def execute(steps: Sequence[Step], ledger: Ledger) -> None:
@@ -352,7 +129,7 @@ def write_prompts(plan: Plan) -> None:
     split = SplitConfig("context", context_min=0.4, context_max=0.6)
     batch = next(iter(heldout_batches(plan.data, None, split=split, seed=0, micro_batch_rows=2)))
     pieces = batch.tokens_T.split(batch.segment_lengths)
-    prompts = [tokenizer.decode(p.tolist()) for p, role in zip(pieces, batch.segment_roles) if role == PREFIX]
+    prompts = [str(tokenizer.decode(p.tolist())) for p, role in zip(pieces, batch.segment_roles) if role == PREFIX]
     path.write_text("\n\n".join(" ".join(text.split()) for text in prompts[:PROMPTS]) + "\n")
 
 

@@ -114,15 +114,18 @@ class Session:
 
 
 def open_session(
-    config: RunConfig, topology: Topology, stack: ExitStack, allow_change: Collection[str] = ()
+    config: RunConfig, topology: Topology, stack: ExitStack, allow_change: Collection[str] = (), fresh: bool = False
 ) -> Session:
     """Build everything and resume the newest complete checkpoint of the run folder, if there is one. Collective.
 
+    With `fresh`, an existing run folder is put aside, once the inputs are known to be there.
     What must not survive an error (signal handlers, threads) is registered with `stack`. Raises: UserError.
     """
     train, run = config.train, config.run_folder
     check_ranks(config, topology.world_size)
-    manifest = Manifest.load(config.data.path)
+    manifest, inputs = Manifest.load(config.data.path), fingerprints(config)
+    if fresh:
+        start_over(run, topology)
     signals = stack.enter_context(Signals())
     watchdog = stack.enter_context(Watchdog(train.watchdog_s, run, topology.rank, topology.hostname))
     signals.on_first = lambda: watchdog.end_within(train.grace_s)
@@ -133,7 +136,6 @@ def open_session(
         raise UserError(
             f"{run} had checkpoints, but none of them is complete any more; start over with --fresh, or restore them"
         )
-    inputs = fingerprints(config)
     differences = []
     if earlier:
         if earlier["data_fingerprint"] != manifest.fingerprint:
@@ -199,6 +201,10 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
     if isinstance(config, DiTRun):
         vae = Path(config.model.vae)
         saved = saved_steps(vae / checkpoint.FOLDER)
+        if not saved and not (vae / "manifest.json").exists():
+            raise UserError(
+                f"model.vae is {vae}, where there is no checkpoint; expected a stage-1 run folder: train it first"
+            )
         files = checkpoint.read_manifest(saved[0][1] if saved else vae).files
         found["model.vae"] = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     return found

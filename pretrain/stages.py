@@ -196,6 +196,9 @@ class FlowErrors:
 class DiTStage(Stage):
     """L_FM = E || v(z_t, z_c) - v* ||^2 on the target tokens of a frozen VAE's latents (TextLDM, stage 2), per channel."""
 
+    latents_mean: Tensor
+    latents_std: Tensor
+
     def __init__(self, config: DiTRun, manifest: Manifest, device: torch.device):
         super().__init__()
         self.config = config
@@ -256,7 +259,8 @@ class DiTStage(Stage):
         results = [self.heldout_flow(batch, latents_TZ, latents_TZ, quarter) for quarter in range(QUARTERS)]
         found = [result.metrics() for result in results]
         metrics = {name: torch.stack([pairs[name] for pairs in found]).sum(0) for name in found[0]}
-        return StageOutput(sum(result.loss(0.0) for result in results) / (QUARTERS * counts["targets"]), metrics)
+        total = torch.stack([result.loss(0.0) for result in results]).mean()
+        return StageOutput(total / counts["targets"], metrics)
 
     def heldout_flow(self, batch: Batch, latents_TZ: Tensor, context_TZ: Tensor, quarter: int) -> "FlowErrors":
         """Errors with every window at one time of a quarter of [0, 1], uniformly, always with a context."""

@@ -28,7 +28,7 @@ from data_pipeline.loader import heldout_batches
 from pretrain import faults
 from pretrain.config import RunConfig, features_folder, load_config
 from pretrain.distributed import Topology, all_reduce_sum, barrier, init_distributed, shutdown
-from pretrain.session import Session, open_session, start_over
+from pretrain.session import Session, open_session
 from pretrain.stages import Stage
 from pretrain.telemetry import MetricSums, reduce_metrics
 
@@ -154,10 +154,8 @@ def train_with_rewinds(session: Session, profiler: Any = None) -> int:
 
 def run(config: RunConfig, topology: Topology, arguments: argparse.Namespace) -> int:
     """Open a session, train, close it; the exit code."""
-    if arguments.fresh:
-        start_over(config.run_folder, topology)
     with ExitStack() as stack:
-        session = open_session(config, topology, stack, arguments.allow_change)
+        session = open_session(config, topology, stack, arguments.allow_change, arguments.fresh)
         if session.step >= config.train.steps:
             session.telemetry.say(f"{session.run} is finished: {session.step} of {config.train.steps} steps")
         with profiled(session, arguments.profile) as profiler:

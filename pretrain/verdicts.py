@@ -139,4 +139,5 @@ def table(verdicts: Sequence[Verdict]) -> str:
     rows += [(f"{v.check} {v.name}", v.figure, v.threshold, words[v.passed]) for v in verdicts]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * (sum(widths) + 6), *lines[1:]])
+    note = "(four figures: the quarters of t, from data to noise)"
+    return "\n".join([lines[0], "-" * (sum(widths) + 6), *lines[1:], note])

@@ -44,7 +44,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 def server(prepared: Path) -> Iterator[str]:
     Handler.requests, Handler.failures = [], 0
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(prepared))) as instance:
-        threading.Thread(target=instance.serve_forever, daemon=True).start()
+        threading.Thread(target=instance.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{instance.server_port}"
         instance.shutdown()
 

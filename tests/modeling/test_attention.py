@@ -23,7 +23,9 @@ def reference(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, len
     return torch.einsum("hts,shk->thk", scores_HTT.softmax(-1), v_THK)
 
 
-def compare(lengths: list[int], implementation: str, dtype: torch.dtype, device: str, head_dim: int, atol: float) -> None:
+def compare(
+    lengths: list[int], implementation: str, dtype: torch.dtype, device: str, head_dim: int, atol: float
+) -> None:
     """Output and the three gradients against the reference on the same (rounded) inputs."""
     generator = torch.Generator().manual_seed(len(lengths))
     shape = (sum(lengths), 2, head_dim)

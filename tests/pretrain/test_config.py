@@ -133,12 +133,12 @@ def test_overrides_are_json_else_strings(tmp_path: Path) -> None:
 
 
 def test_ranks_must_share_rows_evenly() -> None:
-    config = load_config("quickstart_vae")
+    config = load_config("dit_b", ["data.streams=4", "data.rows_per_step=16", "data.micro_batch_rows=8"])
     check_ranks(config, 2)
     with pytest.raises(UserError, match=r"3 ranks cannot share data.streams 4 evenly; possible are 1, 2, 4"):
         check_ranks(config, 3)
     with pytest.raises(UserError, match=r"--set data.micro_batch_rows=4"):
-        check_ranks(load_config("quickstart_vae", ["data.micro_batch_rows=8"]), 4)
+        check_ranks(config, 4)
 
 
 def test_resume_differences() -> None:

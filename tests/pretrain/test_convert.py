@@ -224,7 +224,9 @@ def test_rounded_statistics_are_taken_from_the_run_folder(trained: Trained, tmp_
     exact = checkpoint.read_tensors(path)
     vae = TextVAE(TextVAEConfig(vocab_size=8, latent_dim=4, width=16, head_dim=16))
     for names, expected in ((("latents_mean", "latents_std"), 0.0), ((), 2**-8)):
-        rounded = {name: (exact[name] if names else 2 * exact[name]).bfloat16() for name in ("latents_mean", "latents_std")}
+        rounded = {
+            name: (exact[name] if names else 2 * exact[name]).bfloat16() for name in ("latents_mean", "latents_std")
+        }
         take_statistics(vae, rounded, path)
         wanted = exact["latents_std"] if names else 2 * exact["latents_std"]
         torch.testing.assert_close(vae.latents_std, wanted, rtol=expected, atol=0)

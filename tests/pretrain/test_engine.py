@@ -252,6 +252,7 @@ def test_overrides_are_merged_deeply():
     [
         ({"zero_optimisation": {}}, "unknown"),
         ({"gradient_clipping": 1.0}, "optimizer.grad_clip"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "train.precision"),
         ({"zero_optimization": {"stage": 3}}, "train.zero_stage 1"),
     ],
 )

@@ -221,6 +221,8 @@ def test_fresh_puts_the_old_run_aside(tmp_path: Path, data: Path) -> None:
     assert start(config, "--fresh", "--set", "train.seed=1") == 0
     assert (tmp_path / "run.1" / "checkpoints" / "latest").exists()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["seed"] == 1
+    assert start(config, "--fresh", "--set", "data.path=nowhere") == faults.EXIT_USER
+    assert (tmp_path / "run").exists()  # a mistake puts nothing aside
 
 
 def test_damaged_checkpoints_are_passed_over_but_never_forgotten(

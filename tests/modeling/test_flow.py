@@ -1,0 +1,154 @@
+"""The flow's equations: inverses of each other, and floors that are the losses of the predictors they name."""
+
+import pytest
+import torch
+
+from modeling import flow
+from modeling.flow import TimeDistribution, blind_floor, covariance_floor
+
+
+def draw(seed: int = 0, num: int = 500) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Data, noise and times in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    data_TZ, noise_TZ = torch.randn(2, num, 3, generator=generator, dtype=torch.float64)
+    time_T1 = 0.02 + 0.98 * torch.rand(num, 1, generator=generator, dtype=torch.float64)
+    return data_TZ, noise_TZ, time_T1
+
+
+def test_time_runs_from_data_to_noise() -> None:
+    data_TZ, noise_TZ, time_T1 = draw()
+    assert torch.equal(flow.interpolate(data_TZ, noise_TZ, torch.zeros_like(time_T1)), data_TZ)
+    assert torch.equal(flow.interpolate(data_TZ, noise_TZ, torch.ones_like(time_T1)), noise_TZ)
+
+
+def test_the_velocity_is_the_paths_slope() -> None:
+    data_TZ, noise_TZ, time_T1 = draw()
+    step = 1e-3
+    ahead_TZ = flow.interpolate(data_TZ, noise_TZ, time_T1 + step)
+    behind_TZ = flow.interpolate(data_TZ, noise_TZ, time_T1 - step)
+    torch.testing.assert_close((ahead_TZ - behind_TZ) / (2 * step), flow.velocity(data_TZ, noise_TZ))
+
+
+def test_round_trips_are_exact() -> None:
+    data_TZ, noise_TZ, time_T1 = draw()
+    noisy_TZ, velocity_TZ = flow.interpolate(data_TZ, noise_TZ, time_T1), flow.velocity(data_TZ, noise_TZ)
+    exact = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(flow.data_from_velocity(noisy_TZ, velocity_TZ, time_T1), data_TZ, **exact)
+    torch.testing.assert_close(noisy_TZ + (1 - time_T1) * velocity_TZ, noise_TZ, **exact)
+    torch.testing.assert_close(flow.velocity_from_data(noisy_TZ, data_TZ, time_T1), velocity_TZ, **exact)
+    guess_TZ = torch.randn_like(data_TZ)
+    there_TZ = flow.velocity_from_data(noisy_TZ, guess_TZ, time_T1)
+    torch.testing.assert_close(flow.data_from_velocity(noisy_TZ, there_TZ, time_T1), guess_TZ, **exact)
+
+
+def test_a_squared_error_of_data_is_a_flow_loss() -> None:
+    data_TZ, noise_TZ, time_T1 = draw()
+    noisy_TZ, guess_TZ = flow.interpolate(data_TZ, noise_TZ, time_T1), torch.randn_like(data_TZ)
+    direct = (flow.velocity_from_data(noisy_TZ, guess_TZ, time_T1) - flow.velocity(data_TZ, noise_TZ)).square()
+    torch.testing.assert_close(flow.loss_of_data_error((guess_TZ - data_TZ).square(), time_T1), direct)
+
+
+def test_velocity_from_data_stays_finite_at_the_data() -> None:
+    noisy_TZ, data_TZ = torch.randn(2, 4, 3)
+    assert flow.velocity_from_data(noisy_TZ, data_TZ, torch.zeros(4, 1)).isfinite().all()
+
+
+def test_guidance_scales() -> None:
+    conditional_TZ, unconditional_TZ = torch.randn(2, 4, 3)
+    torch.testing.assert_close(flow.guide(conditional_TZ, unconditional_TZ, 1.0), conditional_TZ)
+    torch.testing.assert_close(flow.guide(conditional_TZ, unconditional_TZ, 0.0), unconditional_TZ)
+    farther_TZ = flow.guide(conditional_TZ, unconditional_TZ, 3.0) - conditional_TZ
+    torch.testing.assert_close(farther_TZ, 2 * (conditional_TZ - unconditional_TZ))
+
+
+@pytest.mark.parametrize(
+    "times", [TimeDistribution(), TimeDistribution(mean=0.4, std=0.7, shift=3.0), TimeDistribution(kind="uniform")]
+)
+def test_quantiles_rise_from_data_to_noise(times: TimeDistribution) -> None:
+    time_T = times.quantile(torch.linspace(0, 1, 1001))
+    assert time_T.dtype == torch.float64
+    assert (time_T[0], time_T[-1]) == (0, 1) and (time_T.diff() > 0).all()
+
+
+def test_quantiles_are_those_of_the_logit_normal() -> None:
+    drawn_T = torch.sigmoid(0.3 + 1.5 * torch.randn(400_000, generator=torch.Generator().manual_seed(0)))
+    shares = torch.tensor([0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99])
+    found = TimeDistribution(mean=0.3, std=1.5).quantile(shares).float()
+    torch.testing.assert_close(found, drawn_T.quantile(shares), rtol=0, atol=3e-3)
+
+
+def test_without_mean_and_shift_the_times_are_symmetric() -> None:
+    shares = torch.linspace(0, 1, 101, dtype=torch.float64)
+    time_T = TimeDistribution().quantile(shares)
+    torch.testing.assert_close(time_T, 1 - time_T.flip(0), rtol=0, atol=1e-12)
+
+
+def test_shift_moves_towards_noise() -> None:
+    shares = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    plain_T, shifted_T = TimeDistribution().quantile(shares), TimeDistribution(shift=3.0).quantile(shares)
+    torch.testing.assert_close(shifted_T, 3 * plain_T / (1 + 2 * plain_T))
+    assert (shifted_T > plain_T).all()
+    # In the logit, a shift is a translation by log(shift): it equals a mean.
+    torch.testing.assert_close(
+        shifted_T, TimeDistribution(mean=float(torch.tensor(3.0).double().log())).quantile(shares)
+    )
+
+
+def test_the_grid_falls_through_the_quantiles() -> None:
+    grid = TimeDistribution().grid(50)
+    assert len(grid) == 51 and (grid[0], grid[-1]) == (1, 0) and (grid.diff() < 0).all()
+    assert grid[25] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("wrong", [{"kind": "beta"}, {"std": 0.0}, {"shift": -1.0}])
+def test_unknown_distributions_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError, match="unknown|must be positive"):
+        TimeDistribution(**wrong)
+
+
+def test_the_blind_floor_has_its_known_figures() -> None:
+    time_T = (torch.arange(40_000, dtype=torch.float64) + 0.5) / 40_000
+    expected = 2 - (2 * time_T - 1) ** 2 / (time_T**2 + (1 - time_T) ** 2)
+    torch.testing.assert_close(blind_floor(time_T), expected)
+    quarters = blind_floor(time_T).view(4, -1).mean(-1)
+    assert quarters.tolist() == pytest.approx([1.287, 1.855, 1.855, 1.287], abs=1e-3)
+
+
+def test_the_blind_velocity_reaches_the_blind_floor() -> None:
+    data_TZ, noise_TZ, _ = draw(num=300_000)
+    for time in (0.1, 0.5, 0.8):
+        t = torch.tensor(time, dtype=torch.float64)
+        guess_TZ = flow.blind_velocity(flow.interpolate(data_TZ, noise_TZ, t), t)
+        loss = (guess_TZ - flow.velocity(data_TZ, noise_TZ)).square().mean()
+        assert float(loss) == pytest.approx(float(blind_floor(t)), rel=5e-3)
+
+
+def test_unit_eigenvalues_know_no_more_than_blind() -> None:
+    time_T = torch.linspace(0, 1, 21, dtype=torch.float64)
+    torch.testing.assert_close(covariance_floor(time_T, torch.ones(7, dtype=torch.float64)), blind_floor(time_T))
+    spread = torch.tensor([0.1, 0.4, 2.5], dtype=torch.float64)
+    assert (covariance_floor(time_T, spread) <= blind_floor(time_T) + 1e-12).all()
+
+
+@pytest.mark.parametrize("time", [0.125, 0.5, 0.875])
+def test_the_covariance_floor_is_the_optimal_predictors_loss_on_gaussian_data(time: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    root_ZZ = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    covariance_ZZ = root_ZZ @ root_ZZ.T
+    covariance_ZZ *= 4 / covariance_ZZ.trace()
+    data_TZ = torch.randn(200_000, 4, generator=generator, dtype=torch.float64) @ torch.linalg.cholesky(covariance_ZZ).T
+    noise_TZ = torch.randn(data_TZ.shape, generator=generator, dtype=torch.float64)
+    noisy_TZ = flow.interpolate(data_TZ, noise_TZ, torch.tensor(time))
+    # E[z | z_t] of jointly Gaussian variables: Cov(z, z_t) Cov(z_t)^-1 z_t.
+    identity_ZZ = torch.eye(4, dtype=torch.float64)
+    gain_ZZ = (1 - time) * covariance_ZZ @ torch.linalg.inv((1 - time) ** 2 * covariance_ZZ + time**2 * identity_ZZ)
+    guess_TZ = flow.velocity_from_data(noisy_TZ, noisy_TZ @ gain_ZZ.T, torch.tensor(time))
+    loss = (guess_TZ - flow.velocity(data_TZ, noise_TZ)).square().mean()
+    expected = covariance_floor(torch.tensor(time, dtype=torch.float64), torch.linalg.eigvalsh(covariance_ZZ))
+    assert float(loss) == pytest.approx(float(expected), rel=5e-3)
+
+
+def test_time_embeddings_tell_times_apart() -> None:
+    embedding_TD = flow.time_embedding(torch.tensor([0.0, 0.001, 0.5, 1.0]), 64)
+    assert embedding_TD.shape == (4, 64) and embedding_TD.dtype == torch.float32
+    assert torch.cdist(embedding_TD, embedding_TD).add(torch.eye(4)).min() > 0.1

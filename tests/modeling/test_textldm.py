@@ -1,0 +1,154 @@
+"""The Hugging Face model: it survives saving, and a continuation is a function of prompt and noise alone."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling.attention import Segments
+from modeling.text_dit import TextDiTConfig
+from modeling.text_vae import TextVAEConfig
+from modeling.textldm import TextLDM, TextLDMConfig
+
+NEW = 10
+PROMPTS = [[3, 4, 5, 6], [], [9], list(range(20, 31))]
+
+
+def make_model(**options: object) -> TextLDM:
+    """Tiny, with weights that give varied tokens."""
+    torch.manual_seed(0)
+    vae = TextVAEConfig(vocab_size=60, latent_dim=4, width=32, num_encoder_layers=1, num_decoder_layers=1, head_dim=16)
+    dit = TextDiTConfig(latent_dim=4, width=32, num_layers=2, head_dim=16, **options)
+    config = TextLDMConfig(
+        dataclasses.asdict(vae), dataclasses.asdict(dit), num_steps=6, guidance_scale=3.0, max_window=32
+    )
+    model = TextLDM(config).eval()
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.25)
+    model.vae.latents_mean.normal_()
+    model.vae.latents_std.uniform_(0.5, 2.0)
+    return model.requires_grad_(False)
+
+
+def noises(num: int) -> list[torch.Tensor]:
+    """One [NEW, Z] tensor each."""
+    return list(torch.randn(num, NEW, 4, generator=torch.Generator().manual_seed(2)))
+
+
+def lists(tokens: list[torch.Tensor]) -> list[list[int]]:
+    return [ids.tolist() for ids in tokens]
+
+
+@pytest.mark.parametrize("options", [{}, {"time_conditioning": "adaln_zero", "self_conditioning": True}], ids=str)
+def test_saving_and_loading_keeps_everything(tmp_path: Path, options: dict) -> None:
+    model = make_model(**options)
+    model.config.eos_token_id = 7
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    loaded, report = TextLDM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    for name in ("vae", "dit", "times", "num_steps", "guidance_scale", "solver", "max_window", "eos_token_id"):
+        assert getattr(loaded.config, name) == getattr(model.config, name)
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert lists(loaded.generate(PROMPTS, NEW)) == lists(model.generate(PROMPTS, NEW))
+
+
+def test_half_precision_keeps_the_statistics_and_generates(tmp_path: Path) -> None:
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    loaded = TextLDM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.dit.to_latent.weight.dtype == torch.bfloat16
+    assert torch.equal(loaded.vae.latents_mean, model.vae.latents_mean)
+    assert [len(ids) for ids in loaded.generate(PROMPTS, NEW)] == [NEW] * 4
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
+@pytest.mark.parametrize("options", [{}, {"time_conditioning": "adaln_zero", "self_conditioning": True}], ids=str)
+def test_a_continuation_does_not_depend_on_the_batch(solver: str, options: dict) -> None:
+    model, noise = make_model(**options), noises(4)
+    together = lists(model.generate(PROMPTS, NEW, noise=noise, solver=solver))
+    alone = [lists(model.generate([ids], NEW, noise=[eps], solver=solver))[0] for ids, eps in zip(PROMPTS, noise)]
+    assert together == alone
+    backwards = lists(model.generate(PROMPTS[::-1], NEW, noise=noise[::-1], solver=solver))
+    assert backwards[::-1] == together
+    assert len({token for ids in together for token in ids}) > 5  # else anything would agree
+
+
+def test_prompt_and_noise_both_matter() -> None:
+    model, (one, other) = make_model(), noises(2)
+    base = lists(model.generate([[3, 4, 5]], NEW, noise=[one]))
+    assert lists(model.generate([[3, 4, 6]], NEW, noise=[one])) != base
+    assert lists(model.generate([[3, 4, 5]], NEW, noise=[other])) != base
+    assert lists(model.generate([[3, 4, 5]], NEW, noise=[one], guidance_scale=1.0)) != base
+    unguided = lists(model.generate([[3, 4, 5]], NEW, noise=[one], guidance_interval=(0.9, 0.9)))
+    assert unguided == lists(model.generate([[3, 4, 5]], NEW, noise=[one], guidance_scale=1.0))
+
+
+def test_the_seed_is_the_noise_of_a_place() -> None:
+    model = make_model()
+    drawn = lists(model.generate(PROMPTS, NEW, seed=5))
+    assert lists(model.generate(PROMPTS, NEW, seed=5)) == drawn
+    assert lists(model.generate(PROMPTS, NEW, seed=6)) != drawn
+    assert lists(model.generate(PROMPTS[:2], NEW, seed=5)) == drawn[:2]
+    same_prompt = lists(model.generate([[3, 4]] * 2, NEW, seed=5))
+    assert same_prompt[0] != same_prompt[1]
+
+
+def test_prompts_may_be_tensors() -> None:
+    model = make_model()
+    rows = [[3, 4, 5], [6, 7, 8]]
+    expected = lists(model.generate(rows, NEW))
+    assert lists(model.generate(torch.tensor(rows), NEW)) == expected
+    assert lists(model.generate([torch.tensor(ids) for ids in rows], NEW)) == expected
+    assert lists(model([torch.tensor(ids) for ids in rows], max_new_tokens=NEW)) == expected
+
+
+def test_continuations_end_before_the_end_of_text() -> None:
+    model, noise = make_model(), noises(4)
+    whole = lists(model.generate(PROMPTS, NEW, noise=noise))
+    eos = whole[0][3]
+    expected = [ids[: ids.index(eos)] if eos in ids else ids for ids in whole]
+    assert len(expected[0]) <= 3 and expected != whole
+    assert lists(model.generate(PROMPTS, NEW, noise=noise, eos_token_id=eos)) == expected
+    model.config.eos_token_id = eos
+    assert lists(model.generate(PROMPTS, NEW, noise=noise)) == expected
+    assert lists(model.generate(PROMPTS, NEW, noise=noise, eos_token_id=-1)) == whole  # an id that no token has
+
+
+def test_every_step_reports_tokens_and_the_last_estimate_is_near_the_result() -> None:
+    model, seen = make_model(), []
+    result = model.generate(PROMPTS, NEW, on_step=lambda step, t, tokens: seen.append((step, t, lists(tokens))))
+    assert [step for step, _, _ in seen] == list(range(6))
+    assert seen[0][1] == 1.0 and all(late < early for (_, early, _), (_, late, _) in zip(seen, seen[1:]))
+    assert seen[-1][2] == lists(result)  # the last Euler step ends at its own one-step estimate
+
+
+def test_the_prompt_is_encoded_alone_and_standardised() -> None:
+    model = make_model()
+    latents_TZ, is_target_T, lengths = model._pack([torch.tensor(ids) for ids in PROMPTS], NEW)
+    assert lengths == [len(ids) + NEW for ids in PROMPTS]
+    assert is_target_T.sum() == NEW * len(PROMPTS) and not latents_TZ[is_target_T].any()
+    mean_TZ = model.vae.encode(torch.tensor(PROMPTS[0]), Segments.from_lengths([4]))[0]
+    torch.testing.assert_close(latents_TZ[:4], model.vae.standardize(mean_TZ))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "new", "options", "message"),
+    [
+        ([], NEW, {}, "needs a prompt"),
+        ([[1]], 0, {}, "max_new_tokens >= 1"),
+        ([[1], [2] * 30], NEW, {}, "a prompt of 30 tokens and 10 new ones are more than the 32"),
+        ([[60]], NEW, {}, "token id 60 is beyond the vocabulary of 60"),
+        ([[-1]], NEW, {}, "token id -1"),
+        ([[1]], NEW, {"solver": "rk4"}, "solver 'rk4' is unknown"),
+        ([[1]], NEW, {"num_steps": -3}, "num_steps"),
+        ([[1]], NEW, {"noise": [torch.zeros(NEW, 3)]}, "noise"),
+        ([[1], [2]], NEW, {"noise": [torch.zeros(NEW, 4)]}, "noise"),
+    ],
+)
+def test_mistakes(prompts: list, new: int, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_model().generate(prompts, new, **options)
