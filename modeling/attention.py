@@ -152,7 +152,7 @@ def _torch_varlen(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor,
     from torch.nn.attention.varlen import varlen_attn
 
     offsets, longest = segments.cu_seqlens, segments.max_length
-    return varlen_attn(q_THK, k_THK, v_THK, offsets, offsets, longest, longest)
+    return varlen_attn(q_THK, k_THK, v_THK, offsets, offsets, longest, longest)  # type: ignore[return-value]
 
 
 def _flash_attn(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, segments: Segments) -> torch.Tensor:

@@ -16,6 +16,7 @@ from . import flow
 
 GRID_POINTS = 32
 MIN_VARIANCE = 1e-5
+PRIOR_COUNT = 4
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ class TokenMixture:
         zeros_CZ = latents_MZ.new_zeros(num_own + 1, latents_MZ.shape[1])
         means_CZ = zeros_CZ.index_add(0, component_M, latents_MZ) / counts_C1.clamp_min(1)
         residuals_MZ = latents_MZ - means_CZ[component_M]
-        variances_CZ = zeros_CZ.index_add(0, component_M, residuals_MZ.square()) / counts_C1.clamp_min(1)
+        squares_CZ = zeros_CZ.index_add(0, component_M, residuals_MZ.square())
+        # Shrunk towards the pooled variance: a token seen five times would otherwise look sharper than it is.
+        pooled_Z = residuals_MZ.square().mean(0)
+        variances_CZ = (squares_CZ + PRIOR_COUNT * pooled_Z) / (counts_C1 + PRIOR_COUNT)
         seen_C = counts_C1[:, 0] > 0
         log_weights_C = (counts_C1[seen_C, 0] / counts_C1.sum()).log()
         return cls(log_weights_C, means_CZ[seen_C], variances_CZ[seen_C].clamp_min(MIN_VARIANCE))

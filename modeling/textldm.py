@@ -57,7 +57,7 @@ class TextLDM(PreTrainedModel):
     config_class = TextLDMConfig
     config: TextLDMConfig
     # In half precision these alone would shift every latent.
-    _keep_in_fp32_modules_strict = ["latents_mean", "latents_std"]
+    _keep_in_fp32_modules_strict = ["latents_mean", "latents_std"]  # noqa: RUF012 (the base class declares it so)
 
     def __init__(self, config: TextLDMConfig):
         super().__init__(config)

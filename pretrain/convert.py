@@ -33,7 +33,7 @@ from modeling.text_dit import TextDiTConfig
 from modeling.text_vae import TextVAE
 from modeling.textldm import TextLDM, TextLDMConfig
 from pretrain import checkpoint
-from pretrain.latents import LATENTS_NAME, checkpoint_of, load_vae, load_weights, read_latents
+from pretrain.latents import checkpoint_of, load_vae, load_weights
 from pretrain.model_card import model_card
 from pretrain.slices import FOLDER, folder_name, saved_steps
 
@@ -92,7 +92,7 @@ def convert(
     check_output(output, overwrite)
     export = load_run(run, weights=weights, step=step, sampling=sampling or Sampling(), data=data, vae=vae)
     statistics = export.model.vae.latents_mean, export.model.vae.latents_std
-    export.model.to(DTYPES[dtype])
+    export.model.to(DTYPES[dtype])  # type: ignore[arg-type]
     # They stay fp32: rounded, they alone would shift every latent.
     export.model.vae.latents_mean, export.model.vae.latents_std = statistics
 
@@ -132,7 +132,10 @@ def load_run(
         )
     tokenizer = _tokenizer_files(data, manifest)
     frozen = load_vae(vae or config["model"]["vae"], manifest)
-    shape = {field.name: config["model"][field.name] for field in dataclasses.fields(TextDiTConfig)}
+    names = {field.name for field in dataclasses.fields(TextDiTConfig)}
+    shape = dataclasses.asdict(
+        TextDiTConfig(**{name: value for name, value in config["model"].items() if name in names})
+    )
     if shape["latent_dim"] != frozen.config.latent_dim:
         raise UserError(
             f"the DiT in {run} has latent_dim {shape['latent_dim']}, the VAE in {vae or config['model']['vae']} has"
@@ -160,21 +163,11 @@ def load_run(
 
 
 def take_statistics(vae: TextVAE, tensors: dict[str, Tensor], path: Path) -> None:
-    """Set the VAE's `latents_mean` and `latents_std` to those of a DiT's checkpoint. Raises: UserError.
-
-    A run in bf16 has rounded them with its weights; its folder keeps them in full.
-    """
-    measured = path.parents[1] / LATENTS_NAME
-    try:
-        saved = {name: tensors[name].float() for name in ("latents_mean", "latents_std")}
-    except KeyError as error:
-        raise UserError(f"{path} has no {error.args[0]}: it is not a checkpoint of stage dit") from None
-    if tensors["latents_mean"].dtype != torch.float32 and measured.is_file():
-        read_latents(measured, vae)
-        if all(torch.allclose(getattr(vae, name), saved[name], rtol=2**-8, atol=0) for name in saved):
-            return
-    for name, tensor in saved.items():
-        getattr(vae, name).copy_(tensor)
+    """Set the VAE's `latents_mean` and `latents_std` to those of a DiT's checkpoint. Raises: UserError."""
+    for name in ("latents_mean", "latents_std"):
+        if name not in tensors:
+            raise UserError(f"{path} has no {name}: it is not a checkpoint of stage dit")
+        getattr(vae, name).copy_(tensors[name])
 
 
 def modeling_files() -> list[Path]:

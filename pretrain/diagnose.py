@@ -111,8 +111,10 @@ def heldout(config: RunConfig, device: torch.device) -> list[Batch]:
 
 
 def training(config: RunConfig, device: torch.device, rows: int) -> list[Batch]:
-    """About as many training rows, for comparison."""
-    return [batch.to(device) for batch in training_batches(config, rows, min(config.data.micro_batch_rows, rows))]
+    """The first training rows, for comparison."""
+    micro_batch_rows = config.data.micro_batch_rows if rows >= config.data.micro_batch_rows else 1
+    batches = training_batches(config, rows, micro_batch_rows)[: rows // micro_batch_rows]
+    return [batch.to(device) for batch in batches]
 
 
 def vae_figures(stage: VAEStage, device: torch.device, alone: bool) -> Figures:

@@ -20,7 +20,7 @@ MODEL, TRUE, FOREIGN = "#1f4e9c", "#3a7d44", "#c0392b"
 FLOOR_COLORS = {"blind": "#9a9a9a", "covariance": "#d18f00", "unigram": "#c0392b"}
 """The same in every picture of the project; see report.py."""
 QUARTER_LABELS = ("0-¼", "¼-½", "½-¾", "¾-1")
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.spines.top": False,
@@ -46,7 +46,8 @@ def draw(figures: Figures, verdicts: Sequence[Verdict], title: str, path: Path) 
     table_inches = 0.21 * (len(verdicts) + 2)
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(3.6 * columns, 2.9 * rows + table_inches + 0.9), layout="constrained")
-        above, below = figure.subfigures(2, 1, height_ratios=[2.9 * rows, table_inches])
+        parts: Any = figure.subfigures(2, 1, height_ratios=[2.9 * rows, table_inches])
+        above, below = parts
         go = figures["verdict"]
         figure.suptitle(
             f"{title}:  {go.upper()}",

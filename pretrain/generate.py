@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from data_pipeline.errors import UserError, cli
 from modeling.sampler import SOLVERS
@@ -54,12 +55,14 @@ def load_exported(source: str | Path, device: str | torch.device = "cpu") -> tup
     try:
         kind = TextLDMConfig.get_config_dict(source)[0].get("model_type")
         if kind != TextLDMConfig.model_type:
-            raise UserError(f"--model {source} holds a model of type {kind}; expected what pretrain.convert wrote")
-        model, report = TextLDM.from_pretrained(source, output_loading_info=True)
+            found = f"holds a model of type {kind}" if kind else "has no config.json that names a model"
+            raise UserError(f"--model {source} {found}; expected what pretrain.convert wrote")
+        loaded: Any = TextLDM.from_pretrained(source, output_loading_info=True)
+        model, report = loaded
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, config=model.config)
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--model {source} cannot be loaded ({reason}); expected what pretrain.convert wrote") from None
     problems = {what: sorted(map(str, names))[:3] for what, names in report.items() if names}

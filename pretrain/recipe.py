@@ -69,7 +69,8 @@ def dit_steps(plan: Plan) -> int:
         return MIN_DIT_STEPS
     seconds_per_step = speeds[len(speeds) // 2] / DIT_STEPS_PER_VAE_STEP
     budget = LONG_DIT_SECONDS if plan.long else DIT_SECONDS
-    return int(min(max(budget / seconds_per_step, MIN_DIT_STEPS), MAX_DIT_STEPS)) // 100 * 100
+    steps = round(budget / seconds_per_step, -2)
+    return int(min(max(steps, MIN_DIT_STEPS), MAX_DIT_STEPS))
 
 
 def summary(plan: Plan, ledger: Ledger, steps: Sequence[Step]) -> dict[str, Any]:

@@ -13,6 +13,9 @@ ROW_TOKENS = 512
 WINDOW_TOKENS = 256
 VOCAB_SIZE = 1024
 TEACHER_SECONDS = 60
+VAE_SETTINGS: dict[str, Any] = {}
+DIT_SETTINGS: dict[str, Any] = {}
+"""Further overrides of the two configurations; a test makes its runs tiny by them."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class Plan:
             Step(
                 "vae",
                 "stage 1: train the VAE",
-                _train("quickstart_vae", self.vae, {"data.path": data, "repa.features": features}),
+                _train("quickstart_vae", self.vae, {"data.path": data, "repa.features": features} | VAE_SETTINGS),
                 self.vae / "checkpoints" / "latest",
             ),
             Step(
@@ -179,7 +182,9 @@ class Plan:
                 f"dit{suffix}",
                 "stage 2: train the DiT on the frozen VAE's latents",
                 _train(
-                    "quickstart_dit", self.dit, {"data.path": data, "model.vae": self.vae, "train.steps": num_steps}
+                    "quickstart_dit",
+                    self.dit,
+                    {"data.path": data, "model.vae": self.vae, "train.steps": num_steps} | DIT_SETTINGS,
                 ),
                 self.dit / "checkpoints" / "latest",
             ),

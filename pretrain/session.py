@@ -173,6 +173,7 @@ def open_session(
         state=earlier and earlier["telemetry"],
     )
     writer = checkpoint.CheckpointWriter(run, topology, train.keep_last, train.keep_every, train.timeout_s)
+    writer.prepare(engine)  # host buffers before the first save, which would otherwise stall for them
     loader = open_loader(config, topology, step)
     session = Session(
         config=config, topology=topology, run=run, manifest=manifest, inputs=inputs, stage=stage, engine=engine, loader=loader,

@@ -73,7 +73,8 @@ def sample(
     latent_dim = stage.vae.config.latent_dim
     contexts = [prompt.context_T for prompt in prompts]
     tokens_T = torch.cat(contexts).to(device)
-    encoded_TZ = stage.vae.standardize(stage.vae.encode(tokens_T, Segments.from_lengths(map(len, contexts), device))[0])
+    segments = Segments.from_lengths([len(context) for context in contexts], device)
+    encoded_TZ = stage.vae.standardize(stage.vae.encode(tokens_T, segments)[0])
     pieces, is_target, noises, lengths = [], [], [], []
     generator = torch.Generator().manual_seed(seed)
     for prompt, context_TZ in zip(prompts, encoded_TZ.split([len(context) for context in contexts])):
@@ -202,7 +203,7 @@ class TrainingText:
                     for piece in _split(row, row_lengths.tolist())
                 ]
                 for text in reader.texts(windows):
-                    found = words(text)
+                    found = words(text, whole=False)  # a window may begin or end inside a word, and that is none
                     result.words.update(found)
                     if wanted:
                         result.found.update(wanted.intersection(ngrams(found, COPY_WORDS)))

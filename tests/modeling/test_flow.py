@@ -67,7 +67,8 @@ def test_guidance_scales() -> None:
 def test_quantiles_rise_from_data_to_noise(times: TimeDistribution) -> None:
     time_T = times.quantile(torch.linspace(0, 1, 1001))
     assert time_T.dtype == torch.float64
-    assert (time_T[0], time_T[-1]) == (0, 1) and (time_T.diff() > 0).all()
+    assert (time_T[0], time_T[-1]) == (0, 1)
+    assert (time_T.diff() > 0).all()
 
 
 def test_quantiles_are_those_of_the_logit_normal() -> None:
@@ -96,13 +97,15 @@ def test_shift_moves_towards_noise() -> None:
 
 def test_the_grid_falls_through_the_quantiles() -> None:
     grid = TimeDistribution().grid(50)
-    assert len(grid) == 51 and (grid[0], grid[-1]) == (1, 0) and (grid.diff() < 0).all()
+    assert len(grid) == 51
+    assert (grid[0], grid[-1]) == (1, 0)
+    assert (grid.diff() < 0).all()
     assert grid[25] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("wrong", [{"kind": "beta"}, {"std": 0.0}, {"shift": -1.0}])
 def test_unknown_distributions_are_refused(wrong: dict) -> None:
-    with pytest.raises(ValueError, match="unknown|must be positive"):
+    with pytest.raises(ValueError, match=r"unknown|must be positive"):
         TimeDistribution(**wrong)
 
 
@@ -150,5 +153,6 @@ def test_the_covariance_floor_is_the_optimal_predictors_loss_on_gaussian_data(ti
 
 def test_time_embeddings_tell_times_apart() -> None:
     embedding_TD = flow.time_embedding(torch.tensor([0.0, 0.001, 0.5, 1.0]), 64)
-    assert embedding_TD.shape == (4, 64) and embedding_TD.dtype == torch.float32
+    assert embedding_TD.shape == (4, 64)
+    assert embedding_TD.dtype == torch.float32
     assert torch.cdist(embedding_TD, embedding_TD).add(torch.eye(4)).min() > 0.1

@@ -111,7 +111,8 @@ def test_initial_weights_are_those_of_the_table() -> None:
     assert std(model.embedding.weight) == pytest.approx(0.02, rel=0.02)
     for stack in (model.stack, model.modulated):
         for block in stack.blocks:
-            assert isinstance(block, Block) and isinstance(block.attention, Attention)
+            assert isinstance(block, Block)
+            assert isinstance(block.attention, Attention)
             assert std(block.attention.qkv.weight) == pytest.approx(0.02, rel=0.02)
             assert std(block.mlp_in.weight) == pytest.approx(0.02, rel=0.02)
             residual = 0.02 / math.sqrt(2 * len(stack.blocks))

@@ -34,7 +34,8 @@ def test_equals_the_plain_loss_in_value_and_gradients(chunk: int) -> None:
     for found, exact in zip(grads, wanted):
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
     right_T = logits_TV.argmax(-1) == targets_T
-    assert torch.equal(correct_T, right_T) and 0 < right_T.sum() < T
+    assert torch.equal(correct_T, right_T)
+    assert 0 < right_T.sum() < T
 
 
 def test_half_precision_stays_near_and_sums_in_single() -> None:
@@ -43,7 +44,8 @@ def test_half_precision_stays_near_and_sums_in_single() -> None:
     grads = torch.autograd.grad(loss, (hidden_TD, weight_VD))
     plain = (F.cross_entropy((hidden_TD @ weight_VD.T).float(), targets_T, reduction="none") * weights_T).sum()
     wanted = torch.autograd.grad(plain, (hidden_TD, weight_VD))
-    assert loss.dtype == torch.float32 and [g.dtype for g in grads] == [torch.bfloat16] * 2
+    assert loss.dtype == torch.float32
+    assert [g.dtype for g in grads] == [torch.bfloat16] * 2
     torch.testing.assert_close(loss, plain, rtol=1e-2, atol=0)
     for found, other in zip(grads, wanted):
         assert (found - other).float().norm() < 0.02 * other.float().norm()
@@ -89,4 +91,5 @@ def test_kl_is_that_of_torch() -> None:
 
 def test_squared_error_is_the_mean_over_channels() -> None:
     found_T = squared_error(torch.tensor([[1.0, 2.0], [0.0, 0.0]]).bfloat16(), torch.tensor([[0.0, 0.0], [3.0, 0.0]]))
-    assert found_T.tolist() == [2.5, 4.5] and found_T.dtype == torch.float32
+    assert found_T.tolist() == [2.5, 4.5]
+    assert found_T.dtype == torch.float32

@@ -1,6 +1,7 @@
 """The Hugging Face model: it survives saving, and a continuation is a function of prompt and noise alone."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,8 @@ def test_saving_and_loading_keeps_everything(tmp_path: Path, options: dict) -> N
     for name in ("vae", "dit", "times", "num_steps", "guidance_scale", "solver", "max_window", "eos_token_id"):
         assert getattr(loaded.config, name) == getattr(model.config, name)
     before, after = model.state_dict(), loaded.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
     assert lists(loaded.generate(PROMPTS, NEW)) == lists(model.generate(PROMPTS, NEW))
 
 
@@ -111,7 +113,8 @@ def test_continuations_end_before_the_end_of_text() -> None:
     whole = lists(model.generate(PROMPTS, NEW, noise=noise))
     eos = whole[0][3]
     expected = [ids[: ids.index(eos)] if eos in ids else ids for ids in whole]
-    assert len(expected[0]) <= 3 and expected != whole
+    assert len(expected[0]) <= 3
+    assert expected != whole
     assert lists(model.generate(PROMPTS, NEW, noise=noise, eos_token_id=eos)) == expected
     model.config.eos_token_id = eos
     assert lists(model.generate(PROMPTS, NEW, noise=noise)) == expected
@@ -122,7 +125,8 @@ def test_every_step_reports_tokens_and_the_last_estimate_is_near_the_result() ->
     model, seen = make_model(), []
     result = model.generate(PROMPTS, NEW, on_step=lambda step, t, tokens: seen.append((step, t, lists(tokens))))
     assert [step for step, _, _ in seen] == list(range(6))
-    assert seen[0][1] == 1.0 and all(late < early for (_, early, _), (_, late, _) in zip(seen, seen[1:]))
+    assert seen[0][1] == 1.0
+    assert all(late < early for (_, early, _), (_, late, _) in itertools.pairwise(seen))
     assert seen[-1][2] == lists(result)  # the last Euler step ends at its own one-step estimate
 
 
@@ -130,7 +134,8 @@ def test_the_prompt_is_encoded_alone_and_standardised() -> None:
     model = make_model()
     latents_TZ, is_target_T, lengths = model._pack([torch.tensor(ids) for ids in PROMPTS], NEW)
     assert lengths == [len(ids) + NEW for ids in PROMPTS]
-    assert is_target_T.sum() == NEW * len(PROMPTS) and not latents_TZ[is_target_T].any()
+    assert is_target_T.sum() == NEW * len(PROMPTS)
+    assert not latents_TZ[is_target_T].any()
     mean_TZ = model.vae.encode(torch.tensor(PROMPTS[0]), Segments.from_lengths([4]))[0]
     torch.testing.assert_close(latents_TZ[:4], model.vae.standardize(mean_TZ))
 

@@ -50,6 +50,12 @@ def diagnosed(run: Path, output: Path, *arguments: str) -> tuple[int, dict[str, 
     return code, json.loads((output / "diagnosis.json").read_text())
 
 
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page is most of a small diagnosis's time."""
+    monkeypatch.setattr(diagnose, "draw", lambda *_: None)
+
+
 def test_a_vae_run(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, record = diagnosed(runs / "vae", tmp_path)
     assert code == 1
@@ -65,7 +71,9 @@ def test_a_vae_run(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.strip().endswith("thresholds met")
 
 
-def test_a_dit_run_has_what_the_recipes_summary_needs(runs: Path, tmp_path: Path) -> None:
+def test_a_dit_run_has_what_the_recipes_summary_needs(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in (runs / "dit").rglob("*")}
     code, record = diagnosed(runs / "dit", tmp_path)
     assert code == 1
@@ -80,11 +88,13 @@ def test_a_dit_run_has_what_the_recipes_summary_needs(runs: Path, tmp_path: Path
     assert {line["check"] for line in record["checks"]} == set(range(1, 10))
     assert imread(tmp_path / "diagnosis.png").shape[1] > 1000
     assert before == {path: path.stat().st_mtime_ns for path in (runs / "dit").rglob("*")}  # nothing else is touched
+    monkeypatch.setattr(diagnose, "draw", lambda *_: None)
     again = diagnosed(runs / "dit", tmp_path)[1]
     del record["seconds"], again["seconds"]
     assert again == record
 
 
+@pytest.mark.usefixtures("no_page")
 def test_a_moved_run_is_diagnosed_where_it_is(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "dit", tmp_path / "elsewhere")
     assert diagnose.main(["--run", str(tmp_path / "elsewhere"), *QUICK]) == 1
@@ -113,6 +123,7 @@ def test_users_mistakes(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "diagnose.rows" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_page")
 def test_another_latent_space_than_the_runs_own_is_refused(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
