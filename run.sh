@@ -11,13 +11,11 @@ usage() {
                           dataset folder; default: English prose found on this machine
     --tokenizer X         Hugging Face id or folder; default: byte-level BPE trained on the text
     --teacher X           causal language model, id or folder; default: a small one trained on the text
-    --long                train the DiT for up to 80 minutes instead of a few
+    --long                train the DiT for about an hour instead of a few minutes
     --output DIR          another folder than runs/quickstart
     --fresh               start over; without it, a second run goes on after the last finished step
 ./run.sh install          install only
 ./run.sh test [--fast]    install, then linters, type checker and the test suite (--fast: without the slow tests)
-./run.sh supervise [--restarts N] -- COMMAND ...
-                          run a training command and start it again, from its newest checkpoint, whenever it fails
 ./run.sh -- COMMAND ...   run a command in the environment
 TEXT
 }
@@ -68,11 +66,6 @@ case "${1:-}" in
     .venv/bin/ruff check .
     .venv/bin/mypy
     .venv/bin/python -m pytest "${fast[@]}" "$@"
-    ;;
-  supervise)
-    install dev
-    shift
-    exec .venv/bin/python -m pretrain.supervise "$@"
     ;;
   --)
     install dev

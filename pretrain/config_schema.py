@@ -204,7 +204,7 @@ class Train(Section):
     seed: NonNegativeInt = 0
     """Key of everything random."""
     precision: Literal["fp32", "bf16", "auto"] = "auto"
-    """Of forward and backward; masters and sums are fp32 always. auto: bf16 on a GPU that has it, else fp32."""
+    """Of forward and backward; masters and sums are fp32 always. auto: bf16 where the device multiplies it (GPUs, CPUs with AMX)."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What ranks share out: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters."""
     offload_optimizer: Literal["none", "cpu"] = "none"

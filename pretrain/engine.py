@@ -14,12 +14,13 @@ What is promised, and how it is kept:
 - Gradients are accumulated, reduced and applied in fp32, whatever the model computes in.
 """
 
+import io
 import logging
 import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,12 +98,13 @@ class Engine:
         self._bare_loss = stage.forward = _BareLoss(stage)
         deepspeed = _load_deepspeed()
         self._torch_linear = torch.nn.functional.linear
-        self._deepspeed, wrapped, _, _ = deepspeed.initialize(
-            model=stage,
-            optimizer=base,
-            config=deepspeed_config(settings, sum(p.numel() for p in names)),
-            dist_init_required=False,
-        )
+        with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints a dozen lines of memory figures
+            self._deepspeed, wrapped, _, _ = deepspeed.initialize(
+                model=stage,
+                optimizer=base,
+                config=deepspeed_config(settings, sum(p.numel() for p in names)),
+                dist_init_required=False,
+            )
         self.partition: Partition = partition_of(names, decays, wrapped, base, topology.rank, topology.world_size)
         self._base = base
         self._losses: list[Tensor] = []

@@ -208,6 +208,7 @@ class Plan:
                     model=self.export,
                     prompt_file=prompts,
                     max_new_tokens=64,
+                    guidance_scale=2,
                     trajectory=trajectory,
                 ),
                 Path(trajectory),

@@ -248,8 +248,7 @@ def engine_settings(config: RunConfig, topology: Topology) -> EngineSettings:
     """The engine's part of the configuration, "auto" resolved for this device."""
     train, precision = config.train, config.train.precision
     if precision == "auto":
-        on_gpu = topology.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        precision = "bf16" if on_gpu and train.zero_stage > 0 else "fp32"
+        precision = "bf16" if multiplies_bf16(topology.device) and train.zero_stage > 0 else "fp32"
     return EngineSettings(
         zero_stage=train.zero_stage,
         precision=precision,
@@ -258,6 +257,13 @@ def engine_settings(config: RunConfig, topology: Topology) -> EngineSettings:
         offload_parameters=train.offload_parameters,
         overrides=config.deepspeed,
     )
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether bf16 is the device's fast precision: GPUs that have it, CPUs with AMX. Others only emulate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def start_over(run: Path, topology: Topology) -> None:
