@@ -1,4 +1,4 @@
-"""Floors of the flow loss: what predictors reach that know no language, and so the yardsticks of a run (shared notes: paper.md).
+"""Floors of the flow loss: what predictors reach that know no language, and so the yardsticks of a run (docs/diagnosis.md).
 
 blind       knows that channels have unit variance; closed form, `flow.blind_floor`
 covariance  knows how channels correlate; closed form, `flow.covariance_floor`

@@ -1,4 +1,4 @@
-"""The measurements behind `pretrain.diagnose`: figures that tell a healthy run from a dead one (shared notes: paper.md, checks 1 to 7).
+"""The measurements behind `pretrain.diagnose`: figures that tell a healthy run from a dead one (docs/diagnosis.md).
 
 Every function takes a model with its weights loaded, in eval mode, and batches on its device; nothing here is random but what row
 keys fix. What is asked of generated text (checks 7 to 9): text_checks.py.

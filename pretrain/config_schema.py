@@ -250,7 +250,7 @@ class Train(Section):
 
 
 class Diagnose(Section):
-    """What `pretrain.diagnose` measures, and the thresholds between go and no-go (shared notes: paper.md, checks 1 to 9)."""
+    """What `pretrain.diagnose` measures, and the thresholds between go and no-go (docs/diagnosis.md)."""
 
     rows: PositiveInt = 32
     """Held-out rows that are measured."""

@@ -1,4 +1,4 @@
-"""Go or no-go: the checks that tell a healthy run from one whose loss only looks fine (shared notes: paper.md, checks 1 to 9).
+"""Go or no-go: the checks that tell a healthy run from one whose loss only looks fine (docs/diagnosis.md).
 
     python -m pretrain.diagnose --run runs/vae_base        is this latent space fit for diffusion?
     python -m pretrain.diagnose --run runs/dit_xl          does it model language? (its VAE included)

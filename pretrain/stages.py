@@ -148,7 +148,8 @@ class VAEStage(Stage):
             cosine_T = self.repa(hidden_TD, features_TF)
             weight = self.config.repa.weight * ramp(self.step, self.config.repa.warmup_steps)
             loss = loss - weight * (cosine_T * aligned_T).sum() / max(counts["aligned"], 1)
-            with torch.no_grad():  # positions half a batch away: what arbitrary pairs reach (paper.md, check 4)
+            # Positions half a batch away: what arbitrary pairs reach (docs/diagnosis.md, check 4).
+            with torch.no_grad():
                 shuffled_T = self.repa(hidden_TD.detach(), features_TF.roll(len(features_TF) // 2, 0))
             both_T = aligned_T * aligned_T.roll(len(aligned_T) // 2)
             metrics["repa_cosine"] = weighted(cosine_T, aligned_T)

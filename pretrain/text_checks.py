@@ -1,4 +1,4 @@
-"""What `pretrain.diagnose` asks of generated text: is it text at all, does it vary as text does, is it copied (paper.md, checks 7 to 9).
+"""What `pretrain.diagnose` asks of generated text: is it text at all, does it vary as text does, is it copied? (docs/diagnosis.md)
 
 Every figure stands beside the same figure of the true continuations, equally long and of the same documents: most of these have no
 meaning by themselves.

@@ -13,7 +13,7 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Verdict:
-    """A line of the table; check is paper.md's number, passed is None for what is only reported or could not be measured."""
+    """A line of the table; check is its number in docs/diagnosis.md, passed is None for what is only reported or could not be measured."""
 
     check: int
     name: str
