@@ -89,6 +89,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._write_heartbeat(0, "setup", 0.0)  # so that a rank that freezes before the first poll can be named too
         self._thread.start()
         return self
 

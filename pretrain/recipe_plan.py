@@ -11,7 +11,7 @@ from data_pipeline.errors import UserError
 RANKS = 2
 ROW_TOKENS = 512
 WINDOW_TOKENS = 256
-VOCAB_SIZE = 1024
+VOCAB_SIZE = 512
 TEACHER_SECONDS = 60
 LONG_SETTINGS = {"flow.time_shift": 2.5}
 """With time enough to learn the rest, train and sample most where words are decided: at 64 channels that is t > 0.7."""

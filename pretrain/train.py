@@ -254,4 +254,5 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     exit_code = main()
     shutdown()  # not in main(), which another program may call again: DeepSpeed keeps hold of the first process group
-    raise SystemExit(exit_code)
+    # Past the interpreter's own end: a communication thread that is alive there takes the process down with "terminate called".
+    faults.leave(exit_code)

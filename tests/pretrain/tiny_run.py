@@ -138,8 +138,8 @@ def use_tiny_stage() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     use_tiny_stage()
-    from pretrain.train import main, shutdown
+    from pretrain.train import faults, main, shutdown
 
     exit_code = main()
     shutdown()
-    raise SystemExit(exit_code)
+    faults.leave(exit_code)
