@@ -32,18 +32,22 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "num
 RECIPE_SECONDS = 660
 LONG_RECIPE_SECONDS = 1800
 SECONDS_AFTER_DIT = 110
-DIT_STEPS_PER_VAE_STEP = 0.72
+DIT_STEPS_PER_VAE_STEP = 0.58
 MIN_DIT_STEPS, MAX_DIT_STEPS = 1000, 60_000
 
 
-def execute(steps: Sequence[Step], ledger: Ledger) -> None:
-    """Run what is not done. Raises: UserError when a command fails."""
+def execute(steps: Sequence[Step], ledger: Ledger, shared: bool = False) -> None:
+    """Run what is not done; `shared` steps have everything else in the ledger behind them. Raises: UserError when a command fails."""
     for number, step in enumerate(steps):
         print(f"\n[{step.name}] {step.title}\n$ {shlex.join(step.command)}", flush=True)
         if ledger.is_done(step):
             print(f"  done before, in {ledger.entries[step.name]['seconds']:.0f} s", flush=True)
             continue
-        ledger.forget([later.name for later in steps[number:]])
+        before = [earlier.name for earlier in steps[: number + 1]]
+        behind = (
+            [name for name in ledger.entries if name not in before] if shared else [s.name for s in steps[number + 1 :]]
+        )
+        ledger.begin(step, behind)
         started = time.perf_counter()
         code = subprocess.run(step.command, env=environment(), check=False).returncode
         # A diagnosis that says no-go is a figure for the summary, not a failure of the recipe.
@@ -53,7 +57,7 @@ def execute(steps: Sequence[Step], ledger: Ledger) -> None:
             )
         # Of all descendants so far, the largest: the kernel's own count, so no sampling misses a peak.
         peak_gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-        ledger.record(step, time.perf_counter() - started, peak_gib)
+        ledger.finish(step, time.perf_counter() - started, peak_gib)
 
 
 def environment() -> dict[str, str]:
@@ -205,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
         shutil.rmtree(plan.output)
     ledger = Ledger(plan.output)
     first = plan.before_dit()
-    execute(first, ledger)
+    execute(first, ledger, shared=True)
     write_prompts(plan)
     seconds_before = sum(ledger.entries[step.name]["seconds"] for step in first)
     second = plan.from_dit(dit_steps(plan, seconds_before))

@@ -1,6 +1,7 @@
 """The plan of the miniature recipe: its steps as commands, and the ledger of what is done."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +26,15 @@ class Step:
     """One command of the recipe.
 
     `name`: also its key in recipe.json. `command`: as a user would type it. `title`: what it does, in a line.
-    `produces`: file or folder without which the step does not count as done.
+    `produces`: file or folder without which the step does not count as done. `owns`: folder that is the step's alone, removed when
+    it has to start anew.
     """
 
     name: str
     title: str
     command: list[str]
     produces: Path
+    owns: Path | None = None
 
 
 class Ledger:
@@ -47,21 +50,30 @@ class Ledger:
                 raise UserError(f"{self.path} cannot be read ({error}); start over with --fresh") from None
 
     def is_done(self, step: Step) -> bool:
-        """Done with this very command, and what it made is still there."""
+        """Done with this very command, from what still stands, and what it made is there."""
+        return self._goes_on(step) and "seconds" in self.entries[step.name] and step.produces.exists()
+
+    def begin(self, step: Step, behind: Sequence[str]) -> None:
+        """Remember that a step has started and that those behind it were made from something else.
+
+        A step that was interrupted goes on where it was; one with another command or other inputs than before starts anew.
+        """
+        if step.name in self.entries and not self._goes_on(step) and step.owns is not None:
+            shutil.rmtree(step.owns, ignore_errors=True)
+        self.entries[step.name] = {"command": step.command}
+        for name in behind:
+            if name in self.entries:
+                self.entries[name]["stale"] = True
+        self.save()
+
+    def finish(self, step: Step, seconds: float, peak_memory_gib: float) -> None:
+        """Remember a finished step with its figures."""
+        self.entries[step.name] |= {"seconds": seconds, "peak_memory_gib": peak_memory_gib}
+        self.save()
+
+    def _goes_on(self, step: Step) -> bool:
         entry = self.entries.get(step.name)
-        return entry is not None and entry["command"] == step.command and step.produces.exists()
-
-    def record(self, step: Step, seconds: float, peak_memory_gib: float) -> None:
-        """Remember a finished step, and forget those behind it, which were made from something else."""
-        self.entries.pop(step.name, None)
-        self.entries[step.name] = {"command": step.command, "seconds": seconds, "peak_memory_gib": peak_memory_gib}
-        self.save()
-
-    def forget(self, names: Sequence[str]) -> None:
-        """Drop entries."""
-        for name in names:
-            self.entries.pop(name, None)
-        self.save()
+        return entry is not None and entry["command"] == step.command and not entry.get("stale")
 
     def save(self) -> None:
         """Write the file, atomically."""
@@ -122,6 +134,7 @@ class Plan:
                         output=self.tokenizer_folder,
                     ),
                     Path(self.tokenizer_folder),
+                    Path(self.tokenizer_folder),
                 )
             )
         steps.append(
@@ -139,6 +152,7 @@ class Plan:
                     heldout_fraction=0.02,
                 ),
                 self.data / "manifest.json",
+                self.data,
             )
         )
         if self.teacher is None:
@@ -150,6 +164,7 @@ class Plan:
                         "data_pipeline.make_teacher", data=data, output=self.teacher_folder, seconds=TEACHER_SECONDS
                     ),
                     Path(self.teacher_folder),
+                    Path(self.teacher_folder),
                 )
             )
         steps += [
@@ -158,12 +173,14 @@ class Plan:
                 "run the frozen teacher over every shard once and store its features, compressed",
                 _launch("data_pipeline/cache_features.py", data=data, teacher=self.teacher_folder, output=features),
                 self.data / "features" / "manifest.json",
+                self.data / "features",
             ),
             Step(
                 "vae",
                 "stage 1: train the VAE",
                 _train("quickstart_vae", self.vae, {"data.path": data, "repa.features": features} | VAE_SETTINGS),
                 self.vae / "checkpoints" / "latest",
+                self.vae,
             ),
             Step(
                 "diagnose-vae",
@@ -191,6 +208,7 @@ class Plan:
                     | DIT_SETTINGS,
                 ),
                 self.dit / "checkpoints" / "latest",
+                self.dit,
             ),
             Step(
                 f"diagnose-dit{suffix}",

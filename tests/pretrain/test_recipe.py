@@ -1,5 +1,6 @@
 """The miniature recipe: what it runs, what it remembers, and once all of it on a handful of documents."""
 
+import contextlib
 import json
 import os
 import sys
@@ -37,6 +38,39 @@ def test_a_changed_command_runs_again_with_everything_behind_it(tmp_path):
     changed = Step("b", "a test", [*steps[1].command, "--other"], steps[1].produces)
     recipe.execute([steps[0], changed, steps[2]], Ledger(tmp_path))
     assert ran(tmp_path) == ["a", "b", "c", "b", "c"]
+
+
+def test_a_step_that_starts_anew_finds_nothing_of_before_and_an_interrupted_one_goes_on(tmp_path):
+    def with_folder(argument: str, code: int) -> Step:
+        script = f"import os, pathlib; p = pathlib.Path({str(tmp_path / 'run')!r}); p.mkdir(exist_ok=True)"
+        script += f"; print(os.listdir(p), file=open({str(tmp_path / 'log')!r}, 'a')); (p / '{argument}').touch(); raise SystemExit({code})"
+        return Step("train", "a test", [sys.executable, "-c", script, argument], tmp_path / "run", tmp_path / "run")
+
+    def run(argument: str, code: int = 0) -> str:
+        with contextlib.suppress(UserError):
+            recipe.execute([with_folder(argument, code)], Ledger(tmp_path))
+        return (tmp_path / "log").read_text().splitlines()[-1]
+
+    entries = json.dumps(
+        {"train": {"command": with_folder("a", 0).command}}
+    )  # killed in the middle, by this very command
+    (tmp_path / "recipe.json").write_text(entries)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "half").touch()
+    assert run("a") == "['half']"
+    assert run("b") == "[]"
+
+
+def test_other_data_makes_all_that_was_made_from_it_stale(tmp_path):
+    data, model, long_model = (step(name, tmp_path) for name in ("data", "model", "model-long"))
+    for last in (model, long_model):
+        recipe.execute([data], Ledger(tmp_path), shared=True)
+        recipe.execute([last], Ledger(tmp_path))
+    assert ran(tmp_path) == ["data", "model", "model-long"]
+    changed = Step("data", "a test", [*data.command, "--other"], data.produces)
+    recipe.execute([changed], Ledger(tmp_path), shared=True)
+    recipe.execute([long_model], Ledger(tmp_path))
+    assert ran(tmp_path) == ["data", "model", "model-long", "data", "model-long"]
 
 
 def test_a_step_whose_product_is_gone_runs_again(tmp_path):
