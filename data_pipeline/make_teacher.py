@@ -229,6 +229,12 @@ def make_teacher(data: str, output: Path, recipe: Recipe, device: torch.device) 
     if output.exists():
         raise UserError(f"{output} exists: delete it or give another --output")
     manifest = Manifest.load(data)
+    rows = {split: sum(shard.rows for shard in shards) for split, shards in manifest.splits.items()}
+    if not all(rows.values()):
+        raise UserError(
+            f"{data} has {rows['train']} rows to train on and {rows['heldout']} held out, expected some of each: too few"
+            " documents. Prepare more text, or a larger --heldout-fraction"
+        )
     model = build(manifest, recipe)
     model.to(device)  # type: ignore[arg-type]  # transformers wraps it without its types
     windows = Windows(data, manifest, "train")

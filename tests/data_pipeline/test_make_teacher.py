@@ -8,10 +8,12 @@ import torch
 from sentences import write_data
 from transformers import AutoModelForCausalLM
 
+from data_pipeline import prepare
 from data_pipeline.errors import UserError
 from data_pipeline.make_teacher import IGNORED, Recipe, Windows, build, main, token_loss
 from data_pipeline.manifest import Manifest
 from data_pipeline.teacher import check_fit, load_teacher
+from data_pipeline.tokenization import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +84,21 @@ def test_the_learning_rate_follows_the_budget():
 def test_impossible_recipes_are_refused(wrong):
     with pytest.raises(UserError):
         Recipe(**wrong)
+
+
+def test_data_without_held_out_rows_is_refused(tmp_path, capsys):
+    source = tmp_path / "few.txt"
+    source.write_text("a few words that are one document and no more " * 4)
+    train_tokenizer([source.read_text()], 300).save(tmp_path / "tokenizer")
+    arguments = [
+        "--source",
+        str(source),
+        "--tokenizer",
+        str(tmp_path / "tokenizer"),
+        "--output",
+        str(tmp_path / "data"),
+    ]
+    assert prepare.main([*arguments, "--row-tokens", "256", "--max-document-length", "64", "--workers", "1"]) == 0
+    assert main(["--data", str(tmp_path / "data"), "--output", str(tmp_path / "teacher"), "--steps", "1"]) == 2
+    assert "too few documents" in capsys.readouterr().err
+    assert not (tmp_path / "teacher").exists()
