@@ -32,7 +32,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "num
 RECIPE_SECONDS = 660
 LONG_RECIPE_SECONDS = 1800
 SECONDS_AFTER_DIT = 110
-DIT_STEPS_PER_VAE_STEP = 0.58
+DIT_STEPS_PER_VAE_STEP = 0.64
 MIN_DIT_STEPS, MAX_DIT_STEPS = 1000, 60_000
 
 

@@ -171,7 +171,13 @@ class Plan:
             Step(
                 "features",
                 "run the frozen teacher over every shard once and store its features, compressed",
-                _launch("data_pipeline/cache_features.py", data=data, teacher=self.teacher_folder, output=features),
+                _launch(
+                    "data_pipeline/cache_features.py",
+                    data=data,
+                    teacher=self.teacher_folder,
+                    output=features,
+                    sample_tokens=60_000,
+                ),
                 self.data / "features" / "manifest.json",
                 self.data / "features",
             ),
