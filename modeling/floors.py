@@ -3,7 +3,10 @@
 blind       knows that channels have unit variance; closed form, `flow.blind_floor`
 covariance  knows how channels correlate; closed form, `flow.covariance_floor`
 unigram     knows the vocabulary but no neighbours: the Bayes denoiser of one token's latent under a mixture of per-token
-            Gaussians, estimated by sampling. Language begins below it.
+            Gaussians, diagonal in the channels, estimated by sampling. Language begins below it.
+strict_unigram
+            the same, diagonal in the eigenbasis of the covariance within tokens. Near t = 0 it can be half of the unigram floor,
+            so that a gain there proves language only below this one.
 
 Shape letters: M sampled tokens, Z latent dim, C mixture components, G grid of times, V vocabulary.
 """
@@ -13,10 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from . import flow
+from .token_posterior import MIN_VARIANCE, PRIOR_COUNT, within_token_moments
 
 GRID_POINTS = 32
-MIN_VARIANCE = 1e-5
-PRIOR_COUNT = 4
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class TokenMixture:
         means_CZ = zeros_CZ.index_add(0, component_M, latents_MZ) / counts_C1.clamp_min(1)
         residuals_MZ = latents_MZ - means_CZ[component_M]
         squares_CZ = zeros_CZ.index_add(0, component_M, residuals_MZ.square())
-        # Shrunk towards the pooled variance: a token seen five times would otherwise look sharper than it is.
+        # Shrunk towards the pooled variance, as in token_posterior.py.
         pooled_Z = residuals_MZ.square().mean(0)
         variances_CZ = (squares_CZ + PRIOR_COUNT * pooled_Z) / (counts_C1 + PRIOR_COUNT)
         seen_C = counts_C1[:, 0] > 0
@@ -68,12 +70,13 @@ class TokenMixture:
 
 @dataclass(frozen=True)
 class Floors:
-    """Flow loss per channel of the three predictors on a grid of times, and the share of variance that tokens do not explain."""
+    """Flow loss per channel of the predictors on a grid of times, and the share of variance that tokens do not explain."""
 
     times_G: torch.Tensor
     blind_G: torch.Tensor
     covariance_G: torch.Tensor
     unigram_G: torch.Tensor
+    strict_unigram_G: torch.Tensor
     within_token_variance: float
 
     def at(self, time_T: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -89,7 +92,7 @@ class Floors:
         return torch.lerp(values_G[left_T], values_G[right_T], share_T)
 
 
-NAMES = ("blind", "covariance", "unigram")
+NAMES = ("blind", "covariance", "unigram", "strict_unigram")
 
 
 def measure_floors(
@@ -105,22 +108,34 @@ def measure_floors(
     if num_samples < 1:
         raise ValueError(f"floors need at least 4 target tokens, found {len(tokens_M)}")
     latents_MZ = latents_MZ.double()
-    fitted_MZ, clean_MZ = latents_MZ[:-num_samples], latents_MZ[-num_samples:]
-    mixture = TokenMixture.fit(fitted_MZ, tokens_M[:-num_samples], max_components)
+    fitted_MZ, clean_MZ, fitted_tokens_M = latents_MZ[:-num_samples], latents_MZ[-num_samples:], tokens_M[:-num_samples]
+    mixture = TokenMixture.fit(fitted_MZ, fitted_tokens_M, max_components)
+    # Unit noise and squared errors are the same in every orthonormal basis.
+    _, _, within_ZZ = within_token_moments(fitted_MZ, fitted_tokens_M, int(tokens_M.max()) + 1)
+    basis_ZZ = torch.linalg.eigh(within_ZZ).eigenvectors
+    rotated = TokenMixture.fit(fitted_MZ @ basis_ZZ, fitted_tokens_M, max_components)
     generator = torch.Generator(latents_MZ.device).manual_seed(seed)
     noise_MZ = torch.randn(clean_MZ.shape, generator=generator, dtype=torch.float64, device=latents_MZ.device)
     times_G = (torch.arange(GRID_POINTS, dtype=torch.float64, device=latents_MZ.device) + 0.5) / GRID_POINTS
     covariance_ZZ = torch.atleast_2d(torch.cov(fitted_MZ.T))
     eigenvalues_Z = torch.linalg.eigvalsh(covariance_ZZ).clamp_min(0)
-    unigram = []
-    for time in times_G.tolist():
-        estimate_MZ = mixture.denoise(flow.interpolate(clean_MZ, noise_MZ, torch.tensor(time)), time)
-        unigram.append(flow.loss_of_data_error((estimate_MZ - clean_MZ).square().mean(), torch.tensor(time)))
     within = (mixture.log_weights_C.exp()[:, None] * mixture.variances_CZ).sum(0).mean() / fitted_MZ.var(0).mean()
     return Floors(
         times_G,
         flow.blind_floor(times_G),
         flow.covariance_floor(times_G, eigenvalues_Z / eigenvalues_Z.mean()),
-        torch.stack(unigram).to(times_G),
+        _denoising_losses(mixture, clean_MZ, noise_MZ, times_G),
+        _denoising_losses(rotated, clean_MZ @ basis_ZZ, noise_MZ @ basis_ZZ, times_G),
         float(within),
     )
+
+
+def _denoising_losses(
+    mixture: TokenMixture, clean_MZ: torch.Tensor, noise_MZ: torch.Tensor, times_G: torch.Tensor
+) -> torch.Tensor:
+    """Flow loss [G] of the mixture's denoiser."""
+    losses = []
+    for time in times_G.tolist():
+        estimate_MZ = mixture.denoise(flow.interpolate(clean_MZ, noise_MZ, torch.tensor(time)), time)
+        losses.append(flow.loss_of_data_error((estimate_MZ - clean_MZ).square().mean(), torch.tensor(time)))
+    return torch.stack(losses).to(times_G)

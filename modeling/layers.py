@@ -91,6 +91,7 @@ class Transformer(nn.Module):
 
     Attributes:
         checkpoint_every: recompute every n-th block's activations in the backward pass instead of keeping them; 0 keeps all.
+        neighbour_heads: at the start, some heads of every block look at the token before and some at the token behind.
     """
 
     def __init__(
@@ -101,12 +102,14 @@ class Transformer(nn.Module):
         rope_theta: float,
         qk_norm: bool = False,
         modulated: bool = False,
+        neighbour_heads: bool = False,
     ):
         super().__init__()
         if width % head_dim:
             raise ValueError(f"width {width} is not a multiple of head_dim {head_dim}")
         self.head_dim, self.rope_theta = head_dim, rope_theta
         self.checkpoint_every = 0
+        self.neighbour_heads = neighbour_heads
         self.blocks = nn.ModuleList(Block(width, head_dim, qk_norm, modulated) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
 
@@ -133,6 +136,8 @@ def initialize(module: nn.Module) -> None:
     | Embedding                                       | N(0, 0.02^2)                                         |
     | LayerNorm                                       | weight 1, bias 0                                     |
     | every Linear's bias                             | 0                                                    |
+    | Attention.qkv.bias of a stack's neighbour heads | `look_at`: a quarter of the heads (at least one) at  |
+    |                                                 | offset -1, as many at +1                             |
     | Linear with attribute `zero_init`               | 0: the DiT's output head and the VAE's log-variance  |
 
     Raises: TypeError for a module with direct parameters that the table does not name.
@@ -161,3 +166,31 @@ def initialize(module: nn.Module) -> None:
                 nn.init.normal_(block.mlp_out.weight, std=residual_std)
                 if block.modulation is not None:
                     nn.init.zeros_(block.modulation.weight)
+                if stack.neighbour_heads:
+                    heads = block.attention.qkv.in_features // stack.head_dim
+                    share = max(1, heads // 4)
+                    look_at(block.attention, -1, range(share), stack.rope_theta)
+                    look_at(block.attention, 1, range(share, min(2 * share, heads)), stack.rope_theta)
+
+
+NEIGHBOUR_LOGIT = 12.0
+NEIGHBOUR_FREQUENCIES = 5
+
+
+@torch.no_grad()
+def look_at(attention: Attention, offset: int, heads: range, rope_theta: float) -> None:
+    """Set the biases of queries and keys so that `heads` attend to the token `offset` places on, until training knows better.
+
+    RoPE turns constant queries a and keys a exp(-i w offset) into logits that depend on the distance alone, a sum of
+    a^2 cos(w (distance - offset)); over the highest frequencies w it has one peak, of height `NEIGHBOUR_LOGIT`. Without it a network
+    first has to find out that neighbours matter, on a plateau that takes longer than a small run lasts.
+    """
+    half = attention.head_dim // 2
+    top = slice(0, min(NEIGHBOUR_FREQUENCIES, half))
+    angles = offset * rope_theta ** -(torch.arange(half, device=attention.qkv.bias.device)[top] / half)
+    amplitude = math.sqrt(NEIGHBOUR_LOGIT * math.sqrt(attention.head_dim) / len(angles))
+    query_HK, key_HK, _ = attention.qkv.bias.view(3, -1, attention.head_dim)
+    for head in heads:
+        query_HK[head, top] = amplitude
+        key_HK[head, top] = amplitude * angles.cos()
+        key_HK[head, half:][top] = -amplitude * angles.sin()

@@ -11,6 +11,7 @@ from torch import nn
 from .attention import Segments
 from .flow import MIN_TIME, blind_floor, blind_velocity, data_from_velocity, time_embedding, velocity_from_data
 from .layers import Transformer, initialize
+from .token_posterior import TokenPosterior
 
 
 @dataclass(kw_only=True)
@@ -24,9 +25,13 @@ class TextDiTConfig:
         qk_norm: LayerNorm of queries and keys per head.
         time_conditioning: "none" (the paper's appendix A), "additive" (an embedding added to the input) or "adaln_zero" (DiT's).
         role_embedding: add a learned vector that tells context from target tokens.
-        prediction: what the network puts out: "velocity" (the paper), "data", or "residual", the part of the velocity that the
-            best linear predictor leaves, in units of its error (as in EDM, arXiv 2206.00364). The loss is the same flow loss.
-        self_conditioning: the network also reads its own earlier estimate of z (arXiv 2208.04202); zeros when there is none.
+        prediction: what the network puts out: "velocity" (the paper), "data", "residual", the part of the velocity that the
+            best linear predictor leaves, in units of its error (as in EDM, arXiv 2206.00364), or "posterior", what the context adds
+            to the best predictor without context (token_posterior.py; for small vocabularies). The loss is the same flow loss.
+        self_conditioning: the network also reads its own earlier estimate of z (arXiv 2208.04202). When there is none: zeros, or with
+            posterior prediction the estimate without context, which it always reads.
+        neighbour_heads: some heads start by looking at the tokens beside their own (layers.look_at).
+        vocab_size: V of the VAE; read only with posterior prediction.
     """
 
     latent_dim: int = 64
@@ -39,12 +44,27 @@ class TextDiTConfig:
     role_embedding: bool = False
     prediction: str = "velocity"
     self_conditioning: bool = False
+    neighbour_heads: bool = False
+    vocab_size: int = 0
 
     def __post_init__(self) -> None:
         if self.time_conditioning not in ("none", "additive", "adaln_zero"):
             raise ValueError(f"time_conditioning {self.time_conditioning!r}: expected none, additive or adaln_zero")
-        if self.prediction not in ("velocity", "data", "residual"):
-            raise ValueError(f"prediction {self.prediction!r}: expected velocity, data or residual")
+        if self.neighbour_heads and self.qk_norm:
+            raise ValueError(
+                "neighbour_heads sets queries' and keys' biases, which qk_norm would normalise away: choose one"
+            )
+        if self.prediction not in ("velocity", "data", "residual", "posterior"):
+            raise ValueError(f"prediction {self.prediction!r}: expected velocity, data, residual or posterior")
+
+
+@dataclass(frozen=True)
+class DiTOutput:
+    """Velocity fp32 [T, Z], the Transformer's output [T, D] after its final norm, and with posterior prediction token logits [T, V]."""
+
+    velocity_TZ: torch.Tensor
+    hidden_TD: torch.Tensor
+    logits_TV: torch.Tensor | None = None
 
 
 class TextDiT(nn.Module):
@@ -53,8 +73,11 @@ class TextDiT(nn.Module):
     def __init__(self, config: TextDiTConfig):
         super().__init__()
         self.config = config
-        inputs = config.latent_dim * (2 if config.self_conditioning else 1)
-        self.from_latent = nn.Linear(inputs, config.width)
+        self.posterior = None
+        if config.prediction == "posterior":
+            self.posterior = TokenPosterior(config.width, config.latent_dim, config.vocab_size)
+        reads_estimate = config.self_conditioning or self.posterior is not None
+        self.from_latent = nn.Linear(config.latent_dim * (2 if reads_estimate else 1), config.width)
         self.role = nn.Embedding(2, config.width) if config.role_embedding else None
         self.time_mlp = None
         if config.time_conditioning != "none":
@@ -63,10 +86,18 @@ class TextDiT(nn.Module):
             )
         modulated = config.time_conditioning == "adaln_zero"
         self.transformer = Transformer(
-            config.num_layers, config.width, config.head_dim, config.rope_theta, config.qk_norm, modulated
+            config.num_layers,
+            config.width,
+            config.head_dim,
+            config.rope_theta,
+            config.qk_norm,
+            modulated,
+            config.neighbour_heads,
         )
-        self.to_latent = nn.Linear(config.width, config.latent_dim)
-        self.to_latent.zero_init = True  # type: ignore[assignment]
+        self.to_latent = None
+        if self.posterior is None:
+            self.to_latent = nn.Linear(config.width, config.latent_dim)
+            self.to_latent.zero_init = True  # type: ignore[assignment]
         initialize(self)
 
     def forward(
@@ -82,39 +113,61 @@ class TextDiT(nn.Module):
         Args:
             latents_TZ: standardised latents: z_t at targets, clean z at contexts, zeros at dropped contexts.
             is_target_T: bool [T].
-            time_T: t of each token's window, [T]; read only with time conditioning, data or residual prediction.
+            time_T: t of each token's window, [T]; not read by velocity prediction without time conditioning.
             windows: which tokens see each other: context and target of one document.
             estimate_TZ: an earlier estimate of z at the targets, for self-conditioning.
         """
-        return self.velocity(self.hidden(latents_TZ, is_target_T, time_T, windows, estimate_TZ), latents_TZ, time_T)
+        return self.outputs(latents_TZ, is_target_T, time_T, windows, estimate_TZ).velocity_TZ
 
-    def hidden(
+    def outputs(
         self,
         latents_TZ: torch.Tensor,
         is_target_T: torch.Tensor,
         time_T: torch.Tensor,
         windows: Segments,
         estimate_TZ: torch.Tensor | None = None,
+    ) -> DiTOutput:
+        """The velocity and what else training looks at; arguments as in `forward`."""
+        # A context token is clean: its own time is 0, whatever the time of the targets beside it.
+        own_time_T = time_T * is_target_T
+        unigram_TV = None
+        if self.posterior is not None:
+            with torch.no_grad():
+                unigram_TV = self.posterior.unigram_logits(latents_TZ, time_T[:, None].float())
+                if estimate_TZ is None:
+                    estimate_TZ = self.posterior.estimate(unigram_TV, latents_TZ, time_T[:, None].float())
+        hidden_TD = self._hidden(latents_TZ, is_target_T, own_time_T, windows, estimate_TZ)
+        if self.posterior is not None:
+            velocity_TZ, logits_TV = self.posterior(hidden_TD, unigram_TV, latents_TZ, time_T[:, None].float())
+            return DiTOutput(velocity_TZ, hidden_TD, logits_TV)
+        return DiTOutput(self._velocity(hidden_TD, latents_TZ, time_T), hidden_TD)
+
+    def _hidden(
+        self,
+        latents_TZ: torch.Tensor,
+        is_target_T: torch.Tensor,
+        own_time_T: torch.Tensor,
+        windows: Segments,
+        estimate_TZ: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The Transformer's output [T, D] after its final norm; arguments as in `forward`."""
         inputs_TZ = latents_TZ
-        if self.config.self_conditioning:
+        if self.config.self_conditioning or self.posterior is not None:
+            # A context is its own estimate.
             estimate_TZ = torch.zeros_like(latents_TZ) if estimate_TZ is None else estimate_TZ
-            inputs_TZ = torch.cat((latents_TZ, estimate_TZ * is_target_T[:, None]), dim=-1)
+            inputs_TZ = torch.cat((latents_TZ, torch.where(is_target_T[:, None], estimate_TZ, latents_TZ)), dim=-1)
         dtype = self.from_latent.weight.dtype
         x_TD = self.from_latent(inputs_TZ.to(dtype))
         if self.role is not None:
             x_TD = x_TD + self.role(is_target_T.long())
         condition_TD = None
         if self.time_mlp is not None:
-            # A context token is clean: its own time is 0, whatever the time of the targets beside it.
-            condition_TD = self.time_mlp(time_embedding(time_T * is_target_T, self.config.width).to(dtype))
+            condition_TD = self.time_mlp(time_embedding(own_time_T, self.config.width).to(dtype))
         if self.config.time_conditioning == "additive":
             x_TD, condition_TD = x_TD + condition_TD, None
         return self.transformer(x_TD, windows, condition_TD)
 
-    def velocity(self, hidden_TD: torch.Tensor, latents_TZ: torch.Tensor, time_T: torch.Tensor) -> torch.Tensor:
-        """The velocity fp32 [T, Z] that the output at `hidden_TD` stands for."""
+    def _velocity(self, hidden_TD: torch.Tensor, latents_TZ: torch.Tensor, time_T: torch.Tensor) -> torch.Tensor:
+        assert self.to_latent is not None
         output_TZ = self.to_latent(hidden_TD).float()
         noisy_TZ, time_T1 = latents_TZ.float(), time_T[:, None].float()
         if self.config.prediction == "data":
@@ -129,7 +182,7 @@ class TextDiT(nn.Module):
 
 
 class TokenHead(nn.Linear):
-    """Logits of the target tokens from the DiT's hidden states, for an auxiliary cross-entropy in training; left out of every export."""
+    """Logits of the target tokens from the hidden states, for an auxiliary cross-entropy where no posterior has logits; never exported."""
 
     def __init__(self, width: int, vocab_size: int):
         super().__init__(width, vocab_size, bias=False)

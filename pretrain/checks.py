@@ -186,7 +186,7 @@ class FlowFigures:
 
     @cached_property
     def floors(self) -> dict[str, list[float]]:
-        """Check 1: what the three predictors without language reach, per quarter, at the same times."""
+        """Check 1: what predictors without language reach, per quarter, at the same times."""
         return {name: [_mean(self.true, f"{name}_floor_q{q + 1}") for q in range(QUARTERS)] for name in FLOOR_NAMES}
 
     @property

@@ -141,6 +141,7 @@ def load_run(
             f"the DiT in {run} has latent_dim {shape['latent_dim']}, the VAE in {vae or config['model']['vae']} has"
             f" {frozen.config.latent_dim}: name the VAE it was trained with, with --vae"
         )
+    shape["vocab_size"] = frozen.config.vocab_size
     times = TimeDistribution(**{name: config["flow"][f"time_{name}"] for name in ("mean", "std", "shift")})
     model_config = TextLDMConfig(
         vae=dataclasses.asdict(frozen.config),

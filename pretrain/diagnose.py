@@ -22,15 +22,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data_pipeline.batch import Batch, SplitConfig
+from data_pipeline.batch import Batch
 from data_pipeline.errors import UserError, cli
-from data_pipeline.loader import heldout_batches
 from data_pipeline.manifest import Manifest
 from data_pipeline.storage import atomic_write
 from pretrain import checkpoint, checks, text_checks
-from pretrain.config import DiTRun, RunConfig, VAERun, features_folder, load_config, parse_config
+from pretrain.config import DiTRun, RunConfig, VAERun, load_config, parse_config
 from pretrain.diagnosis_page import draw
-from pretrain.latents import checkpoint_of, load_weights, training_batches
+from pretrain.latents import checkpoint_of, heldout_rows, load_weights, training_batches
 from pretrain.stages import DiTStage, VAEStage, build_stage
 from pretrain.verdicts import Verdict, judge, table
 
@@ -96,17 +95,8 @@ def stage_of_vae(stage: DiTStage, device: torch.device) -> VAEStage:
 
 def heldout(config: RunConfig, device: torch.device) -> list[Batch]:
     """The run's first held-out rows, split as in training, with its features."""
-    data = config.data
-    batches = heldout_batches(
-        data.path,
-        features_folder(config),
-        split=SplitConfig(**data.split.model_dump()),
-        seed=config.train.seed,
-        micro_batch_rows=min(data.micro_batch_rows, config.diagnose.rows),
-        max_rows=config.diagnose.rows,
-        verify=data.verify,
-        cache_dir=data.cache_dir,
-    )
+    rows = config.diagnose.rows
+    batches = heldout_rows(config, rows, micro_batch_rows=min(config.data.micro_batch_rows, rows))
     return [batch.to(device) for batch in batches]
 
 

@@ -17,7 +17,7 @@ Figures = dict[str, Any]
 
 INK, GRID = "#222222", "#dddddd"
 MODEL, TRUE, FOREIGN = "#1f4e9c", "#3a7d44", "#c0392b"
-FLOOR_COLORS = {"blind": "#9a9a9a", "covariance": "#d18f00", "unigram": "#c0392b"}
+FLOOR_COLORS = {"blind": "#9a9a9a", "covariance": "#d18f00", "unigram": "#c0392b", "strict_unigram": "#7b241c"}
 """The same in every picture of the project; see report.py."""
 QUARTER_LABELS = ("0-¼", "¼-½", "½-¾", "¾-1")
 STYLE: Any = {
@@ -91,15 +91,15 @@ def _floor_lines(axes: Axes, figures: Figures) -> None:
 def draw_removed(axes: Axes, figures: Figures) -> None:
     """Check 1: fractions removed."""
     for i, (name, color) in enumerate(FLOOR_COLORS.items()):
-        places = [x + 0.27 * (i - 1) for x in range(4)]
+        places = [x + 0.2 * (i - (len(FLOOR_COLORS) - 1) / 2) for x in range(4)]
         # A model far above a floor says "no" in any case: what is below -1 is cut off, so that the rest can be read.
-        axes.bar(places, [max(value, -1) for value in figures[f"{name}_floor_removed"]], 0.25, color=color, label=name)
+        axes.bar(places, [max(value, -1) for value in figures[f"{name}_floor_removed"]], 0.18, color=color, label=name)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.22 * (high - low))
     axes.axhline(0, color=INK, lw=0.8)
     axes.set_xticks(range(4), QUARTER_LABELS)
     axes.set_title("1  fraction of each floor removed, by t")
-    axes.legend(ncols=3, loc="upper center")
+    axes.legend(ncols=len(FLOOR_COLORS), loc="upper center")
 
 
 def draw_context(axes: Axes, figures: Figures) -> None:
@@ -171,7 +171,7 @@ def draw_vae_floors(axes: Axes, figures: Figures) -> None:
     axes.set_ylim(0, 1.35 * max(figures["blind_floor"]))
     axes.set_xticks(range(4), QUARTER_LABELS)
     axes.set_title("1  floors of the flow loss, by t")
-    axes.legend(ncols=3, loc="upper center")
+    axes.legend(ncols=len(FLOOR_COLORS), loc="upper center")
 
 
 def draw_table(below: Any, verdicts: Sequence[Verdict]) -> None:

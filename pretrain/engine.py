@@ -97,6 +97,7 @@ class Engine:
         decays = {names[p]: group["decays"] for group in base.param_groups for p in group["params"]}
         self._bare_loss = stage.forward = _BareLoss(stage)
         deepspeed = _load_deepspeed()
+        statistics = {name: buffer.clone() for name, buffer in self.buffers().items()}
         self._torch_linear = torch.nn.functional.linear
         with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints a dozen lines of memory figures
             self._deepspeed, wrapped, _, _ = deepspeed.initialize(
@@ -105,6 +106,9 @@ class Engine:
                 config=deepspeed_config(settings, sum(p.numel() for p in names)),
                 dist_init_required=False,
             )
+        # In bf16 DeepSpeed rounds buffers too; statistics keep their precision.
+        for name, buffer in self.buffers().items():
+            buffer.data = statistics[name].to(buffer.device)
         self.partition: Partition = partition_of(names, decays, wrapped, base, topology.rank, topology.world_size)
         self._base = base
         self._losses: list[Tensor] = []

@@ -6,7 +6,7 @@ Shape letters: T packed tokens, M target tokens of several batches, Z latent dim
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,20 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import SUFFIX, Batch, SplitConfig
 from data_pipeline.errors import UserError
-from data_pipeline.loader import TrainLoader
+from data_pipeline.loader import TrainLoader, heldout_batches
 from data_pipeline.manifest import Manifest
 from modeling.attention import Segments
 from modeling.floors import NAMES, Floors, measure_floors
 from modeling.text_vae import TextVAE, TextVAEConfig
+from modeling.token_posterior import TokenPosterior, token_statistics
 from pretrain import checkpoint
 from pretrain.config import DiTRun, RunConfig, features_folder
 from pretrain.slices import FOLDER, saved_steps
 
 LATENTS_NAME = "latents.safetensors"
+POSTERIOR_PREFIX = "posterior."
 MIN_STD = 1e-4
+FLOOR_SAMPLES = 8192
 
 
 def checkpoint_of(run: str | Path) -> Path:
@@ -103,13 +106,16 @@ def target_latents(vae: TextVAE, batches: Iterable[Batch], device: torch.device)
     return torch.cat(latents), torch.cat(tokens)
 
 
-def measure_latents(vae: TextVAE, batches: Iterable[Batch], device: torch.device) -> Floors:
-    """Set the VAE's `latents_mean` and `latents_std` from the batches' target latents; returns the floors of the standardised ones."""
-    latents_MZ, tokens_M = target_latents(vae, batches, device)
+def set_statistics(vae: TextVAE, latents_MZ: Tensor) -> Tensor:
+    """Set the VAE's `latents_mean` and `latents_std` from posterior means; returns the standardised latents [M, Z]."""
     vae.latents_mean.copy_(latents_MZ.double().mean(0))
     vae.latents_std.copy_(latents_MZ.double().std(0).clamp_min(MIN_STD))
-    standardised_MZ = (latents_MZ - vae.latents_mean.cpu()) / vae.latents_std.cpu()
-    return measure_floors(standardised_MZ, tokens_M)
+    return standardised(vae, latents_MZ)
+
+
+def standardised(vae: TextVAE, latents_MZ: Tensor) -> Tensor:
+    """`TextVAE.standardize` for latents on the CPU, wherever the VAE is."""
+    return vae.standardize(latents_MZ.to(vae.latents_mean.device)).cpu()
 
 
 def training_batches(config: RunConfig, num_rows: int, micro_batch_rows: int = 1) -> list[Batch]:
@@ -135,8 +141,27 @@ def training_batches(config: RunConfig, num_rows: int, micro_batch_rows: int = 1
         return [batch for _ in range(steps) for batch in loader.next_step()]
 
 
-def measured_latents(vae: TextVAE, config: DiTRun, manifest: Manifest, device: torch.device) -> Floors:
-    """`measure_latents` on the run's first rows, kept in the run folder. Call on one rank, then read with `read_latents`.
+def heldout_rows(
+    config: RunConfig, max_rows: int, *, micro_batch_rows: int | None = None, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
+    """A rank's batches of the run's first held-out rows, split as in training, with its features."""
+    data = config.data
+    return heldout_batches(
+        data.path,
+        features_folder(config),
+        split=SplitConfig(**data.split.model_dump()),
+        seed=config.train.seed,
+        micro_batch_rows=micro_batch_rows or data.micro_batch_rows,
+        rank=rank,
+        world_size=world_size,
+        max_rows=max_rows,
+        verify=data.verify,
+        cache_dir=data.cache_dir,
+    )
+
+
+def measured_latents(vae: TextVAE, config: DiTRun, manifest: Manifest, device: torch.device) -> None:
+    """Statistics and floors of the run's first rows, into a file of the run folder. Call on one rank, then read with `read_latents`.
 
     Raises: UserError when the run has checkpoints and its latents were measured for another VAE or other data: a DiT cannot go on in
     another latent space than it began in.
@@ -145,20 +170,35 @@ def measured_latents(vae: TextVAE, config: DiTRun, manifest: Manifest, device: t
     key = _latents_key(config, manifest)
     if path.is_file():
         try:
-            return read_latents(path, vae, key)
+            read_latents(path, vae, key)
+            return
         except UserError:
             if saved_steps(config.run_folder / FOLDER):
                 raise
             path.unlink()
-    floors = measure_latents(vae, training_batches(config, config.flow.statistics_rows), device)
+    latents_MZ, tokens_M = target_latents(vae, training_batches(config, config.flow.statistics_rows), device)
+    standardised_MZ = set_statistics(vae, latents_MZ)
+    if manifest.splits["heldout"]:
+        # Fitted to training rows, measured on held-out ones, as the DiT is.
+        rows = min(config.train.eval_rows, max(config.flow.statistics_rows // 4, 1))
+        held_NZ, held_tokens_N = target_latents(vae, heldout_rows(config, rows), device)
+        stride = max(len(held_NZ) // FLOOR_SAMPLES, 1)
+        held_NZ, held_tokens_N = standardised(vae, held_NZ[::stride]), held_tokens_N[::stride]
+        floors = measure_floors(
+            torch.cat((standardised_MZ, held_NZ)), torch.cat((tokens_M, held_tokens_N)), num_samples=len(held_NZ)
+        )
+    else:
+        floors = measure_floors(standardised_MZ, tokens_M)
     tensors = {f"{name}_G": getattr(floors, f"{name}_G") for name in ("times", *NAMES)}
     tensors |= {"latents_mean": vae.latents_mean.cpu(), "latents_std": vae.latents_std.cpu()}
     tensors |= {"within_token_variance": torch.tensor(floors.within_token_variance, dtype=torch.float64)}
+    if config.model.prediction == "posterior":
+        statistics = token_statistics(standardised_MZ, tokens_M, vae.config.vocab_size)
+        tensors |= {f"{POSTERIOR_PREFIX}{name}": tensor for name, tensor in statistics.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"key": key})
     partial.replace(path)
-    return floors
 
 
 def read_latents(path: Path, vae: TextVAE, key: str | None = None) -> Floors:
@@ -176,9 +216,15 @@ def read_latents(path: Path, vae: TextVAE, key: str | None = None) -> Floors:
         )
     vae.latents_mean.copy_(tensors["latents_mean"])
     vae.latents_std.copy_(tensors["latents_std"])
-    grids = [tensors[f"{name}_G"] for name in ("times", *NAMES)]
-    times_G, blind_G, covariance_G, unigram_G = grids
-    return Floors(times_G, blind_G, covariance_G, unigram_G, float(tensors["within_token_variance"]))
+    grids = {f"{name}_G": tensors[f"{name}_G"] for name in ("times", *NAMES)}
+    return Floors(**grids, within_token_variance=float(tensors["within_token_variance"]))
+
+
+def read_posterior(path: Path, posterior: TokenPosterior) -> None:
+    """Set the statistics of a DiT's token posterior from a file of `measured_latents`."""
+    with safe_open(path, framework="pt") as file:
+        for name, buffer in posterior.named_buffers():
+            buffer.copy_(file.get_tensor(f"{POSTERIOR_PREFIX}{name}"))
 
 
 def _latents_key(config: DiTRun, manifest: Manifest) -> str:
@@ -190,5 +236,6 @@ def _latents_key(config: DiTRun, manifest: Manifest) -> str:
         manifest.fingerprint,
         config.data.split.model_dump(),
         [config.train.seed, config.data.streams, config.data.rows_per_step, config.flow.statistics_rows],
+        config.model.prediction == "posterior",
     ]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -32,7 +32,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "num
 RECIPE_SECONDS = 660
 LONG_RECIPE_SECONDS = 1800
 SECONDS_AFTER_DIT = 110
-DIT_STEPS_PER_VAE_STEP = 0.64
+DIT_STEPS_PER_VAE_STEP = 1.0
 MIN_DIT_STEPS, MAX_DIT_STEPS = 1000, 60_000
 
 
@@ -95,6 +95,7 @@ def summary(plan: Plan, ledger: Ledger, steps: Sequence[Step]) -> dict[str, Any]
         "blind_floor_removed_mean",
         "covariance_floor_removed",
         "unigram_floor_removed",
+        "strict_unigram_floor_removed",
         "context_gap",
         "real_word_share",
     ):

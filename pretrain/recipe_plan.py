@@ -14,8 +14,6 @@ ROW_TOKENS = 512
 WINDOW_TOKENS = 256
 VOCAB_SIZE = 512
 TEACHER_SECONDS = 60
-LONG_SETTINGS = {"flow.time_shift": 2.5}
-"""With time enough to learn the rest, train and sample most where words are decided: at 64 channels that is t > 0.7."""
 VAE_SETTINGS: dict[str, Any] = {}
 DIT_SETTINGS: dict[str, Any] = {}
 """Further overrides of the two configurations; a test makes its runs tiny by them."""
@@ -209,9 +207,7 @@ class Plan:
                 _train(
                     "quickstart_dit",
                     self.dit,
-                    {"data.path": data, "model.vae": self.vae, "train.steps": num_steps}
-                    | (LONG_SETTINGS if self.long else {})
-                    | DIT_SETTINGS,
+                    {"data.path": data, "model.vae": self.vae, "train.steps": num_steps} | DIT_SETTINGS,
                 ),
                 self.dit / "checkpoints" / "latest",
                 self.dit,

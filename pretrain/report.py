@@ -2,7 +2,7 @@
 
     python -m pretrain.report --run runs/dit_xl --trajectory trajectory.json --output runs/dit_xl
 
-losses.png: the training losses of both stages, and the held-out flow loss per quarter of t with the three floors drawn in.
+losses.png: the training losses of both stages, and the held-out flow loss per quarter of t with the floors drawn in.
 denoising.png: one sample's text at several t, from the list of {"t", "text"} that `pretrain.generate --trajectory` writes.
 """
 
@@ -140,7 +140,13 @@ def _label_floors(axes: Any, floors: dict[str, float]) -> None:
     for name, value in sorted(floors.items(), key=lambda item: item[1]):
         place = max(value, place + 0.07 * (high - low))
         axes.text(
-            1.01, place, name, color=FLOOR_COLORS[name], fontsize=8, va="center", transform=axes.get_yaxis_transform()
+            1.01,
+            place,
+            name.replace("_", " "),
+            color=FLOOR_COLORS[name],
+            fontsize=8,
+            va="center",
+            transform=axes.get_yaxis_transform(),
         )
 
 

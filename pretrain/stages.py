@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.batch import FILLER, PREFIX, SUFFIX, Batch
@@ -29,7 +30,7 @@ from modeling.text_dit import TextDiT, TokenHead
 from modeling.text_vae import TextVAE
 from pretrain.config import DiTRun, RunConfig, VAERun, features_folder
 from pretrain.distributed import barrier
-from pretrain.latents import LATENTS_NAME, load_vae, measured_latents, posterior_mean, read_latents
+from pretrain.latents import LATENTS_NAME, load_vae, measured_latents, posterior_mean, read_latents, read_posterior
 from pretrain.telemetry import transformer_flops
 
 QUARTERS = 4
@@ -214,9 +215,13 @@ class DiTStage(Stage):
         barrier()
         floors = read_latents(config.run_folder / LATENTS_NAME, vae)
         self._frozen: dict[str, Any] = {"vae": vae, "floors": floors}
-        self.dit = TextDiT(config.model.architecture())
+        shape = config.model.architecture()
+        shape.vocab_size = vae.config.vocab_size
+        self.dit = TextDiT(shape)
+        if self.dit.posterior is not None:
+            read_posterior(config.run_folder / LATENTS_NAME, self.dit.posterior)
         self.token_head: TokenHead | None = None
-        if config.flow.token_loss_weight:
+        if config.flow.token_loss_weight and self.dit.posterior is None:
             self.token_head = TokenHead(config.model.width, vae.config.vocab_size)
         # Part of the checkpoint, so that an export needs nothing but it.
         self.register_buffer("latents_mean", vae.latents_mean.clone())
@@ -241,8 +246,11 @@ class DiTStage(Stage):
 
     def flops(self, batch: Batch) -> float:
         shape, vae = self.config.model, self.vae.config
+        weights = 12 * shape.width**2 * shape.num_layers + 2 * shape.width * shape.latent_dim
+        if shape.prediction == "posterior":
+            weights += vae.vocab_size * (shape.width + 3 * shape.latent_dim)
         own = transformer_flops(
-            12 * shape.width**2 * shape.num_layers + 2 * shape.width * shape.latent_dim,
+            weights,
             shape.num_layers,
             shape.width,
             batch.window_lengths,
@@ -292,12 +300,14 @@ class DiTStage(Stage):
             batch, latents_TZ, context_TZ, time_W, keep_context_W
         )
         estimate_TZ = self._earlier_estimate(batch, inputs_TZ, is_target_T, time_T, windows)
-        hidden_TD = self.dit.hidden(inputs_TZ, is_target_T, time_T, windows, estimate_TZ)
-        velocity_TZ = self.dit.velocity(hidden_TD, inputs_TZ, time_T)
-        error_T = losses.squared_error(velocity_TZ, flow.velocity(latents_TZ, noise_TZ))
+        output = self.dit.outputs(inputs_TZ, is_target_T, time_T, windows, estimate_TZ)
+        error_T = losses.squared_error(output.velocity_TZ, flow.velocity(latents_TZ, noise_TZ))
         weights_T, token_ce = is_target_T.float(), None
-        if self.token_head is not None:
-            token_ce, _ = losses.linear_cross_entropy(hidden_TD, self.token_head.weight, batch.tokens_T, weights_T)
+        if output.logits_TV is not None:
+            token_ce = (F.cross_entropy(output.logits_TV, batch.tokens_T, reduction="none") * weights_T).sum()
+        elif self.token_head is not None:
+            weight_VD = self.token_head.weight
+            token_ce, _ = losses.linear_cross_entropy(output.hidden_TD, weight_VD, batch.tokens_T, weights_T)
         return FlowErrors(error_T, weights_T, time_T, self._frozen["floors"], token_ce)
 
     def one_step_estimate(self, batch: Batch, time: float) -> tuple[Tensor, Tensor]:

@@ -23,11 +23,11 @@ if __name__ == "__main__":
 
 import torch
 
-from data_pipeline.batch import Batch, SplitConfig
-from data_pipeline.loader import heldout_batches
+from data_pipeline.batch import Batch
 from pretrain import faults
-from pretrain.config import RunConfig, features_folder, load_config
+from pretrain.config import RunConfig, load_config
 from pretrain.distributed import Topology, all_reduce_sum, barrier, init_distributed, shutdown
+from pretrain.latents import heldout_rows
 from pretrain.session import Session, open_session
 from pretrain.stages import Stage
 from pretrain.telemetry import MetricSums, reduce_metrics
@@ -92,19 +92,7 @@ def agree(stage: Stage, batches: Sequence[Batch], stopping: bool) -> tuple[dict[
 def evaluate(session: Session) -> dict[str, float]:
     """The stage's metrics on held-out rows with the EMA weights, logged. Collective."""
     config, topology, started = session.config, session.topology, time.perf_counter()
-    data = config.data
-    rows = heldout_batches(
-        data.path,
-        features_folder(config),
-        split=SplitConfig(**data.split.model_dump()),
-        seed=config.train.seed,
-        micro_batch_rows=data.micro_batch_rows,
-        rank=topology.rank,
-        world_size=topology.world_size,
-        max_rows=config.train.eval_rows,
-        verify=data.verify,
-        cache_dir=data.cache_dir,
-    )
+    rows = heldout_rows(config, config.train.eval_rows, rank=topology.rank, world_size=topology.world_size)
     sums = MetricSums()
     with session.engine.ema_weights():
         for batch in rows:

@@ -68,6 +68,7 @@ def dit_verdicts(figures: Figures, config: RunConfig) -> list[Verdict]:
         at_least(1, "blind floor removed, mean", figures["blind_floor_removed_mean"], limits.min_blind_floor_removed),
         Verdict(1, "covariance floor removed, by t", quarters(figures["covariance_floor_removed"])),
         Verdict(1, "unigram floor removed, by t", quarters(unigram)),
+        Verdict(1, "strict unigram floor removed, by t", quarters(figures["strict_unigram_floor_removed"])),
         above(1, "unigram floor removed, first quarter", unigram[0], limits.min_unigram_floor_removed),
         at_least(
             3, "one-step estimate decoded at t = 0.05", figures["estimate_accuracy"][0], limits.min_estimate_accuracy

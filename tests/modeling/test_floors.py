@@ -100,6 +100,22 @@ def test_the_unigram_floor_is_the_loss_of_its_denoiser() -> None:
     assert float(loss) == pytest.approx(float(floors.unigram_G[11]), rel=0.05)
 
 
+def test_the_strict_floor_sees_correlations_within_tokens_that_the_other_does_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens_M = torch.randint(0, 3, (60_000,), generator=generator)
+    means_VZ = torch.tensor([[-3.0, 0.0], [0.0, 3.0], [3.0, -3.0]], dtype=torch.float64)
+    # One direction within a token, shared by both channels: diagonal Gaussians see two independent ones.
+    along_M = torch.randn(60_000, 1, generator=generator, dtype=torch.float64)
+    across_M = 0.1 * torch.randn(60_000, 1, generator=generator, dtype=torch.float64)
+    latents_MZ = means_VZ[tokens_M] + along_M + across_M * torch.tensor([1.0, -1.0])
+    floors = measure_floors(latents_MZ, tokens_M, num_samples=15_000)
+    early = (floors.times_G > 0.15) & (
+        floors.times_G < 0.35
+    )  # noise between the two directions' deviations, 0.14 and 1.4
+    assert (floors.strict_unigram_G[early] < 0.8 * floors.unigram_G[early]).all()
+    assert (floors.strict_unigram_G <= 1.01 * floors.unigram_G).all()
+
+
 def test_within_token_variance_is_the_share_that_tokens_leave_open() -> None:
     of = TokenMixture(
         torch.tensor([0.5, 0.5], dtype=torch.float64).log(),
@@ -112,11 +128,12 @@ def test_within_token_variance_is_the_share_that_tokens_leave_open() -> None:
 
 def test_floors_between_grid_points_are_interpolated() -> None:
     times_G = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    floors = Floors(times_G, times_G, 2 * times_G, 10 - times_G, 1.0)
+    floors = Floors(times_G, times_G, 2 * times_G, 10 - times_G, 5 - times_G, 1.0)
     found = floors.at(torch.tensor([0.0, 0.1, 0.3, 0.9, 1.0]))
     assert found["blind"].tolist() == pytest.approx([0.1, 0.1, 0.3, 0.9, 0.9])
     assert found["covariance"].tolist() == pytest.approx([0.2, 0.2, 0.6, 1.8, 1.8])
     assert found["unigram"].tolist() == pytest.approx([9.9, 9.9, 9.7, 9.1, 9.1])
+    assert found["strict_unigram"].tolist() == pytest.approx([4.9, 4.9, 4.7, 4.1, 4.1])
     assert math.isclose(float(floors.at(torch.tensor([0.5]))["blind"]), 0.5, rel_tol=1e-6)
 
 

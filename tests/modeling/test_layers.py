@@ -152,3 +152,22 @@ def test_attention_sees_both_ways() -> None:
     x_TD = torch.randn(6, 32, dtype=torch.float64, requires_grad=True)
     (grad_TD,) = torch.autograd.grad(stack(x_TD, segments)[2].square().sum(), x_TD)
     assert (grad_TD.abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize(("width", "head_dim", "expected"), [(256, 64, [-1, 1, None, None]), (96, 32, [-1, 1, None])])
+def test_neighbour_heads_start_by_looking_beside_them(width: int, head_dim: int, expected: list[int | None]) -> None:
+    torch.manual_seed(0)
+    stack = Transformer(2, width, head_dim, 10_000.0, neighbour_heads=True)
+    initialize(stack)
+    rope = rope_tables(torch.arange(60), head_dim, 10_000.0)
+    for block in stack.blocks:
+        q_THK, k_THK, _ = block.attention.qkv(torch.randn(60, width)).view(60, 3, -1, head_dim).unbind(1)
+        logits_HTT = torch.einsum("thk,shk->hts", apply_rope(q_THK, *rope), apply_rope(k_THK, *rope))
+        share_HTT = (logits_HTT / math.sqrt(head_dim)).softmax(-1)
+        for share_TT, offset in zip(share_HTT, expected):
+            inner_T = torch.arange(5, 55)
+            if offset is None:
+                assert float(share_TT.max()) < 0.1
+            else:
+                assert torch.equal(share_TT[inner_T].argmax(-1), inner_T + offset)
+                assert float(share_TT[inner_T, inner_T + offset].mean()) > 0.5

@@ -18,6 +18,8 @@ EVERY = [
     {"prediction": "data"},
     {"prediction": "residual"},
     {"self_conditioning": True},
+    {"prediction": "posterior", "vocab_size": 7},
+    {"neighbour_heads": True},
 ]
 
 
@@ -27,6 +29,8 @@ def make_dit(**options: object) -> TextDiT:
     dit = TextDiT(TextDiTConfig(**(TINY | options))).eval()
     for p in dit.parameters():
         torch.nn.init.normal_(p, std=0.3)
+    if dit.posterior is not None:
+        torch.nn.init.normal_(dit.posterior.means)
     return dit.requires_grad_(False)
 
 
@@ -102,6 +106,20 @@ def test_the_estimate_undoes_data_prediction_down_to_the_clamp() -> None:
         torch.testing.assert_close(found_TZ, raw(latents_TZ, is_target_T, time_T, windows), rtol=1e-3, atol=1e-4)
 
 
+def test_posterior_prediction_reads_its_own_estimate_where_no_earlier_one_is_given() -> None:
+    dit, (latents_TZ, is_target_T, time_T, windows) = make_dit(prediction="posterior", vocab_size=7), inputs()
+    assert dit.posterior is not None
+    time_T1 = time_T[:, None]
+    own_TZ = dit.posterior.estimate(dit.posterior.unigram_logits(latents_TZ, time_T1), latents_TZ, time_T1)
+    outputs = dit.outputs(latents_TZ, is_target_T, time_T, windows)
+    assert outputs.logits_TV is not None
+    assert outputs.logits_TV.shape == (20, 7)
+    assert torch.equal(outputs.velocity_TZ, dit(latents_TZ, is_target_T, time_T, windows, own_TZ))
+    assert not torch.allclose(
+        outputs.velocity_TZ, dit(latents_TZ, is_target_T, time_T, windows, torch.zeros_like(own_TZ))
+    )
+
+
 def test_self_conditioning_reads_targets_only_and_zeros_when_there_is_none() -> None:
     dit, (latents_TZ, is_target_T, time_T, windows) = make_dit(self_conditioning=True), inputs()
     none_TZ = dit(latents_TZ, is_target_T, time_T, windows)
@@ -126,7 +144,7 @@ def test_the_first_loss_is_its_analytic_value(options: dict) -> None:
     # v - v* = a z + b eps with independent z and eps, so the loss is a^2 E[z^2] + b^2.
     if options.get("prediction") == "data":
         a, b = 1 / time, 0.0
-    elif options.get("prediction") == "residual":
+    elif options.get("prediction") in ("residual", "posterior"):  # without statistics, every token is the unit Gaussian
         slope = (2 * time - 1) / (time**2 + (1 - time) ** 2)
         a, b = slope * (1 - time) + 1, slope * time - 1
     else:
@@ -159,7 +177,9 @@ def test_the_ladder_has_its_sizes(layers: int, width: int, millions: int) -> Non
 def test_half_precision_runs_and_stays_near(options: dict) -> None:
     torch.manual_seed(0)
     dit, (latents_TZ, is_target_T, time_T, windows) = TextDiT(TextDiTConfig(**(TINY | options))), inputs()
-    torch.nn.init.normal_(dit.to_latent.weight, std=0.1)
+    head = dit.to_latent if dit.posterior is None else dit.posterior.to_shift
+    assert head is not None
+    torch.nn.init.normal_(head.weight, std=0.1)
     estimate_TZ = torch.randn_like(latents_TZ) if options.get("self_conditioning") else None
     full_TZ = dit(latents_TZ, is_target_T, time_T, windows, estimate_TZ)
     half_TZ = dit.bfloat16()(latents_TZ, is_target_T, time_T, windows, estimate_TZ)
@@ -167,7 +187,9 @@ def test_half_precision_runs_and_stays_near(options: dict) -> None:
     assert (half_TZ - full_TZ).norm() < 0.02 * full_TZ.norm()
 
 
-@pytest.mark.parametrize("wrong", [{"time_conditioning": "film"}, {"prediction": "noise"}])
+@pytest.mark.parametrize(
+    "wrong", [{"time_conditioning": "film"}, {"prediction": "noise"}, {"neighbour_heads": True, "qk_norm": True}]
+)
 def test_unknown_options_are_refused(wrong: dict) -> None:
-    with pytest.raises(ValueError, match=r"expected (none, additive or adaln_zero|velocity, data)"):
+    with pytest.raises(ValueError, match=r"expected (none, additive or adaln_zero|velocity, data)|choose one"):
         TextDiTConfig(**wrong)

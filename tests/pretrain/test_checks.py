@@ -60,7 +60,7 @@ class StubStage:
         distance_T = ((latents_TZ - context_TZ) ** 2).sum(-1) * (batch.roles_T == PREFIX)
         distance_W = torch.zeros(len(batch.window_lengths)).index_add(0, ids_T, distance_T)
         grid_G = (torch.arange(32, dtype=torch.float64) + 0.5) / 32
-        floors = Floors(grid_G, *(torch.full((32,), value, dtype=torch.float64) for value in (2.0, 1.0, 0.5)), 0.1)
+        floors = Floors(grid_G, *(torch.full((32,), value, dtype=torch.float64) for value in (2.0, 1.0, 0.5, 0.5)), 0.1)
         error_T = 0.1 * time_T + self.reads_context * distance_W[ids_T]
         return FlowErrors(error_T, (batch.roles_T == SUFFIX).float(), time_T, floors)
 

@@ -98,9 +98,24 @@ def test_an_export_alone_gives_the_training_sides_tokens(trained: Trained, expor
     assert (found["text"], found["steps"]) == ("w3 w4", 50)
 
 
+def test_a_token_posterior_travels_with_its_statistics(trained: Trained, tmp_path: Path) -> None:
+    model = {"prediction": "posterior", "neighbour_heads": True}
+    dit = tiny_pipeline.start(
+        tmp_path, tiny_pipeline.dit_values(trained.data, trained.vae, tmp_path / "posterior", model)
+    )
+    saved = checkpoint.read_tensors(dit, "ema")
+    frequencies_V = saved["dit.posterior.log_frequencies"].exp()
+    assert float(frequencies_V.sum()) == pytest.approx(1, abs=1e-4)
+    assert len(set(frequencies_V.tolist())) > 5  # fitted, not the initial zeros
+    exported = TextLDM.from_pretrained(convert(dit, tmp_path / "export"))
+    tokens = exported.generate(PROMPTS, NEW_TOKENS, NUM_STEPS, SCALE, noise=noise(), eos_token_id=-1)
+    assert [ids.tolist() for ids in tokens] == training_side(trained._replace(dit=dit))
+
+
 def test_the_folder_holds_what_its_parts_were(trained: Trained, exported: Path) -> None:
     names = {path.name for path in exported.iterdir()}
-    code = {"attention.py", "flow.py", "layers.py", "sampler.py", "text_dit.py", "text_vae.py", "textldm.py"}
+    stems = ("attention", "flow", "layers", "sampler", "text_dit", "text_vae", "textldm", "token_posterior")
+    code = {f"{stem}.py" for stem in stems}
     assert names == code | {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in modeling_files()} == code
     weights = load_file(exported / "model.safetensors")

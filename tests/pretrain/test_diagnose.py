@@ -146,6 +146,7 @@ HEALTHY = {
     "posterior_noise_share": 0.2, "dead_channels": 0, "vae_token_accuracy": 0.999, "basin_radius": 0.5,
     "repa_cosine_excess": 0.3, "flow_loss": [0.5, 0.5, 1.0, 1.0], "blind_floor_removed_mean": 0.5,
     "covariance_floor_removed": [0.4] * 4, "unigram_floor_removed": [0.1, -0.2, 0.0, 0.0],
+    "strict_unigram_floor_removed": [0.05, -0.3, 0.0, 0.0],
     "estimate_accuracy": [0.99], "context_gap": [0.01, 0.02, 0.03, -0.001], "loss_by_target_length": {"<= 16": 0.9},
     "generalisation_gap": 0.01, "guidance_scale": 7.0, "latent_rms": 1.0, "distinct_2_ratio": 0.9, "entropy_ratio": 1.0,
     "guidance_sweep": [], "real_word_share": 0.95, "copied_share": 0.02, "true_copied_share": 0.01,
