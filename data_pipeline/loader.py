@@ -1,8 +1,9 @@
 """The loader: a rank's micro-batches of every step, prefetched by threads, and the batches of the held-out split.
 
-A step is built by one pure function of its number, so threads build different steps side by side, a resumed loader
-starts anywhere at once, and nothing has to be saved. Threads rather than processes: the work is NumPy copies and
-hashing, which release the GIL, and nothing is left behind after a kill.
+A step is a pure function of its number, so threads build different steps side by side, a resumed loader starts
+anywhere at once, and nothing has to be saved. Small steps are built several at a time, which spares most of Python's
+share of the work. Threads rather than processes: the rest is NumPy copies and hashing, which release the GIL, and
+nothing is left behind after a kill.
 """
 
 import time
@@ -24,6 +25,7 @@ from data_pipeline.stream import FeatureRows, TokenRows
 
 _OPENERS = 8
 _OPEN_AHEAD_STEPS = 32
+_BLOCK_BYTES = 16 << 20  # of steps built together
 
 
 class TrainLoader:
@@ -38,7 +40,8 @@ class TrainLoader:
         rows_per_step: rows of the global batch.
         micro_batch_rows: rows of one Batch; must divide the rank's share of a step.
         start_step: first step to give; costs the same whatever it is.
-        workers: threads that build steps ahead (0: built when asked for); prefetch_steps: how many steps ahead.
+        workers: threads that build steps ahead (0: built when asked for); prefetch_steps: how many steps ahead at
+            least.
         verify: compare every shard's SHA-256 with the manifest before its first use.
         cache_dir, cache_gigabytes: where shards of URLs are kept, and how many; see storage.py.
         skip_tickets: rows to replace by filler, to step around rows that broke training.
@@ -87,14 +90,17 @@ class TrainLoader:
         self._features = _feature_rows(features, self.feature_manifest, "train", options)
         self._seed, self._split, self._micro_batch_rows = seed, split, micro_batch_rows
         self._skip_tickets = frozenset(skip_tickets)
-        self._next_step = start_step
-        self._ahead = max(1, prefetch_steps)
+        self._start_step = self._next_step = start_step
+        # Steps built together stay within an eighth of a shard, so that the last is not due long after the first.
+        self._block_steps = max(1, min(self._block_limit(), min(shard_rows) // (8 * self.order.rows_per_stream)))
+        self._blocks_ahead = max(1, workers, -(-prefetch_steps // self._block_steps))
         self._executor = ThreadPoolExecutor(workers, "loader") if workers else None
         self._openers = ThreadPoolExecutor(_OPENERS, "shards") if workers else None
         # Shards are opened (downloaded, hashed) this many steps before their first row is due, but within half a shard, so
         # that a stream never needs more than two.
         self._open_ahead = min(_OPEN_AHEAD_STEPS, min(shard_rows) // (2 * self.order.rows_per_stream))
-        self._pending: deque[Future[list[Batch]]] = deque()
+        self._pending: deque[Future[list[list[Batch]]]] = deque()
+        self._ready: deque[list[Batch]] = deque()
         self.wait_seconds = 0.0
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -105,28 +111,15 @@ class TrainLoader:
         """The micro-batches of the next step; the time spent waiting for them is added to `wait_seconds`."""
         started = time.perf_counter()
         try:
-            if self._executor is None:
-                return self.build(self._advance())
-            if not self._pending:
-                self._open_shards(self._next_step)
-            while len(self._pending) < self._ahead:
-                self._pending.append(self._executor.submit(self.build, self._advance()))
-            batches = self._pending.popleft().result()
-            self._pending.append(self._executor.submit(self.build, self._advance()))
-            return batches
+            if not self._ready:
+                self._ready.extend(self._next_block())
+            return self._ready.popleft()
         finally:
             self.wait_seconds += time.perf_counter() - started
 
     def build(self, step: int) -> list[Batch]:
         """The rank's micro-batches of any step."""
-        self._open_shards(step + self._open_ahead)
-        spans = [self.order.spans(stream, step) for stream in self._streams]
-        tickets = np.stack([self.order.tickets(stream, step) for stream in self._streams], axis=1)
-        block = read_rows(
-            self._tokens, self._features, spans, tickets, "train", self._seed, self._split, self._skip_tickets
-        )
-        starts = range(0, self._rank_rows, self._micro_batch_rows)
-        return [block.batch(start, start + self._micro_batch_rows) for start in starts]
+        return self._build_block(step, 1)[0]
 
     def close(self) -> None:
         """Stop prefetching."""
@@ -134,6 +127,7 @@ class TrainLoader:
             if executor is not None:
                 executor.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
+        self._ready.clear()
 
     def __enter__(self) -> "TrainLoader":
         return self
@@ -143,20 +137,53 @@ class TrainLoader:
     ) -> None:
         self.close()
 
-    def _open_shards(self, step: int) -> None:
-        """Start opening the shards of a step side by side, those that are not open yet."""
+    def _next_block(self) -> list[list[Batch]]:
+        """The next steps, as many as are built together."""
+        if self._executor is None:
+            return self._build_block(*self._advance())
+        if not self._pending:
+            self._open_shards(self._next_step, 1)
+        while len(self._pending) < self._blocks_ahead:
+            self._pending.append(self._executor.submit(self._build_block, *self._advance()))
+        block = self._pending.popleft().result()
+        self._pending.append(self._executor.submit(self._build_block, *self._advance()))
+        return block
+
+    def _build_block(self, step: int, steps: int) -> list[list[Batch]]:
+        """The rank's micro-batches of consecutive steps."""
+        self._open_shards(step + self._open_ahead, steps)
+        spans = [self.order.spans(stream, step, steps) for stream in self._streams]
+        tickets = np.stack([self.order.tickets(stream, step, steps) for stream in self._streams], axis=1)
+        block = read_rows(
+            self._tokens, self._features, spans, tickets, "train", self._seed, self._split, self._skip_tickets
+        )
+        starts = range(0, steps * self._rank_rows, self._micro_batch_rows)
+        batches = [block.batch(start, start + self._micro_batch_rows) for start in starts]
+        per_step = self._rank_rows // self._micro_batch_rows
+        return [batches[first : first + per_step] for first in range(0, len(batches), per_step)]
+
+    def _open_shards(self, step: int, steps: int) -> None:
+        """Start opening the shards of these steps side by side, those that are not open yet."""
         if self._openers is None:
             return
-        for shard in {span.shard for stream in self._streams for span in self.order.spans(stream, step)}:
+        for shard in {span.shard for stream in self._streams for span in self.order.spans(stream, step, steps)}:
             for rows in (self._tokens, self._features):
                 if rows is not None and not rows.is_open(shard):
                     self._openers.submit(
                         rows.open, shard
                     )  # a failure shows again, and is raised, when its rows are due
 
-    def _advance(self) -> int:
-        self._next_step += 1
-        return self._next_step - 1
+    def _advance(self) -> tuple[int, int]:
+        """First step and number of steps of the next block; the very first block is one step, to be there soon."""
+        step, steps = self._next_step, 1 if self._next_step == self._start_step else self._block_steps
+        self._next_step += steps
+        return step, steps
+
+    def _block_limit(self) -> int:
+        """Number of steps that _BLOCK_BYTES hold."""
+        members = self._features.arrays.values() if self._features else ()
+        row_bytes = 8 * self.manifest.row_tokens + sum(member.row_bytes for member in members)
+        return _BLOCK_BYTES // (self._rank_rows * row_bytes)
 
 
 def read_rows(
@@ -201,8 +228,8 @@ def read_rows(
         for ticket, origin in zip(tickets.ravel().tolist(), origin_QS3.reshape(-1, 3).tolist())
     ]
     lengths_W, counts_B = _transpose_windows(np.concatenate(lengths), counts_SQ)
-    skipped_B = np.array([row.ticket in skip_tickets for row in ids])
-    if skipped_B.any():
+    if skip_tickets:
+        skipped_B = np.isin(tickets.ravel(), list(skip_tickets))
         tokens_BR[skipped_B] = 0
         lengths_W = lengths_W[~np.repeat(skipped_B, counts_B)]
         counts_B = np.where(skipped_B, 0, counts_B)

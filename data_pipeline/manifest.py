@@ -5,7 +5,7 @@ compares.
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -18,6 +18,7 @@ SPLITS = ("train", "heldout")
 
 _SHA256 = r"^[0-9a-f]{64}$"
 _SHARD_NAME = r"^(train|heldout)-[0-9]{5}\.tar$"  # no separators: a manifest cannot point out of its folder
+_Count = Annotated[int, Field(gt=0, lt=1 << 48)]  # sums of them fit 64 bits
 
 
 class _Strict(BaseModel):
@@ -30,7 +31,7 @@ class TokenizerInfo(_Strict):
     name: str
     revision: str | None
     sha256: str = Field(pattern=_SHA256)
-    vocab_size: int = Field(gt=0)
+    vocab_size: _Count
     special_ids: dict[str, int]
     eos_id: int | None
 
@@ -39,10 +40,10 @@ class ShardInfo(_Strict):
     """One token shard. `tokens` counts those in windows, without the rows' unfilled tails."""
 
     name: str = Field(pattern=_SHARD_NAME)
-    rows: int = Field(gt=0)
-    windows: int = Field(gt=0)
-    tokens: int = Field(gt=0)
-    bytes: int = Field(gt=0)
+    rows: _Count
+    windows: _Count
+    tokens: _Count
+    bytes: _Count
     sha256: str = Field(pattern=_SHA256)
 
 
@@ -50,8 +51,8 @@ class FeatureShardInfo(_Strict):
     """One feature shard, with the same rows as the token shard of the same name."""
 
     name: str = Field(pattern=_SHARD_NAME)
-    rows: int = Field(gt=0)
-    bytes: int = Field(gt=0)
+    rows: _Count
+    bytes: _Count
     sha256: str = Field(pattern=_SHA256)
 
 
@@ -59,7 +60,7 @@ class MemberInfo(_Strict):
     """dtype (NumPy name) and shape of one array of a feature shard's row."""
 
     dtype: Literal["int8", "uint8", "int16", "uint16", "float16", "float32"]
-    shape: list[int]
+    shape: list[_Count]
 
 
 class Manifest(_Strict):
@@ -69,10 +70,10 @@ class Manifest(_Strict):
 
     format_version: Literal[1]
     fingerprint: str = Field(pattern=_SHA256)
-    row_tokens: int = Field(gt=0)
+    row_tokens: _Count
     token_dtype: Literal["uint16", "uint32"]
-    min_window: int = Field(gt=0)
-    max_window: int = Field(gt=0)
+    min_window: _Count
+    max_window: _Count
     seed: int
     heldout_fraction: float = Field(ge=0, lt=1)
     dedupe: bool
@@ -125,7 +126,7 @@ class FeatureManifest(_Strict):
     format_version: Literal[1]
     fingerprint: str = Field(pattern=_SHA256)
     tokens_fingerprint: str = Field(pattern=_SHA256)
-    row_tokens: int = Field(gt=0)
+    row_tokens: _Count
     members: dict[str, MemberInfo]
     teacher: dict[str, Any]
     codec: dict[str, Any]
@@ -152,7 +153,7 @@ class FeatureManifest(_Strict):
         if sorted(self.members) != ["features", "scales"]:
             raise ValueError(f"the members are {sorted(self.members)}, expected features and scales")
         for name, info in self.members.items():
-            if len(info.shape) not in (1, 2) or info.shape[0] != self.row_tokens or min(info.shape) < 1:
+            if len(info.shape) not in (1, 2) or info.shape[0] != self.row_tokens:
                 raise ValueError(
                     f"{name} has the shape {info.shape}, expected [{self.row_tokens}] or [{self.row_tokens}, n]"
                 )
@@ -166,7 +167,7 @@ class FeatureManifest(_Strict):
         """Raise UserError unless this cache was made for exactly these token shards."""
         if self.tokens_fingerprint != tokens.fingerprint or self.row_tokens != tokens.row_tokens:
             raise UserError(
-                f"{folder}: these features belong to token shards with fingerprint {self.tokens_fingerprint[:16]}..., "
+                f"{folder}/{MANIFEST_NAME}: these features belong to token shards with fingerprint {self.tokens_fingerprint[:16]}..., "
                 f"but the data's is {tokens.fingerprint[:16]}...: cache the features of this data again"
             )
         for split, shards in self.splits.items():
@@ -174,7 +175,7 @@ class FeatureManifest(_Strict):
             expected = [(shard.name, shard.rows) for shard in tokens.splits.get(split, [])]
             if found != expected:
                 raise UserError(
-                    f"{folder}: the {split} feature shards {found[:3]}... differ from the token shards "
+                    f"{folder}/{MANIFEST_NAME}: the {split} feature shards {found[:3]}... differ from the token shards "
                     f"{expected[:3]}...: "
                     "finish the feature cache, or make it again"
                 )
@@ -218,6 +219,8 @@ def load_checked(kind: type[AnyManifest], folder: object, remedy: str) -> AnyMan
         text = storage.read_bytes(str(folder), MANIFEST_NAME)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {folder} is not a finished prepared folder; {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     try:
         fields = json.loads(text, object_pairs_hook=_no_duplicates)
         manifest = kind.model_validate(fields)
@@ -227,7 +230,7 @@ def load_checked(kind: type[AnyManifest], folder: object, remedy: str) -> AnyMan
         raise UserError(
             f"{path}: {place or 'the whole file'}: {first['msg']} (found {first['input']!r:.80}); {remedy}"
         ) from None
-    except ValueError as error:  # invalid JSON or UTF-8, or a duplicate key
+    except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8, a duplicate key, or endless brackets
         raise UserError(f"{path} is not a manifest: {error}; {remedy}") from None
     expected = fingerprint(manifest.content())
     if manifest.fingerprint != expected:

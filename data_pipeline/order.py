@@ -62,9 +62,11 @@ class Order:
         self._epoch_rows = [int(self._rows[shards].sum()) for shards in self._shards]
         self._recent: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}
 
-    def spans(self, stream: int, step: int) -> list[Span]:
-        """The rows that the stream gives to the step, as few contiguous spans as possible, in reading order."""
-        position, remaining = step * self.rows_per_stream, self.rows_per_stream
+    def spans(self, stream: int, step: int, steps: int = 1) -> list[Span]:
+        """The rows that the stream gives to so many steps from this one on, as few contiguous spans as possible, in
+        reading order.
+        """
+        position, remaining = step * self.rows_per_stream, steps * self.rows_per_stream
         spans = []
         while remaining:
             epoch, offset = divmod(position, self._epoch_rows[stream])
@@ -76,9 +78,10 @@ class Order:
             position, remaining = position + count, remaining - count
         return spans
 
-    def tickets(self, stream: int, step: int) -> np.ndarray:
-        """Global numbers, in training order, of the rows that the stream gives to the step (int64 [q])."""
-        return (step * self.rows_per_stream + np.arange(self.rows_per_stream, dtype=np.int64)) * self.streams + stream
+    def tickets(self, stream: int, step: int, steps: int = 1) -> np.ndarray:
+        """Global numbers, in training order, of the rows that the stream gives to these steps (int64 [steps * q])."""
+        places = step * self.rows_per_stream + np.arange(steps * self.rows_per_stream, dtype=np.int64)
+        return places * self.streams + stream
 
     def epochs(self, step: int) -> float:
         """Passes over the data completed before the step, averaged over the streams."""

@@ -21,13 +21,16 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import atomic_write
+from data_pipeline.storage import atomic_write, open_file
 
 _BLOCK = 512
 _NPY_HEADER = 128
 _END = bytes(2 * _BLOCK)
 _SIZE_FIELD = slice(124, 135)
-_REMEDY = "copy the shard again from where it was prepared, or prepare the data again"
+_REMEDY = "copy the shard again from where it was prepared, or prepare the data again (--fresh)"
+_FEATURES_REMEDY = (
+    "copy the shard again, or run cache_features again, which replaces damaged shards and keeps the others"
+)
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,12 @@ class Shard:
         self.path = path
         self.rows = rows
         self._members = {member.name: member for member in members}
-        self._buffer = _map(path, num_bytes)
+        self._remedy = _REMEDY if "tokens" in self._members else _FEATURES_REMEDY
+        self._buffer = self._map(num_bytes)
         if sha256 is not None and (found := hashlib.sha256(self._buffer).hexdigest()) != sha256:
-            raise UserError(f"{path}: SHA-256 is {found[:16]}..., but the manifest says {sha256[:16]}...: {_REMEDY}")
+            raise UserError(
+                f"{path}: SHA-256 is {found[:16]}..., but the manifest says {sha256[:16]}...: {self._remedy}"
+            )
         self._places = self._index(members)
         self._ragged = {member.name: self._join_ragged(member) for member in members if None in member.shape}
 
@@ -120,6 +126,18 @@ class Shard:
         values, ends = self._ragged[name]
         return values[ends[start] : ends[stop]], np.diff(ends[start : stop + 1])
 
+    def _map(self, num_bytes: int) -> mmap.mmap:
+        try:
+            with open_file(self.path) as file:
+                found = file.seek(0, 2)
+                if found != num_bytes:
+                    raise UserError(
+                        f"{self.path}: has {found} bytes, but the manifest says {num_bytes}: {self._remedy}"
+                    )
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}): {self._remedy}") from None
+
     def _join_ragged(self, member: Member) -> tuple[np.ndarray, np.ndarray]:
         """Elements of all rows in turn, and where each row's end (with a 0 before the first)."""
         places, counts = self._places[member.name]
@@ -140,7 +158,7 @@ class Shard:
                 if self._buffer[offset + _BLOCK : start] != _npy_header(member, count):
                     raise UserError(
                         f"{self.path}: {_member_name(row, member.name)} is not the expected array of {member.dtype}: "
-                        f"{_REMEDY}"
+                        f"{self._remedy}"
                     )
                 found[member.name][0].append(start)
                 found[member.name][1].append(count)
@@ -149,7 +167,7 @@ class Shard:
             extra = len(self._buffer) - offset - len(_END)
             raise UserError(
                 f"{self.path}: {extra} bytes too many behind the {self.rows} rows of the manifest, or no end mark: "
-                f"{_REMEDY}"
+                f"{self._remedy}"
             )
         return {
             name: (np.array(places, np.int64), np.array(counts, np.int64)) for name, (places, counts) in found.items()
@@ -169,7 +187,7 @@ class Shard:
         if offset + _BLOCK + size + len(_END) > len(self._buffer):
             raise UserError(
                 f"{self.path}: ends within {_member_name(row, member.name)}, although the manifest promises "
-                f"{self.rows} rows: {_REMEDY}"
+                f"{self.rows} rows: {self._remedy}"
             )
         return size
 
@@ -182,18 +200,7 @@ class Shard:
             if name != expected
             else f"its header is not a plain file of {size} bytes with a right checksum"
         )
-        return f"{self.path}: expected {expected} at byte {offset}, but {offence}: {_REMEDY}"
-
-
-def _map(path: Path, num_bytes: int) -> mmap.mmap:
-    try:
-        with path.open("rb") as file:
-            found = file.seek(0, 2)
-            if found != num_bytes:
-                raise UserError(f"{path}: has {found} bytes, but the manifest says {num_bytes}: {_REMEDY}")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): {_REMEDY}") from None
+        return f"{self.path}: expected {expected} at byte {offset}, but {offence}: {self._remedy}"
 
 
 def _member_name(row: int, name: str) -> str:

@@ -4,8 +4,10 @@ https is read with the standard library; every other scheme (s3, gs, hf, ...) is
 """
 
 import contextlib
+import errno
 import hashlib
 import os
+import stat
 import tempfile
 import time
 import urllib.error
@@ -33,13 +35,23 @@ def is_url(location: str) -> bool:
 def read_bytes(folder: str, name: str) -> bytes:
     """Contents of a small file of the folder. Raises FileNotFoundError when there is none."""
     if not is_url(folder):
-        return (Path(folder) / name).read_bytes()
+        with open_file(Path(folder) / name) as file:
+            return file.read()
 
     def read() -> bytes:
         with _open_url(f"{folder}/{name}") as file:
             return file.read()
 
     return _with_retries(f"{folder}/{name}", read)
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """Open a local file for reading. Raises OSError for anything else of that name: a pipe would wait for its writer."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 (returned)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "Not a file", str(path))
+    return file
 
 
 def local_path(folder: str, name: str) -> Path:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_pipeline.errors import UserError
-from data_pipeline.manifest import FeatureManifest, Manifest
+from data_pipeline.manifest import FeatureManifest, Manifest, ShardInfo
 from data_pipeline.order import Span
 from data_pipeline.shards import Member, Shard, token_members
 from data_pipeline.storage import CACHE_GIGABYTES, ShardFiles
@@ -86,6 +86,8 @@ class ShardPool:
             path = self._files.path(info.name, info.bytes, info.sha256)
             try:
                 shard = Shard(path, self._members, info.rows, info.bytes, info.sha256 if check else None)
+                if isinstance(info, ShardInfo):
+                    _check_counts(shard, info)
                 break
             except UserError:
                 if self._files.is_evicted(path):
@@ -95,6 +97,19 @@ class ShardPool:
         if check:
             self._verified.add(index)
         return shard
+
+
+def _check_counts(shard: Shard, info: ShardInfo) -> None:
+    """Refuse windows that are not as many, or not as long together, as the manifest says, even where hashes are not
+    verified.
+    """
+    lengths, _ = shard.ragged("lengths", 0, shard.rows)
+    found = (len(lengths), int(lengths.sum(dtype=np.int64)))
+    if found != (info.windows, info.tokens):
+        raise UserError(
+            f"{shard.path}: holds {found[0]} windows and {found[1]} tokens, the manifest says {info.windows} and "
+            f"{info.tokens}: copy the shard again, or prepare the data again"
+        )
 
 
 class _Rows:
