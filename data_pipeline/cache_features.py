@@ -103,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=float, default=3600, help="seconds that other ranks wait for the codec")
     parser.add_argument("--report-only", action="store_true", help="print fidelity, size and time, and stop")
     parser.add_argument("--rows", type=int, default=32, help="check: number of random rows")
+    parser.add_argument("--seed", type=int, default=0, help="check: which rows")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
     return parser
 
@@ -169,7 +170,7 @@ def main(argv: list[str] | None = None) -> int | None:
             if getattr(args, name) is None:
                 raise UserError(f"--{name.replace('output', 'features')} is missing, and no --config names it")
         device = ranks.device(args.device)
-        print(check_cache(args.data, args.output, args.teacher, device, args.rows, args.token_budget))
+        print(check_cache(args.data, args.output, args.teacher, device, args.rows, args.token_budget, args.seed))
         return 0
     job = job_from(args, ranks)
     codec = job.codec_for(ranks.rank, ranks.world_size, args.timeout, args.report_only)

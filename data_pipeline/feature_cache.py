@@ -4,6 +4,7 @@ The folder holds `manifest.json`, `codec.safetensors`, and for every token shard
 `features` (uint8 [R, C], the codec's bytes; zeros behind the last window) and `scales` (uint8 [R]).
 """
 
+import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,14 @@ import torch
 from data_pipeline.batch import CodedFeatures
 from data_pipeline.codec import Codec, load_codec
 from data_pipeline.errors import UserError
-from data_pipeline.manifest import FeatureManifest, Manifest, MemberInfo
+from data_pipeline.manifest import MANIFEST_NAME, FeatureManifest, Manifest, MemberInfo
 from data_pipeline.order import Span
 from data_pipeline.shards import Member
 from data_pipeline.storage import is_url
 from data_pipeline.stream import FeatureRows
 
 CODEC_NAME = "codec.safetensors"
+NPY_HEADER = 128
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ def load_cache(folder: str | Path, tokens: Manifest) -> FeatureCache:
             f"{manifest.codec.get('fingerprint')}: copy the folder again, or cache the features again"
         )
     if manifest.members != member_infos(codec, manifest.row_tokens):
-        raise UserError(f"{folder}: arrays {manifest.members} are not what its codec writes; cache the features again")
+        raise UserError(
+            f"{folder}/{MANIFEST_NAME}: arrays {manifest.members} are not what its codec writes; cache the features again"
+        )
     if not is_url(folder):
         for shard in (shard for shards in manifest.splits.values() for shard in shards):
             path = Path(folder) / shard.name
@@ -76,7 +80,7 @@ def check_tokenizer(manifest: FeatureManifest, tokens: Manifest, folder: str) ->
     """Refuse features of tokens that another tokenizer made."""
     if manifest.teacher.get("tokenizer_sha256") != tokens.tokenizer.sha256:
         raise UserError(
-            f"{folder}: made for tokenizer {manifest.teacher.get('tokenizer_sha256')}, the data's is "
+            f"{folder}/{MANIFEST_NAME}: made for tokenizer {manifest.teacher.get('tokenizer_sha256')}, the data's is "
             f"{tokens.tokenizer.sha256} ({tokens.tokenizer.name}): cache the features of this data again"
         )
 
@@ -92,6 +96,14 @@ def member_infos(codec: Codec, row_tokens: int) -> dict[Literal["features", "sca
         "features": MemberInfo(dtype="uint8", shape=[row_tokens, codec.num_code_bytes]),
         "scales": MemberInfo(dtype="uint8", shape=[row_tokens]),
     }
+
+
+def shard_bytes(codec: Codec, row_tokens: int, num_rows: int) -> int:
+    """Size of a feature shard. Tar and .npy headers and padding are a third of it for rows of 512 tokens of 8 bytes, a
+    twentieth for rows of 4096.
+    """
+    sizes = [tarfile.BLOCKSIZE + NPY_HEADER + member.row_bytes for member in feature_members(codec, row_tokens)]
+    return num_rows * sum(size + -size % tarfile.BLOCKSIZE for size in sizes) + 2 * tarfile.BLOCKSIZE
 
 
 def tile(windows: Sequence[np.ndarray], row_tokens: int) -> tuple[list[int], list[bool]]:

@@ -18,7 +18,7 @@ from data_pipeline import codec_choice
 from data_pipeline.codec import Codec, load_codec
 from data_pipeline.codec_choice import FeatureSample, Fidelity, Target
 from data_pipeline.errors import UserError
-from data_pipeline.feature_cache import CODEC_NAME, feature_members, member_infos, tile
+from data_pipeline.feature_cache import CODEC_NAME, feature_members, member_infos, shard_bytes, tile
 from data_pipeline.keys import generator
 from data_pipeline.manifest import MANIFEST_NAME, SPLITS, FeatureManifest, FeatureShardInfo, Manifest, ShardInfo
 from data_pipeline.order import Span
@@ -106,7 +106,11 @@ class FeatureJob:
         """The codec of this cache: a former run's, fitted now by rank 0, or waited for by the others."""
         if rank == 0:
             codec = self._known_codec()
-            return codec if codec is not None else self._fit(world_size, report_only)
+            if codec is None:
+                return self._fit(world_size, report_only)
+            fidelity = Fidelity(**json.loads((self.output / JOB_NAME).read_text())["fidelity"])
+            print("\n".join(self.report(codec, fidelity)), flush=True)
+            return codec
         if report_only:
             return None
         give_up = time.monotonic() + timeout_s
@@ -159,39 +163,53 @@ class FeatureJob:
         started = time.monotonic()
         codec.encode(sample.features_TF, sample.tokens_T, sample.window_lengths)
         tokens_per_s = world_size * len(sample.tokens_T) / (teacher_s + time.monotonic() - started)
-        print("\n".join(self.report(fidelity, table, tokens_per_s)), flush=True)
+        print("\n".join(self.report(codec, fidelity, table, tokens_per_s)), flush=True)
         if not report_only:
-            self.output.mkdir(parents=True, exist_ok=True)
-            codec.save(self.output / CODEC_NAME)
-            job = self.identity | {"codec_fingerprint": codec.fingerprint(), "fidelity": asdict(fidelity)}
-            write_json(self.output / JOB_NAME, job)
+            self.keep(codec, fidelity)
         return codec
 
-    def report(self, fidelity: Fidelity, table: Sequence[Fidelity], tokens_per_s: float) -> Iterator[str]:
-        """Lines: the table of codecs, the chosen one, the size of everything and the time that it will take."""
+    def keep(self, codec: Codec, fidelity: Fidelity) -> None:
+        """Write codec and job, which the other ranks wait for and a resumed run goes on with."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        codec.save(self.output / CODEC_NAME)
+        job = self.identity | {"codec_fingerprint": codec.fingerprint(), "fidelity": asdict(fidelity)}
+        write_json(self.output / JOB_NAME, job)
+
+    def cache_bytes(self, codec: Codec) -> int:
+        """Size of the whole cache: its shards, and the codec."""
+        row_tokens = self.tokens.row_tokens
+        return codec.own_bytes + sum(shard_bytes(codec, row_tokens, shard.rows) for _, _, shard in self.shards)
+
+    def report(
+        self, codec: Codec, fidelity: Fidelity, table: Sequence[Fidelity] = (), tokens_per_s: float | None = None
+    ) -> Iterator[str]:
+        """Lines: the table of codecs, the chosen one, the size of everything and, where the speed is known, the time that
+        it will take.
+        """
         if table:
             yield f"    {Fidelity.header()}"
             yield from (f"{' -> ' if row == fidelity else '    '}{row}" for row in table)
-        size = fidelity.total_bytes(self.num_places)
         yield (
             f"codec: {fidelity.bytes_per_token:.0f} bytes/token ({fidelity.bf16_ratio:.4f} of bfloat16), cosine mean "
             f"{fidelity.mean_cosine:.6f}, 1st percentile {fidelity.p1_cosine:.6f}, "
             f"variance kept {fidelity.explained:.4f}"
         )
+        time_needed = ""
+        if tokens_per_s is not None:
+            time_needed = f", about {format_seconds(self.num_tokens / tokens_per_s)} at {tokens_per_s:,.0f} tokens/s"
         yield (
-            f"cache: {self.num_tokens:,} tokens in {len(self.shards)} shards, {format_bytes(size)} "
-            f"({format_bytes(fidelity.codec_bytes)} of it the codec), about "
-            f"{format_seconds(self.num_tokens / tokens_per_s)} at {tokens_per_s:,.0f} tokens/s"
+            f"cache: {self.num_tokens:,} tokens in {len(self.shards)} shards, {format_bytes(self.cache_bytes(codec))} "
+            f"({format_bytes(codec.own_bytes)} of it the codec){time_needed}"
         )
 
-    def sample(self) -> FeatureSample:
-        """Features of random rows of the training split, about `sample_tokens` tokens."""
-        shards = self.tokens.splits["train"]
+    def sample(self, split: str = "train") -> FeatureSample:
+        """Features of random rows of a split, about `sample_tokens` tokens."""
+        shards = self.tokens.splits[split]
         rows = [(index, row) for index, shard in enumerate(shards) for row in range(shard.rows)]
         wanted = min(len(rows), max(1, round(self.options.sample_tokens / self.tokens.row_tokens)))
         rng = generator("feature codec sample", self.tokens.seed)
         chosen = sorted(rng.choice(len(rows), size=wanted, replace=False).tolist())
-        reader = TokenRows(self.data, self.tokens, "train", verify=False)
+        reader = TokenRows(self.data, self.tokens, split, verify=False)
         tokens, lengths = [], []
         for index in rng.permutation(chosen).tolist():  # shuffled, so that its parts are alike
             shard, row = rows[index]

@@ -19,12 +19,14 @@ from transformers import Qwen3Config, Qwen3Model
 from data_pipeline.batch import SplitConfig
 from data_pipeline.cache_features import main
 from data_pipeline.errors import UserError
-from data_pipeline.feature_cache import load_cache, tile
+from data_pipeline.feature_cache import feature_members, load_cache, tile
 from data_pipeline.feature_check import compare
+from data_pipeline.feature_job import format_bytes
 from data_pipeline.loader import heldout_batches
-from data_pipeline.manifest import Manifest
+from data_pipeline.manifest import FeatureManifest, Manifest
 from data_pipeline.order import Span
-from data_pipeline.stream import TokenRows
+from data_pipeline.shards import write_shard
+from data_pipeline.stream import FeatureRows, TokenRows
 from data_pipeline.teacher import load_teacher
 
 FAST = ["--sample-tokens", "4000", "--ngram-order", "1"]
@@ -203,6 +205,15 @@ def test_report_only_writes_nothing(data, teacher, tmp_path, capsys):
     assert "tokens/s" in printed
 
 
+def test_the_announced_size_is_that_of_the_files(data, teacher, cached, capsys):
+    assert main(command(data, teacher, cached, "--report-only")) == 0  # of a cache whose codec is known
+    shards = sum(path.stat().st_size for path in cached.glob("*.tar"))
+    codec = load_cache(cached, Manifest.load(data)).codec
+    printed = capsys.readouterr().out
+    assert f"{format_bytes(shards + codec.own_bytes)} (" in printed
+    assert f"codec: {codec.bytes_per_token:.0f} bytes/token" in printed
+
+
 def test_a_config_fills_in_what_is_not_given(data, teacher, tmp_path, capsys):
     config = {
         "data": {"path": str(data)},
@@ -227,6 +238,30 @@ def test_check_accepts_the_cache_and_refuses_another_teacher(data, teacher, cach
     other = write_teacher(tmp_path / "teacher", data, seed=1)
     assert main([*arguments, "--teacher", str(other)]) == 2
     assert "weights are other" in capsys.readouterr().err
+    assert main([*arguments, "--teacher", str(teacher), "--rows", "0"]) == 2
+    assert "expected at least 1 row" in capsys.readouterr().err
+
+
+def test_check_finds_a_single_row_with_the_features_of_another(data, teacher, cached, tmp_path, capsys):
+    """Its cosine alone does not tell: averaged over all rows, the promise still holds."""
+    copy, tokens = tmp_path / "copy", Manifest.load(data)
+    shutil.copytree(cached, copy)
+    codec, manifest = load_cache(copy, tokens).codec, json.loads((copy / "manifest.json").read_text())
+    for swapped in (False, True):
+        rows = list(
+            zip(*FeatureRows(str(cached), FeatureManifest.load(cached), "train").read(Span(0, 2, 0, 25)).values())
+        )
+        rows[7] = rows[8 if swapped else 7]
+        written = write_shard(copy / "train-00002.tar", feature_members(codec, ROW_TOKENS), rows)
+        manifest["splits"]["train"][2]["sha256"] = written.sha256
+        for derived in ("fingerprint", "format_version"):
+            manifest.pop(derived, None)
+        (copy / "manifest.json").write_text(FeatureManifest.create(**manifest).model_dump_json())
+        arguments = ["check", "--data", str(data), "--features", str(copy), "--rows", "200", "--device", "cpu"]
+        assert main([*arguments, "--teacher", str(teacher)]) == (2 if swapped else 0)
+    printed = capsys.readouterr().err
+    assert "in 1 of 177 rows: row 7 of train-00002.tar: mean cosine" in printed
+    assert "weights are the same" in printed
 
 
 def test_mismatches_are_refused_when_opened(data, cached, tmp_path):
