@@ -4,6 +4,7 @@ No deepspeed here: torch's process group is made first and deepspeed.initialize 
 float64 tensors, never as pickled objects.
 """
 
+import contextlib
 import os
 import re
 import socket
@@ -14,13 +15,19 @@ from datetime import timedelta
 from functools import wraps
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from data_pipeline.errors import UserError
+from pretrain.peers import LINK_TIMEOUT_S, Hub, Spoke, watch_peers
 
 LOCK_AGE_S = 900
 """A lock of torch's extension builder older than this is of a killed build (the longest real one takes 5 minutes)."""
+SHARED_TEXT_BYTES = 512
+
+_peers: Hub | Spoke | None = None
+"""This process's part in the watch over the job's ranks."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,8 @@ class Topology:
 def init_distributed(timeout_s: float = 1800.0) -> Topology:
     """Join the job that the environment describes, or start a job of one process if it describes none.
 
-    gloo on CPUs, nccl on CUDA devices. Every process group made later, ZeRO's own included, gets `timeout_s` too.
+    gloo on CPUs, nccl on CUDA devices. Every process group made later, ZeRO's own included, gets `timeout_s` too. From
+    here on a rank that ends without `shutdown` or `goodbye`, or is out of reach, ends all the others (peers.py).
     Raises UserError when the launcher's variables are incomplete or contradict one another.
     """
     environment = launch_environment(os.environ)
@@ -61,6 +69,8 @@ def init_distributed(timeout_s: float = 1800.0) -> Topology:
     else:
         device = torch.device("cpu")
     remove_stale_build_locks()
+    address = own_address(environment["MASTER_ADDR"], several_hosts=local_world_size < world_size)
+    choose_interface(address)
     timeout = timedelta(seconds=timeout_s)
     _give_new_groups_a_timeout(timeout)
     if not dist.is_initialized():
@@ -71,7 +81,11 @@ def init_distributed(timeout_s: float = 1800.0) -> Topology:
             timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
-    return Topology(rank, local_rank, world_size, local_world_size, socket.gethostname(), device)
+    host = socket.gethostname()
+    global _peers
+    if world_size > 1 and _peers is None:
+        _peers = watch_peers(rank, world_size, host, address, _text_of_rank_0, quiet=local_rank > 0)
+    return Topology(rank, local_rank, world_size, local_world_size, host, device)
 
 
 def launch_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -127,6 +141,52 @@ def _tasks_on_this_node(environ: Mapping[str, str]) -> str:
         counts += [count] * int(repeat.rstrip(")") or 1)
     node = int(environ.get("SLURM_NODEID", 0))
     return counts[node] if node < len(counts) else counts[-1]
+
+
+def own_address(master: str, several_hosts: bool) -> str:
+    """This host's address on the way to `master`, a name or address.
+
+    A host that takes its own name for 127.0.1.1, as Debian's do, is asked for its address on the way out instead, when
+    there are other hosts to be reached from.
+    """
+    try:
+        family, _, _, _, target = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
+        address = _source_address(family, target)
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR is {master}, which {socket.gethostname()} cannot reach ({error}): expected a name or address of"
+            " the first host that all hosts know; give deepspeed or torchrun another one with --master_addr"
+        ) from None
+    if several_hosts and (address.startswith("127.") or address == "::1"):
+        with contextlib.suppress(OSError):
+            return _source_address(socket.AF_INET, ("192.0.2.1", 9))  # an address that routers treat as foreign
+        outward = [found for found in _interfaces() if not found.startswith("127.") and ":" not in found]
+        return outward[0] if outward else address
+    return address
+
+
+def choose_interface(address: str) -> None:
+    """Let gloo use the interface that holds this address: by itself it takes what the host's name resolves to."""
+    interface = _interfaces().get(address)
+    if interface and not address.startswith("127.") and address != "::1":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def _source_address(family: int, target: tuple) -> str:
+    """Of a packet to `target`; none is sent."""
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)
+        return probe.getsockname()[0]
+
+
+def _interfaces() -> dict[str, str]:
+    """Address -> name of its interface, of all that are up."""
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    held = {name: entries for name, entries in psutil.net_if_addrs().items() if name in up}
+    families = (socket.AF_INET, socket.AF_INET6)
+    return {
+        e.address.partition("%")[0]: name for name, entries in held.items() for e in entries if e.family in families
+    }
 
 
 def free_port() -> int:
@@ -193,8 +253,33 @@ def barrier() -> None:
     all_reduce_sum([0.0])
 
 
+def _text_of_rank_0(text: str) -> str:
+    """Rank 0's text, on every rank. Collective."""
+    own = text.encode().ljust(SHARED_TEXT_BYTES) if dist.get_rank() == 0 else bytes(SHARED_TEXT_BYTES)
+    return bytes(map(int, all_reduce_sum(own))).decode().rstrip()
+
+
+def goodbye(code: int, linger_s: float = 0.0) -> None:
+    """Tell the other ranks that this one is about to end with an exit code, so that they end with the same.
+
+    They do so after `linger_s`, for which they may go on with what they have to write down.
+    """
+    if _peers is not None:
+        _peers.goodbye(code, linger_s)
+
+
+def await_cause() -> None:
+    """After a failed collective operation: give the watch time to name the lost rank or host, and to end this process."""
+    if _peers is not None and not _peers.done:
+        time.sleep(LINK_TIMEOUT_S + 3)
+
+
 def shutdown() -> None:
     """Leave the job."""
+    global _peers
+    if _peers is not None:
+        _peers.goodbye()
+        _peers = None
     if dist.is_initialized():
         dist.destroy_process_group()
 

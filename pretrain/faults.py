@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from data_pipeline.errors import UserError
-from pretrain.distributed import barrier
+from pretrain.distributed import await_cause, barrier, goodbye
+from pretrain.peers import EXIT_LOST
 
 EXIT_OK, EXIT_FAILED, EXIT_USER, EXIT_REQUEUE, EXIT_HUNG, EXIT_SKIPS = 0, 1, 2, 85, 86, 87
 EXIT_CODES = {
@@ -32,10 +33,13 @@ EXIT_CODES = {
     EXIT_REQUEUE: "SIGTERM or SIGUSR1: a checkpoint is written; start the same command again to go on",
     EXIT_HUNG: "no progress for train.watchdog_s; stacks are in the run folder; restarting resumes",
     EXIT_SKIPS: "too many steps with bad gradients; a restart would meet them again (skipped.jsonl)",
+    EXIT_LOST: "another rank was killed or its host is out of reach, and is named; restarting resumes",
 }
 
 HEARTBEAT_S = 5.0
 """Longest pause between a rank's heartbeats."""
+HEARTBEAT_AGE_S = 120.0
+"""By how much a rank of the same job may have started earlier, clocks that differ included."""
 
 
 class TooManySkips(RuntimeError):
@@ -84,6 +88,7 @@ class Watchdog:
         self._deadline: float | None = None
         self._stopped = threading.Event()
         self._folder = run / "heartbeats"
+        self._since = time.time()
         self._poll_s = min(HEARTBEAT_S, timeout_s / 4)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -122,10 +127,11 @@ class Watchdog:
                 self._end(EXIT_REQUEUE, "the checkpoint did not finish within train.grace_s; the one before it stands")
 
     def _write_heartbeat(self, step: int, phase: str, stuck_s: float) -> None:
-        beat = {"rank": self._rank, "host": self._host, "step": step, "phase": phase, "stuck_s": round(stuck_s, 1)}
+        beat = {"rank": self._rank, "host": self._host, "pid": os.getpid(), "step": step, "phase": phase}
+        beat |= {"stuck_s": round(stuck_s, 1), "time": time.time()}
         temporary = self._file(self._rank).with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(beat | {"time": time.time()}), encoding="utf-8")
+            temporary.write_text(json.dumps(beat), encoding="utf-8")
             temporary.replace(self._file(self._rank))
         except OSError:  # a full or absent disk must not end the run from here
             return
@@ -138,6 +144,8 @@ class Watchdog:
                 beats.append(json.loads(file.read_text(encoding="utf-8")))
             except (OSError, ValueError):
                 continue
+        # A killed job leaves its files behind, and may have had more ranks than this one.
+        beats = [beat for beat in beats if beat["time"] > self._since - HEARTBEAT_AGE_S]
         if not beats:
             return "no rank's heartbeat is readable"
 
@@ -163,6 +171,7 @@ class Watchdog:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             print(path.read_text(encoding="utf-8"), file=sys.stderr, flush=True)
+        goodbye(code, linger_s=3 * self._poll_s if code == EXIT_HUNG else 0.0)  # the others write their stacks too
         self._exit_process(code)
 
 
@@ -258,11 +267,19 @@ def exit_code_of(error: BaseException, rank: int = 0) -> int:
         prefix = f"rank {rank}: " if rank else ""
         print(f"error: {prefix}{error}", file=sys.stderr, flush=True)
         return EXIT_USER
+    if is_communication_error(error):
+        await_cause()
     lines = "".join(traceback.format_exception(error)).rstrip()
     print(f"rank {rank}:\n{lines}", file=sys.stderr, flush=True)
     if is_out_of_memory(error):
         print(f"rank {rank}: {out_of_memory_advice()}", file=sys.stderr, flush=True)
     return EXIT_FAILED
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """True for a collective operation that failed: mostly the consequence of something on another rank."""
+    gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    return gloo or isinstance(error, torch.distributed.DistError)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -290,7 +307,8 @@ def out_of_memory_advice() -> str:
 
 
 def leave(code: int) -> None:
-    """End the process now: no destructor, thread or process group holds it up, and the launcher ends the others."""
+    """End the process now, and the job's others with it: no destructor, thread or process group holds it up."""
+    goodbye(code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,0 +1,228 @@
+"""Every rank's connection to rank 0, over which a lost process or host is noticed, and named, within seconds.
+
+Collective operations alone notice a killed rank late (NCCL) or a cut link after train.timeout_s, and say an address at
+best. Nothing is sent while all is well: the kernel answers keepalive probes for a process that is busy or frozen, so only
+a process that has ended or a host that is out of reach counts here; a frozen one is the watchdog's (faults.py).
+"""
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+EXIT_LOST = 88
+LINK_TIMEOUT_S = 15.0
+"""A host that has not answered for so long is given up."""
+PRINT_TIMEOUT_S = 5.0
+"""Nobody may read a lost host's output any more, so printing may block; the process ends all the same."""
+UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
+
+
+def watch_peers(
+    rank: int,
+    world_size: int,
+    host: str,
+    address: str,
+    share: Callable[[str], str],
+    quiet: bool = False,
+    exit_process: Callable[[int], object] = os._exit,
+) -> "Hub | Spoke":
+    """Start this rank's watch. Collective.
+
+    Args:
+        address: of this host, one at which the other hosts reach it.
+        share: gives rank 0's text to all ranks.
+        quiet: end without a word when rank 0 has said why.
+        exit_process: ends this process with a code, from another thread than the main one.
+    """
+    if rank == 0:
+        hub = Hub(world_size, host, address, exit_process)
+        share(hub.invitation)
+        return hub
+    return Spoke(rank, host, json.loads(share("")), quiet, exit_process)
+
+
+class _End:
+    """What both sides have in common: telling the others, and ending."""
+
+    def __init__(self, rank: int, host: str, exit_process: Callable[[int], object]) -> None:
+        self.name, self.done = f"rank {rank} on {host}", False
+        self._exit_process = exit_process
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def goodbye(self, code: int | None = None, linger_s: float = 0.0) -> None:
+        """This process leaves the job: in order, or with an exit code that the others shall end with too.
+
+        `linger_s` is how long they may still take to end by themselves, with more to say than that.
+        """
+        if not self.done:
+            self.done = True
+            self._tell({"bye": True} if code is None else {"end": code, "linger_s": linger_s, "why": self._left(code)})
+
+    def _left(self, code: int) -> str:
+        return f"{self.name} ended with exit code {code}; its own message says why"
+
+    def _end(self, code: int, why: str, linger_s: float = 0.0, quiet: bool = False) -> None:
+        if self.done:
+            return
+        self.done = True
+        forced = threading.Timer(linger_s + PRINT_TIMEOUT_S, self._exit_process, [code])
+        forced.daemon = True
+        forced.start()
+        self._tell({"end": code, "linger_s": linger_s, "why": why})
+        time.sleep(linger_s)
+        if not quiet:
+            print(f"{self.name}: {why}; exit code {code}", file=sys.stderr, flush=True)
+        self._exit_process(code)
+
+
+@dataclass
+class _Peer:
+    """A connected rank, as the hub sees it; without a name until it has shown the invitation's token."""
+
+    connection: socket.socket
+    name: str = ""
+    received: bytes = b""
+
+
+class Hub(_End):
+    """Rank 0's side: one connection to each other rank."""
+
+    def __init__(self, world_size: int, host: str, address: str, exit_process: Callable[[int], object]) -> None:
+        super().__init__(0, host, exit_process)
+        _allow_open_files(world_size)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._listener = socket.create_server((address, 0), family=family, backlog=world_size)
+        self._token, self._peers = secrets.token_hex(8), dict[socket.socket, _Peer]()
+        where = {"address": address, "port": self._listener.getsockname()[1]}
+        self.invitation = json.dumps({**where, "token": self._token, "hub": self.name})
+        threading.Thread(target=self._serve, name="peers", daemon=True).start()
+
+    def _serve(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._listener, selectors.EVENT_READ)
+            while not self.done:
+                for key, _ in selector.select(timeout=1.0):
+                    connection: Any = key.fileobj
+                    if connection is self._listener:
+                        with contextlib.suppress(OSError):  # who called has hung up already
+                            connection, _ = self._listener.accept()
+                            _probe_when_silent(connection)
+                            selector.register(connection, selectors.EVENT_READ)
+                            self._peers[connection] = _Peer(connection)
+                    elif not self._read(self._peers[connection]):
+                        selector.unregister(connection)
+                        del self._peers[connection]
+                        connection.close()
+
+    def _read(self, peer: _Peer) -> bool:
+        """What a peer says, or its loss; False if there is no more to come."""
+        error = None
+        try:
+            received = peer.connection.recv(4096)
+        except OSError as caught:
+            error, received = caught, b""
+        if not received:
+            if peer.name:
+                self._end(EXIT_LOST, _loss(peer.name, error))
+            return False
+        *lines, peer.received = (peer.received + received).split(b"\n")
+        try:
+            return all(self._hear(peer, json.loads(line)) for line in lines)
+        except (ValueError, KeyError):  # not one of us
+            return False
+
+    def _hear(self, peer: _Peer, message: dict[str, Any]) -> bool:
+        if not peer.name:
+            if message["token"] != self._token:
+                return False
+            peer.name = message["name"]
+        elif "bye" in message:
+            return False
+        else:
+            self._end(message["end"], message["why"], message["linger_s"])
+        return True
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        for peer in list(self._peers.values()):
+            _send(peer.connection, message)
+
+
+class Spoke(_End):
+    """Another rank's side: its connection to rank 0."""
+
+    def __init__(
+        self, rank: int, host: str, invitation: dict[str, Any], quiet: bool, exit_process: Callable[[int], object]
+    ) -> None:
+        super().__init__(rank, host, exit_process)
+        self._quiet = quiet
+        self._hub = invitation["hub"]
+        self._connection: socket.socket | None = None
+        where = (invitation["address"], invitation["port"])
+        try:
+            self._connection = socket.create_connection(where, timeout=LINK_TIMEOUT_S)
+        except OSError as error:
+            print(f"{self.name} has no connection to {where}, so its loss would go unnoticed: {error}", file=sys.stderr)
+            return
+        self._connection.settimeout(None)
+        _probe_when_silent(self._connection)
+        _send(self._connection, {"token": invitation["token"], "name": self.name})
+        threading.Thread(target=self._listen, args=(self._connection,), name="peers", daemon=True).start()
+
+    def _listen(self, connection: socket.socket) -> None:
+        error = None
+        try:
+            for line in connection.makefile("rb"):
+                message = json.loads(line)
+                if "bye" in message:
+                    self.done = True
+                    return
+                self._end(message["end"], message["why"], message["linger_s"], self._quiet)
+        except OSError as caught:
+            error = caught
+        self._end(EXIT_LOST, _loss(self._hub, error))
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        if self._connection is not None:
+            _send(self._connection, message)
+
+
+def _allow_open_files(more: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _loss(name: str, error: OSError | None) -> str:
+    if error is not None and error.errno in UNREACHABLE:
+        return f"{name} has not answered for {LINK_TIMEOUT_S:.0f} s: its host is down, or the link to it"
+    return f"{name} is gone without a word: killed, by hand or for its memory, or crashed"
+
+
+def _probe_when_silent(connection: socket.socket) -> None:
+    """Let the kernel ask for a sign of life, and report ETIMEDOUT when there is none for LINK_TIMEOUT_S."""
+    third = int(LINK_TIMEOUT_S / 3)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", third), ("TCP_KEEPINTVL", third), ("TCP_KEEPCNT", 2)):
+        if hasattr(socket, option):  # macOS lacks one of them
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * LINK_TIMEOUT_S))
+
+
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # who cannot be told notices by itself
+        connection.sendall(json.dumps(message).encode() + b"\n")

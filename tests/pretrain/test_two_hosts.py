@@ -1,0 +1,236 @@
+"""Two real hosts: the same bits as on one, whatever launches them, and down within seconds when one of them is lost."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import tiny_pipeline
+import tiny_run
+import torch
+from engine_launch import rank_environment
+from torch import Tensor
+from two_hosts import REPOSITORY, Host, TwoHosts, kill, two_hosts, wait_for, what_is_missing
+
+from pretrain.checkpoint import read_tensors
+from pretrain.distributed import free_port
+from pretrain.faults import EXIT_LOST
+from pretrain.hosts import launch_variables
+from pretrain.optim import STATES
+from pretrain.telemetry_sinks import read_metrics
+
+MISSING = what_is_missing()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
+
+DOWN_S = 30
+LAUNCH_S = 900
+LONG_STEPS = 60
+RUNS = {"vae-zero1": 4, "dit-zero3": 4, "vae-zero3": LONG_STEPS, "dit-zero1": LONG_STEPS}
+"""Name -> steps; the long ones are interrupted. The first is the VAE of the DiTs."""
+
+
+class Runs(NamedTuple):
+    """Configurations to be run on two hosts, and the folders of the same runs on one host with two ranks."""
+
+    configs: dict[str, Path]
+    on_one_host: dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
+    with two_hosts(tmp_path_factory.mktemp("network")) as made:
+        made.environment.update(OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(made.folder))
+        made.environment.update(launch_variables(made.environment))
+        yield made
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("runs")
+    data = tiny_pipeline.write_data(folder / "data")
+    configs: dict[str, dict[str, Path]] = {"one": {}, "two": {}}
+    for hosts, written in configs.items():
+        for name, steps in RUNS.items():
+            stage, zero_stage = name.split("-zero")
+            run = folder / f"{name}-{hosts}"
+            section = {"steps": steps, "zero_stage": int(zero_stage), "checkpoint_every": 5}
+            if stage == "vae":
+                values = tiny_run.config_values(data, run, eval_every=0, **section)
+            else:
+                values = tiny_pipeline.dit_values(data, folder / "vae-zero1-one", run)
+                values["train"] |= section
+            written[name] = tiny_run.write_config(folder / f"{run.name}.json", values)
+    train_on_one_host(list(configs["one"].values()), folder)
+    return Runs(configs["two"], {name: folder / f"{name}-one" for name in RUNS})
+
+
+def train_on_one_host(configs: list[Path], folder: Path) -> None:
+    """Two ranks of plain Python, one run after the other."""
+    program = """if True:
+        import sys
+        from pretrain import train
+        for config in sys.argv[1:]:
+            assert train.main(["--config", config]) == 0
+        train.shutdown()
+    """
+    port, logs = free_port(), [folder / f"one-host-{rank}.log" for rank in range(2)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, *map(str, configs)], env=rank_environment(rank, 2, port),
+            stdout=log.open("w"), stderr=subprocess.STDOUT,
+        )
+        for rank, log in enumerate(logs)
+    ]  # fmt: skip
+    try:
+        codes = [process.wait(LAUNCH_S) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+
+
+def deepspeed(cluster: TwoHosts, config: Path) -> list[str]:
+    return ["deepspeed", "--hostfile", str(cluster.hostfile), "pretrain/train.py", "--config", str(config)]
+
+
+def start(cluster: TwoHosts, config: Path, command: list[str]) -> tuple[subprocess.Popen, Path]:
+    """The command on host1; its process and log."""
+    log = config.with_name(f"{config.stem}-{time.monotonic_ns()}.log")
+    return cluster.start(cluster.hosts[0], command, log), log
+
+
+def finish(process: subprocess.Popen, log: Path) -> None:
+    """It must succeed."""
+    try:
+        assert process.wait(LAUNCH_S) == 0, log.read_text()[-6000:]
+    finally:
+        process.kill()
+
+
+def state(run: Path) -> dict[str, Tensor]:
+    """Every tensor of the newest checkpoint."""
+    return {f"{state}/{name}": t for state in STATES for name, t in read_tensors(run, state=state).items()}
+
+
+def assert_as_on_one_host(runs: Runs, name: str, steps: int | None = None) -> None:
+    """The same losses of every step, the same bits in every tensor at the end."""
+    config = json.loads(runs.configs[name].read_text())
+    run, expected = Path(config["train"]["run"]), runs.on_one_host[name]
+    found_state, expected_state = state(run), state(expected)
+    assert found_state.keys() == expected_state.keys()
+    assert [key for key in found_state if not torch.equal(found_state[key], expected_state[key])] == []
+    losses = [line["loss"] for line in read_metrics(run)]
+    assert losses == [line["loss"] for line in read_metrics(expected)]
+    assert len(losses) == RUNS[name]
+
+
+def await_step(runs: Runs, name: str, step: int, process: subprocess.Popen, log: Path) -> None:
+    """Until this step is logged."""
+    run = Path(json.loads(runs.configs[name].read_text())["train"]["run"])
+
+    def reached() -> bool:
+        assert process.poll() is None, log.read_text()[-6000:]
+        return (run / "metrics.jsonl").exists() and any(line["step"] >= step for line in read_metrics(run))
+
+    wait_for(reached, LAUNCH_S, f"step {step} of {name} was not reached: {log}")
+
+
+def await_end(cluster: TwoHosts, process: subprocess.Popen, log: Path) -> None:
+    """The whole job, launcher included, must be down on both hosts soon."""
+    began = time.monotonic()
+
+    def down() -> bool:
+        return process.poll() is not None and not any(host.ranks() + host.launchers() for host in cluster.hosts)
+
+    try:
+        wait_for(down, DOWN_S, "the job was not down")
+    except TimeoutError:
+        left = {host.name: host.processes("train.py") for host in cluster.hosts}
+        raise AssertionError(f"{left}\n{log.read_text()[-6000:]}") from None
+    print(f"down on both hosts after {time.monotonic() - began:.1f} s, exit code {process.returncode}")
+
+
+def only_rank(host: Host) -> int:
+    (pid,) = host.ranks()
+    return pid
+
+
+@pytest.mark.parametrize("name", ["vae-zero1", "dit-zero3"])
+def test_deepspeed_on_two_hosts_trains_as_on_one(name: str, cluster: TwoHosts, runs: Runs) -> None:
+    finish(*start(cluster, runs.configs[name], deepspeed(cluster, runs.configs[name])))
+    assert_as_on_one_host(runs, name)
+
+
+def test_a_killed_rank_and_a_cut_link_end_the_job_and_the_same_command_resumes(cluster: TwoHosts, runs: Runs) -> None:
+    name, second = "vae-zero3", cluster.hosts[1]
+    command = deepspeed(cluster, runs.configs[name])
+
+    process, log = start(cluster, runs.configs[name], command)
+    await_step(runs, name, 8, process, log)
+    kill(only_rank(second))
+    await_end(cluster, process, log)
+    assert process.returncode != 0
+    assert "rank 1 on host2 is gone without a word" in log.read_text()
+
+    process, log = start(cluster, runs.configs[name], command)
+    await_step(runs, name, 20, process, log)
+    cluster.set_link(second, "down")
+    try:
+        await_end(cluster, process, log)
+    finally:
+        cluster.set_link(second, "up")
+    assert process.returncode != 0
+    assert f"rank 1 on host2 has not answered for 15 s: its host is down, or the link to it; exit code {EXIT_LOST}" in (
+        log.read_text()
+    )
+
+    finish(*start(cluster, runs.configs[name], command))
+    assert_as_on_one_host(runs, name)
+
+
+def test_the_supervisor_brings_a_job_through_a_killed_rank(cluster: TwoHosts, runs: Runs) -> None:
+    name = "dit-zero1"
+    arguments = ["--hostfile", str(cluster.hostfile), "--", "--config", str(runs.configs[name])]
+    process, log = start(cluster, runs.configs[name], [sys.executable, "-m", "pretrain.supervise", *arguments])
+    await_step(runs, name, 12, process, log)
+    kill(only_rank(cluster.hosts[1]))
+    finish(process, log)
+    assert "(ended by SIGKILL)" in log.read_text()
+    assert_as_on_one_host(runs, name)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "python"])
+def test_other_launchers_train_the_same(launcher: str, cluster: TwoHosts, runs: Runs, tmp_path: Path) -> None:
+    config = json.loads(runs.configs["vae-zero1"].read_text())
+    config["train"]["run"] = str(tmp_path / "run")
+    path = tiny_run.write_config(tmp_path / "c.json", config)
+    started = []
+    for rank, host in enumerate(cluster.hosts):
+        # By name, as users do; on host1 itself the name means 127.0.1.1.
+        where = {"MASTER_ADDR": "host1", "MASTER_PORT": "29511"}
+        script, log = ["pretrain/train.py", "--config", str(path)], tmp_path / f"{host.name}.log"
+        if launcher == "torchrun":
+            nodes = [f"--nnodes={len(cluster.hosts)}", f"--node_rank={rank}", "--nproc_per_node=1"]
+            master = [f"--master_addr={where['MASTER_ADDR']}", f"--master_port={where['MASTER_PORT']}"]
+            process = cluster.start(host, ["torchrun", *nodes, *master, *script], log)
+        else:
+            ranks = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+            process = cluster.start(host, [sys.executable, *script], log, ranks | where)
+        started.append((process, log))
+    for process, log in started:
+        finish(process, log)
+    assert_as_on_one_host(Runs({"vae-zero1": path}, runs.on_one_host), "vae-zero1")
+
+
+def test_the_hosts_check_sees_both(cluster: TwoHosts, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pretrain.hosts", "check", str(cluster.hostfile), "--shared", str(tmp_path)]
+    process, log = start(cluster, tmp_path / "check", command)
+    finish(process, log)
+    assert [line.split(",")[0] for line in log.read_text().splitlines()] == ["host1 answers", "host2 answers"]
+    assert os.listdir(tmp_path) == [log.name]
+    assert REPOSITORY.is_dir()
