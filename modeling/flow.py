@@ -76,6 +76,11 @@ class TimeDistribution:
         return self.quantile(torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64))
 
 
+def move_logit(time: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """The time whose logit is larger by `offset`, i.e. whose signal-to-noise ratio (1 - t) / t is exp(-offset) times as large."""
+    return torch.sigmoid(torch.logit(time) + offset)
+
+
 def blind_floor(time: torch.Tensor) -> torch.Tensor:
     """Flow loss per channel of the best linear predictor that knows only unit variance: F(t) = 2 - (2t-1)^2 / (t^2 + (1-t)^2)."""
     return covariance_floor(time, torch.ones(1, dtype=time.dtype, device=time.device))

@@ -129,14 +129,15 @@ def initialize(module: nn.Module) -> None:
 
     | weight                                          | initial value                                        |
     |-------------------------------------------------|------------------------------------------------------|
-    | Linear                                          | N(0, 0.02^2)                                         |
-    | Attention.out, Block.mlp_out of an L-layer stack| N(0, (0.02 / sqrt(2 L))^2), so that the residual     |
-    |                                                 | stream's variance does not grow with depth (GPT-2)   |
+    | Linear with n inputs                            | N(0, 1 / (3 n)): GPT-2's 0.02 at its width, 768, and |
+    |                                                 | neither too timid below nor too loud above           |
+    | Attention.out, Block.mlp_out of an L-layer stack| the same over 2 L, so that the residual stream's     |
+    |                                                 | variance does not grow with depth (GPT-2)            |
     | Block.modulation                                | 0 (adaLN-Zero)                                       |
     | Embedding                                       | N(0, 0.02^2)                                         |
     | LayerNorm                                       | weight 1, bias 0                                     |
     | every Linear's bias                             | 0                                                    |
-    | Attention.qkv.bias of a stack's neighbour heads | `look_at`: a quarter of the heads (at least one) at  |
+    | Attention.qkv of a stack's neighbour heads      | `look_at`: a quarter of the heads (at least one) at  |
     |                                                 | offset -1, as many at +1                             |
     | Linear with attribute `zero_init`               | 0: the DiT's output head and the VAE's log-variance  |
 
@@ -144,7 +145,7 @@ def initialize(module: nn.Module) -> None:
     """
     for child in module.modules():
         if isinstance(child, nn.Linear):
-            std = 0.0 if getattr(child, "zero_init", False) else 0.02
+            std = 0.0 if getattr(child, "zero_init", False) else linear_std(child)
             nn.init.normal_(child.weight, std=std)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
@@ -159,11 +160,10 @@ def initialize(module: nn.Module) -> None:
             raise TypeError(f"initialize() has no rule for the parameters of {type(child).__name__}")
     for stack in module.modules():
         if isinstance(stack, Transformer):
-            residual_std = 0.02 / math.sqrt(2 * max(len(stack.blocks), 1))
             for block in stack.blocks:
                 assert isinstance(block, Block)
-                nn.init.normal_(block.attention.out.weight, std=residual_std)
-                nn.init.normal_(block.mlp_out.weight, std=residual_std)
+                for last in (block.attention.out, block.mlp_out):
+                    nn.init.normal_(last.weight, std=linear_std(last) / math.sqrt(2 * len(stack.blocks)))
                 if block.modulation is not None:
                     nn.init.zeros_(block.modulation.weight)
                 if stack.neighbour_heads:
@@ -173,13 +173,18 @@ def initialize(module: nn.Module) -> None:
                     look_at(block.attention, 1, range(share, min(2 * share, heads)), stack.rope_theta)
 
 
+def linear_std(linear: nn.Linear) -> float:
+    """Standard deviation of a Linear's initial weights: 1 / sqrt(3 n) for n inputs."""
+    return 1 / math.sqrt(3 * linear.in_features)
+
+
 NEIGHBOUR_LOGIT = 12.0
 NEIGHBOUR_FREQUENCIES = 5
 
 
 @torch.no_grad()
 def look_at(attention: Attention, offset: int, heads: range, rope_theta: float) -> None:
-    """Set the biases of queries and keys so that `heads` attend to the token `offset` places on, until training knows better.
+    """Set queries and keys to constants by which `heads` attend to the token `offset` places on, until training knows better.
 
     RoPE turns constant queries a and keys a exp(-i w offset) into logits that depend on the distance alone, a sum of
     a^2 cos(w (distance - offset)); over the highest frequencies w it has one peak, of height `NEIGHBOUR_LOGIT`. Without it a network
@@ -190,7 +195,9 @@ def look_at(attention: Attention, offset: int, heads: range, rope_theta: float) 
     angles = offset * rope_theta ** -(torch.arange(half, device=attention.qkv.bias.device)[top] / half)
     amplitude = math.sqrt(NEIGHBOUR_LOGIT * math.sqrt(attention.head_dim) / len(angles))
     query_HK, key_HK, _ = attention.qkv.bias.view(3, -1, attention.head_dim)
+    weights_3HKD = attention.qkv.weight.view(3, -1, attention.head_dim, attention.qkv.in_features)
     for head in heads:
+        weights_3HKD[:2, head] = 0
         query_HK[head, top] = amplitude
         key_HK[head, top] = amplitude * angles.cos()
         key_HK[head, half:][top] = -amplitude * angles.sin()

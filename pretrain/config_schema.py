@@ -150,6 +150,9 @@ class Flow(Section):
     """Standard deviation of logit(t) [paper: 1.5]."""
     time_shift: PositiveFloat = 1.0
     """t -> shift t / (1 + (shift - 1) t); above 1 moves training towards noise."""
+    time_spread: NonNegativeFloat = 0.0
+    """In training each target token has a time of its own: logit(t) is the window's plus N(0, time_spread^2). Cleaner tokens beside
+    noisier ones teach what neighbours say of each other; sampling and evaluation keep one time a window [paper: 0]."""
     context_drop: Share = 0.1
     """Share of windows whose context latents are zero, for classifier-free guidance [paper: 0.1]."""
     target: Literal["mean", "sample"] = "mean"

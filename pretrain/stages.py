@@ -34,6 +34,8 @@ from pretrain.latents import LATENTS_NAME, load_vae, measured_latents, posterior
 from pretrain.telemetry import transformer_flops
 
 QUARTERS = 4
+TIME_NOISE = 1
+"""Purpose of the noise that spreads the times of a window's tokens."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,16 @@ class StageOutput:
     metrics: dict[str, Tensor]
 
 
-def row_noise(batch: Batch, channels: int) -> Tensor:
-    """Standard normal noise fp32 [T, channels], a function of each row's key alone: the same on every rank and in every run."""
+def row_noise(batch: Batch, channels: int, purpose: int = 0) -> Tensor:
+    """Standard normal noise fp32 [T, channels], a function of each row's key alone: the same on every rank and in every run.
+
+    Noise of another `purpose` is independent.
+    """
     device = batch.tokens_T.device
     generator = torch.Generator(device)
     rows = []
     for key in batch.row_keys_B.tolist():
-        generator.manual_seed(key)
+        generator.manual_seed(key ^ purpose)
         rows.append(torch.randn(batch.row_tokens, channels, generator=generator, device=device))
     return torch.cat(rows)
 
@@ -167,7 +172,7 @@ class VAEStage(Stage):
 
 @dataclass(frozen=True)
 class FlowErrors:
-    """Flow loss per token (mean over channels) at one time a window; `weights_T` is 1 at targets."""
+    """Flow loss per token (mean over channels) at the times `time_T`; `weights_T` is 1 at targets."""
 
     error_T: Tensor
     weights_T: Tensor
@@ -290,7 +295,7 @@ class DiTStage(Stage):
     def flow_errors(
         self, batch: Batch, latents_TZ: Tensor, context_TZ: Tensor, time_W: Tensor, keep_context_W: Tensor
     ) -> "FlowErrors":
-        """Squared error of the velocity per token, at one time a window.
+        """Squared error of the velocity per token, at one time a window, or in training at times spread about it.
 
         Args:
             latents_TZ: standardised latents, whose targets are noised; context_TZ: from where the contexts are taken.
@@ -324,10 +329,14 @@ class DiTStage(Stage):
     def _noised(
         self, batch: Batch, latents_TZ: Tensor, context_TZ: Tensor, time_W: Tensor, keep_context_W: Tensor
     ) -> tuple[Segments, Tensor, Tensor, Tensor, Tensor]:
-        """What the network sees: windows, where targets are [T], their time [T], noisy targets beside clean contexts; and the noise."""
+        """What the network sees: windows, where targets are [T], their times [T], noisy targets beside clean contexts; and the noise."""
         device = latents_TZ.device
         windows = Segments.from_lengths(batch.window_lengths, device)
-        time_T, keep_context_T = time_W.to(device).float()[windows.ids_T], keep_context_W.to(device)[windows.ids_T]
+        time_T, keep_context_T = time_W.to(device)[windows.ids_T], keep_context_W.to(device)[windows.ids_T]
+        if self.training and self.config.flow.time_spread:
+            spread_T = self.config.flow.time_spread * row_noise(batch, 1, purpose=TIME_NOISE)[:, 0]
+            time_T = flow.move_logit(time_T, spread_T)
+        time_T = time_T.float()
         roles_T = batch.roles_T.to(device)
         is_target_T = roles_T == SUFFIX
         noise_TZ = row_noise(batch, latents_TZ.shape[1])

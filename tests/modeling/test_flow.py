@@ -156,3 +156,13 @@ def test_time_embeddings_tell_times_apart() -> None:
     assert embedding_TD.shape == (4, 64)
     assert embedding_TD.dtype == torch.float32
     assert torch.cdist(embedding_TD, embedding_TD).add(torch.eye(4)).min() > 0.1
+
+
+def test_moving_the_logit_scales_the_signal_to_noise_ratio() -> None:
+    uniform = torch.rand(4096, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    time = flow.TimeDistribution(mean=1.0, std=1.0).quantile(uniform)
+    offset = torch.randn(4096, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    moved = flow.move_logit(time, offset)
+    ratio = ((1 - moved) / moved) / ((1 - time) / time)
+    torch.testing.assert_close(ratio, (-offset).exp())
+    assert flow.move_logit(torch.tensor([0.0, 1.0]), torch.tensor([3.0, -3.0])).tolist() == [0.0, 1.0]

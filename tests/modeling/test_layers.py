@@ -113,11 +113,11 @@ def test_initial_weights_are_those_of_the_table() -> None:
         for block in stack.blocks:
             assert isinstance(block, Block)
             assert isinstance(block.attention, Attention)
-            assert std(block.attention.qkv.weight) == pytest.approx(0.02, rel=0.02)
-            assert std(block.mlp_in.weight) == pytest.approx(0.02, rel=0.02)
-            residual = 0.02 / math.sqrt(2 * len(stack.blocks))
-            assert std(block.attention.out.weight) == pytest.approx(residual, rel=0.02)
-            assert std(block.mlp_out.weight) == pytest.approx(residual, rel=0.02)
+            assert std(block.attention.qkv.weight) == pytest.approx(1 / math.sqrt(3 * width), rel=0.02)
+            assert std(block.mlp_in.weight) == pytest.approx(1 / math.sqrt(3 * width), rel=0.02)
+            depth = math.sqrt(2 * len(stack.blocks))
+            assert std(block.attention.out.weight) == pytest.approx(1 / math.sqrt(3 * width) / depth, rel=0.02)
+            assert std(block.mlp_out.weight) == pytest.approx(1 / math.sqrt(3 * 4 * width) / depth, rel=0.02)
             if block.modulation is not None:
                 assert not block.modulation.weight.any()
     assert not model.head.weight.any()
