@@ -202,7 +202,7 @@ def wait_share(quickstart: Path, steps: int) -> dict[str, Any]:
         )
         return {"wait_share": None}
     config = vae_config(
-        "quickstart_vae", {"data.path": data, "repa.features": data / "features", "train.steps": steps + 2}
+        "quickstart_vae", {"data.path": data, "repa.features": data / "features", "schedule.warmup_steps": 0}
     )
     with PlainRun(config, torch.device("cuda" if torch.cuda.is_available() else "cpu")) as run:
         for _ in range(2):

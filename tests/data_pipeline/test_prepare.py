@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -248,6 +249,39 @@ def test_a_full_disk_is_named_and_loses_nothing_finished(
     assert not list(tmp_path.rglob("*.tmp"))
     run(place, tmp_path)
     assert contents(tmp_path) == expected
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 KB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_small_disk_that_is_really_full(
+    place: Path, expected: dict, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "UNIT_BYTES", 20_000)
+    with pytest.raises(UserError, match=r"No space left on device.*run the same command again"):
+        run(place, small_disk)
+    finished = {path: path.read_bytes() for path in (small_disk / ".prepare").rglob("*") if path.is_file()}
+    assert any(path.suffix == ".json" and path.parent.name == "units" for path in finished)
+    assert not list(small_disk.rglob("*.tmp"))
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    encoded: list[int] = []
+    original = prepare.encode_unit
+    monkeypatch.setattr(
+        prepare, "encode_unit", lambda task, report: encoded.append(task.index) or original(task, report)
+    )
+    run(place, small_disk)
+    done = {int(path.stem) for path in finished if path.suffix == ".json" and path.parent.name == "units"}
+    assert not done & set(encoded)
+    assert contents(small_disk) == expected
 
 
 def test_the_loader_reads_what_prepare_wrote(place: Path, expected: dict) -> None:
