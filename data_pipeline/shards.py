@@ -111,9 +111,10 @@ class Shard:
         """
         member, places = self._members[name], self._places[name][0][start:stop]
         shape = tuple(n for n in member.shape if n is not None)
-        steps = np.diff(places)
-        if len(places) and (steps == (stride := int(steps[0]) if len(steps) else member.row_bytes)).all():
-            flat = np.ndarray((len(places), member.row_bytes), np.uint8, self._buffer, int(places[0]), (stride, 1))
+        if self._stride and len(places):
+            flat = np.ndarray(
+                (len(places), member.row_bytes), np.uint8, self._buffer, int(places[0]), (self._stride, 1)
+            )
             return flat.view(member.dtype).reshape(len(places), *shape)
         rows = [
             np.frombuffer(self._buffer, member.dtype, member.row_bytes // np.dtype(member.dtype).itemsize, p)
