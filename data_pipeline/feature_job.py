@@ -1,5 +1,6 @@
 """The work behind `cache_features`: one teacher over one prepared folder, shard by shard."""
 
+import contextlib
 import hashlib
 import json
 import time
@@ -171,6 +172,8 @@ class FeatureJob:
     def keep(self, codec: Codec, fidelity: Fidelity) -> None:
         """Write codec and job, which the other ranks wait for and a resumed run goes on with."""
         self.output.mkdir(parents=True, exist_ok=True)
+        for name in (CODEC_NAME, JOB_NAME):
+            remove_unfinished(self.output / name)
         codec.save(self.output / CODEC_NAME)
         job = self.identity | {"codec_fingerprint": codec.fingerprint(), "fidelity": asdict(fidelity)}
         write_json(self.output / JOB_NAME, job)
@@ -300,8 +303,11 @@ class FeatureJob:
             splits=splits,
             statistics={name: float(fidelity[name]) for name in numbers},
         )
-        with atomic_write(self.output / MANIFEST_NAME) as file:
+        path = self.output / MANIFEST_NAME
+        # Another rank that writes the same may take our temporary file for a killed run's: then its manifest is there.
+        with contextlib.suppress(FileNotFoundError), atomic_write(path) as file:
             file.write(manifest.model_dump_json(indent=2).encode())
+        remove_unfinished(path)
         size = sum(shard["bytes"] for shards in splits.values() for shard in shards)
         print(f"finished: {self.output} ({format_bytes(size)} in {len(self.shards)} shards)", flush=True)
 

@@ -27,6 +27,7 @@ _BLOCK = 512
 _NPY_HEADER = 128
 _END = bytes(2 * _BLOCK)
 _SIZE_FIELD = slice(124, 135)
+_CHECKSUM_FIELD = slice(148, 154)
 _REMEDY = "copy the shard again from where it was prepared, or prepare the data again (--fresh)"
 _FEATURES_REMEDY = (
     "copy the shard again, or run cache_features again, which replaces damaged shards and keeps the others"
@@ -100,7 +101,8 @@ class Shard:
             raise UserError(
                 f"{path}: SHA-256 is {found[:16]}..., but the manifest says {sha256[:16]}...: {self._remedy}"
             )
-        self._places = self._index(members)
+        self._stride = 0  # bytes of a row where all rows take the same
+        self._places = self._even_index(members) or self._index(members)
         self._ragged = {member.name: self._join_ragged(member) for member in members if None in member.shape}
 
     def dense(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -109,9 +111,10 @@ class Shard:
         """
         member, places = self._members[name], self._places[name][0][start:stop]
         shape = tuple(n for n in member.shape if n is not None)
-        steps = np.diff(places)
-        if len(places) and (steps == (stride := int(steps[0]) if len(steps) else member.row_bytes)).all():
-            flat = np.ndarray((len(places), member.row_bytes), np.uint8, self._buffer, int(places[0]), (stride, 1))
+        if self._stride and len(places):
+            flat = np.ndarray(
+                (len(places), member.row_bytes), np.uint8, self._buffer, int(places[0]), (self._stride, 1)
+            )
             return flat.view(member.dtype).reshape(len(places), *shape)
         rows = [
             np.frombuffer(self._buffer, member.dtype, member.row_bytes // np.dtype(member.dtype).itemsize, p)
@@ -141,8 +144,46 @@ class Shard:
     def _join_ragged(self, member: Member) -> tuple[np.ndarray, np.ndarray]:
         """Elements of all rows in turn, and where each row's end (with a 0 before the first)."""
         places, counts = self._places[member.name]
+        ends = np.concatenate([[0], np.cumsum(counts)])
+        if self._stride:
+            most = int(counts.max())
+            shape, strides = (self.rows, most * member.row_bytes), (self._stride, 1)
+            values = np.ndarray(shape, np.uint8, self._buffer, int(places[0]), strides).view(member.dtype)
+            return values[np.arange(most) < counts[:, None]], ends
         rows = [np.frombuffer(self._buffer, member.dtype, count, place) for place, count in zip(places, counts)]
-        return np.concatenate(rows), np.concatenate([[0], np.cumsum(counts)])
+        return np.concatenate(rows), ends
+
+    def _even_index(self, members: Sequence[Member]) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
+        """What `_index` finds, of a shard that is right and whose rows all take as many bytes, tens of times faster; None
+        otherwise: then `_index` says what is wrong, or takes the rows one by one.
+        """
+        stride, rest = divmod(len(self._buffer) - len(_END), self.rows)
+        if rest or not stride or stride % _BLOCK or self._buffer[-len(_END) :] != _END:
+            return None
+        rows_BS = np.frombuffer(self._buffer, np.uint8, self.rows * stride).reshape(self.rows, stride)
+        found, offset = {}, 0
+        for member in members:
+            start = offset + _BLOCK + _NPY_HEADER
+            if start > stride:
+                return None
+            if None in member.shape:
+                octal = rows_BS[:, offset : offset + _BLOCK][:, _SIZE_FIELD].astype(np.int64) - ord("0")
+                sizes = (octal << 3 * np.arange(octal.shape[1])[::-1]).sum(axis=1)
+            else:
+                sizes = np.full(self.rows, _NPY_HEADER + member.row_bytes)
+            counts = (sizes - _NPY_HEADER) // member.row_bytes
+            padded = int(sizes[0]) + -int(sizes[0]) % _BLOCK
+            if sizes.min() < _NPY_HEADER or sizes.max() > padded or offset + _BLOCK + padded > stride:
+                return None
+            headers = rows_BS[:, offset:start]
+            if not np.array_equal(headers, _expected_headers(self.rows, member, sizes, counts)):
+                return None
+            found[member.name] = np.arange(self.rows) * stride + start, counts
+            offset += _BLOCK + padded
+        if offset != stride:
+            return None
+        self._stride = stride
+        return found
 
     def _index(self, members: Sequence[Member]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Offsets of every row's data and its element counts, per member, after checking every header."""
@@ -205,6 +246,19 @@ class Shard:
 
 def _member_name(row: int, name: str) -> str:
     return f"{row:09d}.{name}.npy"
+
+
+def _expected_headers(num_rows: int, member: Member, sizes: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Tar and .npy headers of the member in rows 0, 1, ... (uint8 [rows, 640]), by the rules of `_tar_header`."""
+    _, first, kind = np.unique(sizes, return_index=True, return_inverse=True)
+    pairs = zip(sizes[first].tolist(), counts[first].tolist())
+    texts = [_tar_header(0, member.name, size) + _npy_header(member, count) for size, count in pairs]
+    headers = np.stack([np.frombuffer(text, np.uint8) for text in texts])[kind]
+    digits = np.arange(num_rows)[:, None] // 10 ** np.arange(9)[::-1] % 10
+    sums = np.array([int(text[_CHECKSUM_FIELD], 8) for text in texts])[kind] + digits.sum(axis=1)
+    headers[:, :9] += digits.astype(np.uint8)
+    headers[:, _CHECKSUM_FIELD] = (sums[:, None] >> 3 * np.arange(6)[::-1]) % 8 + ord("0")
+    return headers
 
 
 def _entry(row: int, member: Member, array: np.ndarray) -> bytes:

@@ -99,5 +99,6 @@ def remove_earlier(output: Path) -> None:
 
 def remove_leftovers(output: Path) -> None:
     """Remove temporary files that killed runs left."""
-    for path in output.glob(".*.tar.*.tmp"):
-        path.unlink(missing_ok=True)
+    for pattern in (".*.tar.*.tmp", f".{MANIFEST_NAME}.*.tmp", "tokenizer/.*.tmp"):
+        for path in output.glob(pattern):
+            path.unlink(missing_ok=True)

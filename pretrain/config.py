@@ -44,6 +44,7 @@ IDENTITY = ("stage", "train.seed", "data.rows_per_step", "data.streams")
 HARMLESS = (
     "about", "telemetry", "deepspeed", "diagnose",
     "data.path", "data.micro_batch_rows", "data.verify", "data.workers", "data.prefetch_steps", "data.cache_dir",
+    "data.cache_gigabytes",
     "repa.features", "model.vae",
     "train.run", "train.zero_stage", "train.offload_optimizer", "train.offload_parameters",
     "train.activation_checkpointing", "train.compile", "train.deterministic",

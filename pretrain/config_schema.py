@@ -106,7 +106,9 @@ class Data(Section):
     prefetch_steps: PositiveInt = 2
     """Steps that are prepared ahead."""
     cache_dir: str | None = None
-    """Folder for copies of remote shards; none: read in place."""
+    """Folder for copies of remote shards (a URL in data.path); none: textldm/shards in the user's cache folder."""
+    cache_gigabytes: PositiveFloat = 100.0
+    """When the copies take more, those not used for longest are removed."""
 
 
 class Repa(Section):

@@ -241,6 +241,7 @@ def open_loader(config: RunConfig, topology: Topology, start_step: int) -> Train
         workers=data.workers,
         verify=data.verify,
         cache_dir=data.cache_dir,
+        cache_gigabytes=data.cache_gigabytes,
     )
 
 

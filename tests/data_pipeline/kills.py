@@ -1,6 +1,9 @@
 """kill -9 at random moments of a command's work, the same command again after each, until it may finish."""
 
+import os
 import random
+import shutil
+import signal
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -11,15 +14,17 @@ from typing import NamedTuple
 # Children are forked from a server that has imported what takes seconds to import, so that kills meet work, not start-up.
 _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["data_pipeline.prepare", "data_pipeline.cache_features"])
-_POLL_S = 0.001
+_POLL_S = 0.003  # looking at the folder takes as much again, on cores that the command wants
 _TIMEOUT_S = 120
 
 
 class Tally(NamedTuple):
-    """What became of the kills: all that hit a living process, and those of them that left a file half written."""
+    """What became of the kills: all that hit a living process, those of them that left a file half written, and how often
+    the command came to its end before its kill and began anew."""
 
     kills: int
     while_writing: int
+    finished_early: int
 
 
 def run_to_end(command: Callable[[], None], output: Path) -> int:
@@ -33,27 +38,40 @@ def run_to_end(command: Callable[[], None], output: Path) -> int:
     return most
 
 
-def kill_again_and_again(command: Callable[[], None], output: Path, kills: int, num_files: int, seed: int) -> Tally:
-    """Kill the command `kills` times, then let it finish.
+def kill_again_and_again(
+    command: Callable[[], None], output: Path, check: Callable[[], None], kills: int, num_files: int, seed: int
+) -> Tally:
+    """Kill the living command `kills` times, let it finish, and `check` the output.
 
     The moments are uniform over its work, measured in finished files, of which `num_files` appear until it is done. Every
-    other kill waits for a file that is being written.
+    other kill hits as soon as a file is seen being written. A command that ends before its kill has its output checked too, and
+    starts from nothing.
     """
     rng = random.Random(seed)
-    hits = while_writing = 0
-    for number, wanted in enumerate(sorted(rng.randrange(num_files) for _ in range(kills))):
-        before = _files(output)[1]
+    hits = while_writing = finished_early = 0
+    moments: list[int] = []
+    while hits < kills:
+        moments = moments or sorted(rng.randrange(num_files) for _ in range(kills - hits))
+        before, wanted = _files(output)[1], moments.pop(0)
         process = _start(command)
         _wait(process, lambda wanted=wanted: len(_files(output)[0]) >= wanted)
-        if number % 2:
-            _wait(process, lambda before=before: bool(_files(output)[1] - before))
-        time.sleep(rng.uniform(0, 0.02))
-        hits += process.is_alive()
+        if hits % 2:
+            _wait(process, lambda before=before: bool(_files(output)[1] - before), poll_s=0)
+        else:
+            time.sleep(rng.uniform(0, 0.02))
         process.kill()
         process.join()
-        while_writing += bool(_files(output)[1] - before)
+        if process.exitcode == -signal.SIGKILL:
+            hits += 1
+            while_writing += bool(_files(output)[1] - before)
+            continue
+        assert process.exitcode == 0
+        check()
+        shutil.rmtree(output)
+        moments, finished_early = [], finished_early + 1
     run_to_end(command, output)
-    return Tally(hits, while_writing)
+    check()
+    return Tally(hits, while_writing, finished_early)
 
 
 def _start(command: Callable[[], None]) -> ForkServerProcess:
@@ -62,15 +80,16 @@ def _start(command: Callable[[], None]) -> ForkServerProcess:
     return process
 
 
-def _wait(process: ForkServerProcess, condition: Callable[[], bool]) -> None:
+def _wait(process: ForkServerProcess, condition: Callable[[], bool], poll_s: float = _POLL_S) -> None:
     give_up = time.monotonic() + _TIMEOUT_S
     while process.is_alive() and not condition():
         assert time.monotonic() < give_up, "the command makes no progress"
-        time.sleep(_POLL_S)
+        time.sleep(poll_s)
 
 
 def _files(folder: Path) -> tuple[set[Path], set[Path]]:
     """Finished and half-written files below the folder."""
-    paths = {path for path in folder.rglob("*") if path.suffix and not path.is_dir()}
+    # os.walk passes over folders that vanish while it looks.
+    paths = {Path(place, name) for place, _, names in os.walk(folder) for name in names if Path(name).suffix}
     half = {path for path in paths if path.suffix == ".tmp"}
     return paths - half, half

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -201,12 +202,12 @@ def command(place: Path, output: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_kill_at_any_moment_then_the_same_bytes(place: Path, expected: dict, tmp_path: Path, count: int) -> None:
-    """kill -9 of the command at random moments; the last run ends with the bytes of an undisturbed one."""
+def test_kill_at_any_moment_then_the_same_bytes(place: Path, expected: dict, tmp_path: Path) -> None:
+    """kill -9 of the command, as a user starts it, at a few random moments (test_kills.py has more of them); the last run
+    ends with the bytes of an undisturbed one."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    rng = np.random.default_rng(count)
-    for _ in range(count):
+    rng = np.random.default_rng(4)
+    for _ in range(4):
         process = subprocess.Popen(command(place, tmp_path), env=environment, stderr=subprocess.DEVNULL)
         time.sleep(float(rng.uniform(0.3, 3.5)))
         process.send_signal(signal.SIGKILL)
@@ -217,6 +218,8 @@ def test_kill_at_any_moment_then_the_same_bytes(place: Path, expected: dict, tmp
 
 def test_finished_work_is_not_repeated(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare.prepare(options(place, tmp_path), part=(0, 2))
+    for name in (".manifest.json.abc.tmp", ".train-00000.tar.abc.tmp"):  # of a killed run
+        (tmp_path / name).write_text("half")
     encoded: list[int] = []
     original = prepare.encode_unit
     monkeypatch.setattr(
@@ -224,6 +227,7 @@ def test_finished_work_is_not_repeated(place: Path, tmp_path: Path, monkeypatch:
     )
     run(place, tmp_path)
     assert encoded == [1]
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_full_disk_is_named_and_loses_nothing_finished(
@@ -245,6 +249,39 @@ def test_a_full_disk_is_named_and_loses_nothing_finished(
     assert not list(tmp_path.rglob("*.tmp"))
     run(place, tmp_path)
     assert contents(tmp_path) == expected
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 KB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_small_disk_that_is_really_full(
+    place: Path, expected: dict, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "UNIT_BYTES", 20_000)
+    with pytest.raises(UserError, match=r"No space left on device.*run the same command again"):
+        run(place, small_disk)
+    finished = {path: path.read_bytes() for path in (small_disk / ".prepare").rglob("*") if path.is_file()}
+    assert any(path.suffix == ".json" and path.parent.name == "units" for path in finished)
+    assert not list(small_disk.rglob("*.tmp"))
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    encoded: list[int] = []
+    original = prepare.encode_unit
+    monkeypatch.setattr(
+        prepare, "encode_unit", lambda task, report: encoded.append(task.index) or original(task, report)
+    )
+    run(place, small_disk)
+    done = {int(path.stem) for path in finished if path.suffix == ".json" and path.parent.name == "units"}
+    assert not done & set(encoded)
+    assert contents(small_disk) == expected
 
 
 def test_the_loader_reads_what_prepare_wrote(place: Path, expected: dict) -> None:

@@ -56,6 +56,20 @@ def test_rows_of_uneven_size_are_read_too(tmp_path: Path) -> None:
     assert reader.ragged("lengths", 0, 6)[1].tolist() == [3, 200, 1, 97, 96, 400]
 
 
+def test_even_shards_are_indexed_at_once_and_to_the_same_end(shard: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, written, _ = shard
+    fast = Shard(path, MEMBERS, written.rows, written.bytes, None)
+    assert fast._stride
+    monkeypatch.setattr(Shard, "_even_index", lambda *_: None)
+    slow = Shard(path, MEMBERS, written.rows, written.bytes, None)
+    for name in ("tokens", "lengths"):
+        assert all(np.array_equal(a, b) for a, b in zip(fast._places[name], slow._places[name], strict=True))
+    for start, stop in ((0, 12), (3, 4), (5, 9), (7, 7)):
+        assert np.array_equal(fast.dense("tokens", start, stop), slow.dense("tokens", start, stop))
+        both = zip(fast.ragged("lengths", start, stop), slow.ragged("lengths", start, stop), strict=True)
+        assert all(np.array_equal(a, b) for a, b in both)
+
+
 def test_bytes_depend_on_the_rows_alone(shard: tuple, tmp_path: Path) -> None:
     path, written, rows = shard
     again = write_shard(tmp_path / "other name.tar", MEMBERS, iter(rows))

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,34 @@ def test_saved_and_streamed_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "csv").mkdir()
     dataset.remove_columns("reddit_scores").to_csv(str(tmp_path / "csv" / "a.csv"))
     assert list(open_source(str(tmp_path / "csv"))) == TEXTS
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl.zst"])
+def test_openwebtext2_streams_as_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    """What happens to `owner/name`, with a local folder in place of the hub: each of its files is a unit, read by streaming."""
+    datasets = pytest.importorskip("datasets")
+    zstandard = pytest.importorskip("zstandard")
+    (tmp_path / "data").mkdir()
+    for number in range(3):
+        texts = TEXTS[number::3]
+        columns = {"title": ["t"] * len(texts), "text": texts, "reddit_scores": [[1, 2]] * len(texts)}
+        path = tmp_path / "data" / f"part-{number}.{ending}"
+        if ending == "parquet":
+            datasets.Dataset.from_dict(columns).to_parquet(path)
+        else:
+            lines = "".join(json.dumps(dict(zip(columns, row))) + "\n" for row in zip(*columns.values()))
+            path.write_bytes(zstandard.compress(lines.encode()))
+    monkeypatch.setattr(datasets, "load_dataset", partial(_instead_of_the_hub, datasets.load_dataset, tmp_path))
+    source = open_source("segyges/OpenWebText2")
+    assert source.name == "segyges/OpenWebText2"
+    assert [unit.kind for unit in source.units] == ["streamed"] * 3
+    assert [text for unit in source.units for text in read_unit(unit)] == [t for n in range(3) for t in TEXTS[n::3]]
+
+
+def _instead_of_the_hub(load_dataset: Callable, folder: Path, name: str, **options: object) -> object:
+    assert name == "segyges/OpenWebText2"
+    assert options == {"split": "train", "streaming": True, "revision": None}
+    return load_dataset(str(folder), split="train", streaming=True)
 
 
 @pytest.mark.parametrize(

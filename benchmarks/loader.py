@@ -1,0 +1,243 @@
+"""How fast the loader gives batches, beside the loaders that users would take instead; resuming; and what a training step sees of it.
+
+    python -m benchmarks.loader
+    python -m benchmarks.loader --data data/owt2 --quickstart runs/quickstart
+
+All peers of loader_peers.py that are installed take part, the others are named in `missing`. webdataset and datasets come with
+this project; `pip install litdata mosaicml-streaming` (in an environment of its own, if their versions disagree) adds the others.
+
+Every contender gives one pass over the same rows, in turn with the others; a figure is tokens a second (the rows' places) between
+its first batch and its last, the best of the repetitions. Reading is from the page cache. The prepared folder is made of
+random tokens, unless --data names one.
+
+`loader_over_best_peer`: with hashes not verified, as no peer does. Also what every pass after the first gives, since each
+shard is hashed before its first use only. `first_pass_over_best_peer`: with the hashing, the default.
+`resume_ratio`: time from nothing to the first batch at row 10,000,000 of a manifest of 4,000 shards over that at row 0, medians.
+`wait_share`: of the time of stage 1's steps in the quickstart's shape, the part spent waiting for the loader; of --quickstart.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks.loader_peers import PEERS, Delivered, Job
+from benchmarks.measuring import ROOT, interleaved, print_figures
+from benchmarks.plain_run import PlainRun, vae_config
+from data_pipeline.batch import SplitConfig
+from data_pipeline.errors import UserError, cli
+from data_pipeline.loader import TrainLoader
+from data_pipeline.manifest import Manifest, ShardInfo, TokenizerInfo, shard_name
+from data_pipeline.shards import token_members, write_shard
+
+ROW_TOKENS, VOCAB_SIZE, MIN_WINDOW, MAX_WINDOW = 4096, 151_936, 8, 1024
+RESUME_SHARDS, RESUME_ROWS, RESUME_AT_ROW, RESUME_STREAMS, RESUME_ROWS_PER_STEP = 4000, 512, 10_000_000, 16, 64
+FIRST_PASS, LATER_PASS = "loader_first_pass", "loader"
+
+
+def main_parser() -> argparse.ArgumentParser:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loader", description="Speed of the loader beside its peers'."
+    )
+    parser.add_argument("--data", type=Path, help="prepared folder (default: random tokens)")
+    parser.add_argument("--shards", type=int, default=48, help="of the random tokens (%(default)s)")
+    parser.add_argument("--shard-rows", type=int, default=256, help="rows of each (%(default)s)")
+    parser.add_argument("--batch-rows", type=int, default=16, help="rows of a batch (%(default)s)")
+    parser.add_argument("--streams", type=int, default=8, help="of the loader; must divide --batch-rows (%(default)s)")
+    parser.add_argument("--repetitions", type=int, default=5, help="of each contender, in turn (%(default)s)")
+    parser.add_argument(
+        "--resume-shards", type=int, default=RESUME_SHARDS, help="of the simulated manifest (%(default)s)"
+    )
+    parser.add_argument(
+        "--quickstart",
+        type=Path,
+        default=ROOT / "runs/quickstart",
+        help="folder of ./run.sh with data/features (%(default)s)",
+    )
+    parser.add_argument("--steps", type=int, default=20, help="training steps whose waiting is measured (%(default)s)")
+    return parser
+
+
+def random_folder(folder: Path, shards: int, shard_rows: int, row_tokens: int, copies: int = 1) -> Manifest:
+    """A prepared folder of random tokens, windows as long as web text's; each shard stands `copies` times in the manifest."""
+    folder.mkdir(parents=True)
+    rng, members, infos = np.random.default_rng(0), token_members(row_tokens, "uint32"), []
+    for shard in range(shards):
+        rows = []
+        for _ in range(shard_rows):
+            lengths, space = [], row_tokens
+            while space >= 2 * MIN_WINDOW:
+                length = min(MAX_WINDOW, space, max(MIN_WINDOW, int(rng.lognormal(6, 1))))
+                lengths.append(length)
+                space -= length
+            tokens = rng.integers(0, VOCAB_SIZE, row_tokens, np.uint32)
+            tokens[row_tokens - space :] = 0
+            rows.append((tokens, np.array(lengths, np.int32)))
+        first = folder / shard_name("train", shard * copies)
+        written = write_shard(first, members, rows)
+        windows, tokens_sum = sum(len(row[1]) for row in rows), sum(int(row[1].sum()) for row in rows)
+        for copy in range(copies):
+            name = shard_name("train", shard * copies + copy)
+            if copy:
+                os.link(first, folder / name)
+            infos.append(ShardInfo(name=name, windows=windows, tokens=tokens_sum, **written._asdict()))
+    tokenizer = TokenizerInfo(
+        name="random", revision=None, sha256="0" * 64, vocab_size=VOCAB_SIZE, special_ids={}, eos_id=None
+    )
+    manifest = Manifest.create(
+        row_tokens=row_tokens, token_dtype="uint32", min_window=MIN_WINDOW, max_window=MAX_WINDOW, seed=0,
+        heldout_fraction=0.0, dedupe=False, tokenizer=tokenizer, splits={"train": infos, "heldout": []}, source="random",
+        statistics={},
+    )  # fmt: skip
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
+    return manifest
+
+
+def loader_batches(job: Job, streams: int, verify: bool) -> Iterator[Delivered]:
+    """One pass of this project's loader, with one thread; the lengths without the rows' unfilled tails."""
+    loader = TrainLoader(
+        job.data, None, seed=0, streams=streams, rows_per_step=job.batch_rows, micro_batch_rows=job.batch_rows,
+        split=SplitConfig("none"), verify=verify,
+    )  # fmt: skip
+    with loader:
+        for [batch] in islice(loader, job.num_rows // job.batch_rows):
+            # A segment's role says what is filler. The peers give a list of arrays, this loader one list: no work is left out.
+            yield batch.tokens_T.view(job.batch_rows, -1), batch.segment_lengths
+
+
+def rate(batches: Iterator[Delivered], row_tokens: int) -> float:
+    """Places a second between the first batch and the last."""
+    next(batches)
+    started, places = time.perf_counter(), 0
+    for tokens_BR, _ in batches:
+        if tokens_BR.dtype != torch.int64 or tokens_BR.shape[1] != row_tokens:
+            raise AssertionError(f"a batch of {tokens_BR.dtype}{list(tokens_BR.shape)}")
+        places += tokens_BR.numel()
+    return places / (time.perf_counter() - started)
+
+
+def compare_peers(data: Path, batch_rows: int, streams: int, repetitions: int, work: Path) -> dict[str, Any]:
+    """Everybody's rates, and the ratios of this project's to the best peer's."""
+    manifest = Manifest.load(data)
+    contenders: dict[str, Callable[[], Iterator[Delivered]]] = {}
+    missing = {}
+    for peer in PEERS:
+        job = Job(data, manifest, work / peer.name, batch_rows)
+        if (reason := peer.missing()) is not None:
+            missing[peer.name] = reason
+            print(f"{peer.name} takes no part: {reason}", file=sys.stderr)
+            continue
+        peer.write(job)
+        contenders[peer.name] = lambda peer=peer, job=job: peer.batches(job)
+    if not contenders:
+        raise UserError(f"no peer can be measured: {missing}")
+    own = Job(data, manifest, work, batch_rows)
+    contenders[LATER_PASS] = lambda: loader_batches(own, streams, verify=False)
+    contenders[FIRST_PASS] = lambda: loader_batches(own, streams, verify=True)
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    with tqdm(total=repetitions * len(contenders), desc="passes", dynamic_ncols=True) as bar:
+        for repetition in range(repetitions):
+            for name in list(contenders)[:: 1 if repetition % 2 == 0 else -1]:
+                bar.set_postfix_str(name)
+                found[name].append(rate(contenders[name](), manifest.row_tokens))
+                bar.update()
+    rates = {name: max(values) for name, values in found.items()}
+    best = max((name for name in rates if name not in (LATER_PASS, FIRST_PASS)), key=lambda name: rates[name])
+    return {
+        "loader_over_best_peer": rates[LATER_PASS] / rates[best],
+        "first_pass_over_best_peer": rates[FIRST_PASS] / rates[best],
+        "best_peer": best,
+        "tokens_per_s": rates,
+        "tokens_per_s_medians": {name: statistics.median(values) for name, values in found.items()},
+        "missing": missing,
+        "rows": own.num_rows,
+        "row_tokens": manifest.row_tokens,
+        "batch_rows": batch_rows,
+        "repetitions": repetitions,
+    }
+
+
+def resume_ratio(num_shards: int, repetitions: int, work: Path) -> dict[str, float]:
+    """First batch far into training over first batch of all; each shard is hashed when it is opened."""
+    data = work / "resume"
+    random_folder(data, 4, RESUME_ROWS, 1024, copies=num_shards // 4)
+
+    def first_batch(row: int) -> None:
+        loader = TrainLoader(
+            data, None, seed=0, streams=RESUME_STREAMS, rows_per_step=RESUME_ROWS_PER_STEP,
+            micro_batch_rows=RESUME_ROWS_PER_STEP, split=SplitConfig("context"), start_step=row // RESUME_ROWS_PER_STEP,
+        )  # fmt: skip
+        with loader:
+            [batch] = loader.next_step()
+            assert batch.rows[0].ticket == row // RESUME_ROWS_PER_STEP * RESUME_ROWS_PER_STEP
+
+    contenders = {"far": lambda: first_batch(RESUME_AT_ROW), "start": lambda: first_batch(0)}
+    spent = interleaved(contenders, 2 * repetitions + 1, "resume")
+    return {
+        "resume_ratio": spent["far"].wall_s / spent["start"].wall_s,
+        "first_batch_s_at_row_0": spent["start"].wall_s,
+        "first_batch_s_far": spent["far"].wall_s,
+    }
+
+
+def wait_share(quickstart: Path, steps: int) -> dict[str, Any]:
+    """Waiting over everything, of training steps in the quickstart's shape; None without the quickstart's data."""
+    data = quickstart / "data"
+    if not (data / "features/manifest.json").exists():
+        print(
+            f"no wait_share: {data}/features is missing; run ./run.sh, or name its folder with --quickstart",
+            file=sys.stderr,
+        )
+        return {"wait_share": None}
+    config = vae_config(
+        "quickstart_vae", {"data.path": data, "repa.features": data / "features", "schedule.warmup_steps": 0}
+    )
+    with PlainRun(config, torch.device("cuda" if torch.cuda.is_available() else "cpu")) as run:
+        for _ in range(2):
+            run.step()
+        waits, times = [run.loader.wait_seconds], [time.perf_counter()]
+        for _ in tqdm(range(steps), desc="training steps", dynamic_ncols=True):
+            run.step()
+            waits.append(run.loader.wait_seconds)
+            times.append(time.perf_counter())
+    longest = max(after - before for before, after in pairwise(waits))
+    return {
+        "wait_share": (waits[-1] - waits[0]) / (times[-1] - times[0]),
+        "step_s": (times[-1] - times[0]) / steps,
+        "longest_wait_s": longest,
+    }
+
+
+@cli
+def main(argv: list[str] | None = None) -> int | None:
+    """Entry point."""
+    args = main_parser().parse_args(argv)
+    if args.repetitions < 1:
+        raise UserError(f"--repetitions {args.repetitions}: expected at least 1")
+    with tempfile.TemporaryDirectory(prefix="benchmark-loader-") as folder:
+        work = Path(folder)
+        data = args.data or work / "data"
+        if args.data is None:
+            random_folder(data, args.shards, args.shard_rows, ROW_TOKENS)
+        figures = compare_peers(data, args.batch_rows, args.streams, args.repetitions, work)
+        print(json.dumps(figures["tokens_per_s"]), flush=True)
+        figures |= resume_ratio(args.resume_shards, args.repetitions, work)
+    figures |= wait_share(args.quickstart, args.steps)
+    print_figures(figures)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
