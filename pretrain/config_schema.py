@@ -212,8 +212,8 @@ class Train(Section):
     """Where masters and moments live."""
     offload_parameters: Literal["none", "cpu"] = "none"
     """Where parameters live between uses (ZeRO 3)."""
-    activation_checkpointing: bool = False
-    """Recompute each block in backward: less memory, about a third more work."""
+    activation_checkpointing: NonNegativeInt = 0
+    """Recompute every n-th block in backward (1: all, about a third more work, least memory); 0: none."""
     compile: bool = False
     """torch.compile the model's blocks."""
     deterministic: bool = False
@@ -230,6 +230,8 @@ class Train(Section):
     """Steps between held-out evaluations, with EMA weights; 0: never."""
     eval_rows: PositiveInt = 64
     """Held-out rows of an evaluation, over all ranks."""
+    eval_samples: NonNegativeInt = 2
+    """Continuations of held-out contexts written at each evaluation, from the same noise every time (stage dit); 0: none."""
     log_every: PositiveInt = 10
     """Steps between logged lines; between them nothing is reduced over ranks or written."""
     watchdog_s: PositiveFloat = 1800.0
