@@ -209,7 +209,7 @@ class Train(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What ranks share out: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters."""
     offload_optimizer: Literal["none", "cpu"] = "none"
-    """Where masters and moments live."""
+    """Where masters, moments and EMA live. (Not on NVMe: checkpoints could not reach them.)"""
     offload_parameters: Literal["none", "cpu"] = "none"
     """Where parameters live between uses (ZeRO 3)."""
     activation_checkpointing: NonNegativeInt = 0

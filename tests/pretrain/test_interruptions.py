@@ -5,6 +5,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import forked_ranks
+import psutil
 import pytest
 import tiny_pipeline
 import tiny_run
@@ -97,10 +100,23 @@ def unfinished(run: Path) -> set[tuple[str, int]]:
 
 def await_while_alive(processes: list[BaseProcess], reached: Callable[[], object], seconds: float = 120) -> None:
     """Until the condition holds, or the ranks end by themselves."""
+    wait_for(lambda: reached() or not all(process.is_alive() for process in processes), seconds)
+
+
+def wait_for(reached: Callable[[], object], seconds: float = 300) -> None:
+    """Until the condition holds."""
     deadline = time.monotonic() + seconds
-    while not reached() and all(process.is_alive() for process in processes):
-        assert time.monotonic() < deadline, "the ranks make no progress"
+    while not reached():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s"
         time.sleep(0.002)
+
+
+def assert_as_straight(quickstart: Quickstart, run: Path) -> None:
+    """The bits of the uninterrupted run, in every tensor at the end and every loss on the way."""
+    found, expected = everything(run), everything(quickstart.straight)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    assert losses(run) == losses(quickstart.straight)
 
 
 def test_killed_again_and_again_it_ends_with_the_same_bits(quickstart: Quickstart, tmp_path: Path) -> None:
@@ -128,10 +144,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(quickstart: Quickstar
     assert forked_ranks.finish(forked_ranks.start(config)) == [0, 0], config.with_suffix(".log").read_text()[-5000:]
     print(f"{KILLS} kills: {hits}")
     assert hits["inside a save"] >= INSIDE_A_SAVE * KILLS
-    found, expected = everything(run), everything(quickstart.straight)
-    assert found.keys() == expected.keys()
-    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
-    assert losses(run) == losses(quickstart.straight)
+    assert_as_straight(quickstart, run)
 
 
 def test_moved_between_ranks_and_zero_stages_it_takes_the_same_way(quickstart: Quickstart, tmp_path: Path) -> None:
@@ -145,3 +158,55 @@ def test_moved_between_ranks_and_zero_stages_it_takes_the_same_way(quickstart: Q
         assert forked_ranks.finish(processes) == [code] * ranks, config.with_suffix(".log").read_text()[-5000:]
         assert part == 2 or STEPS * (part + 1) // 3 <= saved_steps(run / "checkpoints")[0][0] < STEPS
     assert losses(run) == pytest.approx(losses(quickstart.straight), rel=1e-5)
+
+
+def of_job(config: Path) -> list[psutil.Process]:
+    """The living launchers and ranks of a job."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if str(config) in process.cmdline():
+                found.append(process)
+    return found
+
+
+def test_sigterm_through_the_launcher(quickstart: Quickstart, tmp_path: Path) -> None:
+    config, run = quickstart.config(tmp_path), tmp_path / "run"
+    launcher, training = ["deepspeed", "--num_accelerators", "2"], ["--config", str(config)]
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIGS.parent)}
+
+    def start(command: list[str], name: str) -> tuple[subprocess.Popen, Path]:
+        log = tmp_path / f"{name}.log"
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                command,
+                env=variables,
+                cwd=CONFIGS.parent,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        before = last_step(run)
+        wait_for(lambda: last_step(run) > before + 5 or process.poll() is not None)
+        assert process.poll() is None, log.read_text()[-5000:]
+        return process, log
+
+    # To the launcher's whole group, as schedulers do: the ranks save, though deepspeed itself has other exit codes.
+    process, log = start([*launcher, "pretrain/train.py", *training], "group")
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(60)
+    wait_for(lambda: not of_job(config))
+    assert "SIGTERM: writing a checkpoint after step" in log.read_text()
+    first = last_step(run)
+    assert saved_steps(run / "checkpoints")[0][0] == first < STEPS
+
+    # To the supervisor alone: the same, and its exit code says so.
+    supervise = [sys.executable, "-m", "pretrain.supervise", "--launcher", " ".join(launcher), "--", *training]
+    process, log = start(supervise, "supervise")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == EXIT_REQUEUE, log.read_text()[-5000:]
+    assert not of_job(config)
+    assert first < saved_steps(run / "checkpoints")[0][0] == last_step(run) < STEPS
+
+    assert forked_ranks.finish(forked_ranks.start(config)) == [0, 0], config.with_suffix(".log").read_text()[-5000:]
+    assert_as_straight(quickstart, run)
