@@ -276,6 +276,18 @@ def test_profiling_leaves_a_trace(tmp_path: Path, data: Path) -> None:
     assert list((tmp_path / "run" / "profile").glob("trace-*.json"))
 
 
+def test_deterministic_mode_is_passed_on(
+    tmp_path: Path, data: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which the run sets for its process
+    try:
+        assert start(make_config(tmp_path, data, deterministic=True)) == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(everything(tmp_path / "run"), everything(straight))
+
+
 def test_help_names_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train.main(["--help"])
