@@ -49,7 +49,7 @@ HARMLESS = (
     "train.run", "train.zero_stage", "train.offload_optimizer", "train.offload_parameters",
     "train.activation_checkpointing", "train.compile", "train.deterministic",
     "train.checkpoint_every", "train.checkpoint_async", "train.keep_last", "train.keep_every", "train.eval_every",
-    "train.eval_rows", "train.log_every", "train.watchdog_s", "train.timeout_s", "train.grace_s", "train.max_skips",
+    "train.eval_rows", "train.eval_samples", "train.log_every", "train.watchdog_s", "train.timeout_s", "train.grace_s", "train.max_skips",
     "train.skip_window", "train.rewind",
 )  # fmt: skip
 

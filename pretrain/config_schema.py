@@ -214,11 +214,11 @@ class Train(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What ranks share out: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters."""
     offload_optimizer: Literal["none", "cpu"] = "none"
-    """Where masters and moments live."""
+    """Where masters, moments and EMA live. (Not on NVMe: checkpoints could not reach them.)"""
     offload_parameters: Literal["none", "cpu"] = "none"
     """Where parameters live between uses (ZeRO 3)."""
-    activation_checkpointing: bool = False
-    """Recompute each block in backward: less memory, about a third more work."""
+    activation_checkpointing: NonNegativeInt = 0
+    """Recompute every n-th block in backward (1: all, about a third more work, least memory); 0: none."""
     compile: bool = False
     """torch.compile the model's blocks."""
     deterministic: bool = False
@@ -235,6 +235,8 @@ class Train(Section):
     """Steps between held-out evaluations, with EMA weights; 0: never."""
     eval_rows: PositiveInt = 64
     """Held-out rows of an evaluation, over all ranks."""
+    eval_samples: NonNegativeInt = 2
+    """Continuations of held-out contexts written at each evaluation, from the same noise every time (stage dit); 0: none."""
     log_every: PositiveInt = 10
     """Steps between logged lines; between them nothing is reduced over ranks or written."""
     watchdog_s: PositiveFloat = 1800.0

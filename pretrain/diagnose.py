@@ -58,7 +58,7 @@ def diagnose(config: RunConfig, run: Path, device: torch.device) -> tuple[Figure
 
 def load_stage(config: RunConfig, path: Path, device: torch.device) -> VAEStage | DiTStage:
     """The stage with the EMA weights of a checkpoint, in eval mode, without DeepSpeed."""
-    config.train.compile = config.train.activation_checkpointing = False
+    config.train.compile, config.train.activation_checkpointing = False, 0
     stage = build_stage(config, device)
     tensors = checkpoint.read_tensors(path, "ema")
     if isinstance(stage, VAEStage) and stage.repa is None:  # trained with a teacher that is not at hand now

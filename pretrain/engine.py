@@ -19,10 +19,11 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,8 @@ from pretrain.optim import OptimizerSettings, build_optimizer
 from pretrain.partition import Partition, partition_of
 
 __all__ = ["Engine", "EngineSettings", "Measured"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,18 @@ class Engine:
         finally:
             self.stage.train(was_training)
         return self._bare_loss.take()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """`function()` in place of the stage's forward pass, as in `evaluate`: what calls the stage's modules by itself.
+
+        Every rank must call it, and pass through the same modules.
+        """
+        forward = self._bare_loss.forward
+        self._bare_loss.forward = lambda batch, counts: SimpleNamespace(loss=None, result=function())
+        try:
+            return self.evaluate(None, {}).result
+        finally:
+            self._bare_loss.forward = forward
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:

@@ -99,7 +99,14 @@ def deepspeed_config(settings: EngineSettings, num_parameters: int) -> dict[str,
         raise UserError(
             f"deepspeed.zero_optimization.stage is {stage}, train.zero_stage {settings.zero_stage}: set the latter only"
         )
-    return _merged(config, settings.overrides)
+    merged = _merged(config, settings.overrides)
+    for section in ("offload_optimizer", "offload_param"):
+        if merged["zero_optimization"].get(section, {}).get("device") == "nvme":
+            raise UserError(
+                f"deepspeed.zero_optimization.{section}.device is nvme: DeepSpeed would keep these states in files of its own,"
+                " which checkpoints and the EMA cannot reach; set train.offload_optimizer=cpu (and train.offload_parameters=cpu)"
+            )
+    return merged
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ Goodput = wall time of the steps that made the present weights, skipped ones lef
 run's first start: start-up, evaluation, checkpoints, lost steps and the time between restarts count against it.
 """
 
+import json
 import resource
 import statistics
 import sys
@@ -257,11 +258,16 @@ class Telemetry:
         metrics = {name: total / weight for name, total, weight in zip(names, pairs[::2], pairs[1::2]) if weight}
         return metrics, {kind: slots[i * world : (i + 1) * world] for i, kind in enumerate(own)}
 
-    def evaluation(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
-        """Held-out figures of the weights after `step` updates, logged as eval/<name>."""
+    def evaluation(
+        self, step: int, metrics: Mapping[str, float], seconds: float, samples: Sequence[Mapping[str, str]] = ()
+    ) -> None:
+        """Held-out figures of the weights after `step` updates, logged as eval/<name>, and generated texts."""
         if self._sinks:
             line = {"kind": "eval", "step": step, "seconds": seconds}
             self._sinks.evaluation(line | {f"eval/{name}": value for name, value in metrics.items()})
+            for sample in samples:
+                self._sinks.write({"kind": "sample", "step": step, **sample})
+                self._sinks.say("".join(f"\n  {name:<12} {json.dumps(text)}" for name, text in sample.items())[1:])
 
     def event(self, name: str, **fields: Any) -> None:
         """A line of its own in metrics.jsonl: start, resume, checkpoint, skip, end."""

@@ -28,6 +28,7 @@ from pretrain import faults
 from pretrain.config import RunConfig, load_config
 from pretrain.distributed import Topology, all_reduce_sum, barrier, init_distributed, shutdown
 from pretrain.latents import heldout_rows
+from pretrain.samples import continuations
 from pretrain.session import Session, open_session
 from pretrain.stages import Stage
 from pretrain.telemetry import MetricSums, reduce_metrics
@@ -90,7 +91,7 @@ def agree(stage: Stage, batches: Sequence[Batch], stopping: bool) -> tuple[dict[
 
 
 def evaluate(session: Session) -> dict[str, float]:
-    """The stage's metrics on held-out rows with the EMA weights, logged. Collective."""
+    """The stage's metrics on held-out rows with the EMA weights, and what it writes, logged. Collective."""
     config, topology, started = session.config, session.topology, time.perf_counter()
     rows = heldout_rows(config, config.train.eval_rows, rank=topology.rank, world_size=topology.world_size)
     sums = MetricSums()
@@ -100,8 +101,9 @@ def evaluate(session: Session) -> dict[str, float]:
             # A sum and a weight per metric: how the loss is normalised does not enter, and a batch may be all filler.
             counts = {name: max(count, 1) for name, count in session.stage.token_counts(batch).items()}
             sums.add(session.engine.evaluate(batch.to(topology.device), counts).metrics)
+        samples = continuations(session)
     metrics = reduce_metrics(sums.totals())
-    session.telemetry.evaluation(session.step, metrics, time.perf_counter() - started)
+    session.telemetry.evaluation(session.step, metrics, time.perf_counter() - started, samples)
     return metrics
 
 

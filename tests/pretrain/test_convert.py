@@ -23,6 +23,7 @@ from modeling.textldm import __file__ as textldm_source
 from pretrain import checkpoint
 from pretrain.config import load_config
 from pretrain.convert import convert, main, modeling_files
+from pretrain.latents import heldout_rows
 from pretrain.stages import DiTStage, build_stage
 
 PROMPTS, NEW_TOKENS, NUM_STEPS, SCALE = [[3, 4, 5, 6, 7], [9, 8]], 12, 8, 3.0
@@ -80,6 +81,29 @@ def training_side(trained: Trained) -> list[list[int]]:
             tokens_T = stage.vae.decode_tokens(z_TZ[len(ids) :], Segments.from_lengths([NEW_TOKENS]))
             found.append(tokens_T.tolist())
     return found
+
+
+def test_time_spread_gives_target_tokens_times_of_their_own_in_training_alone(trained: Trained) -> None:
+    config = load_config(trained.dit / "config.json", ["flow.time_spread=1.5"])
+    stage = build_stage(config, torch.device("cpu"))
+    assert isinstance(stage, DiTStage)
+    batch = next(iter(heldout_rows(stage.config, 1)))
+    latents_TZ, time_W = stage.latents(batch), torch.full_like(batch.window_uniforms_W2[:, 0], 0.7)
+    context_W = torch.ones_like(time_W, dtype=torch.bool)
+
+    def times() -> torch.Tensor:
+        with torch.no_grad():
+            errors = stage.flow_errors(batch, latents_TZ, latents_TZ, time_W, context_W)
+        return errors.time_T[errors.weights_T > 0]
+
+    spread_T = times()
+    assert torch.equal(spread_T, times())  # keyed, not drawn
+    logits_T = torch.logit(spread_T.double()) - torch.logit(torch.tensor(0.7, dtype=torch.float64))
+    assert len(logits_T) > 30
+    assert abs(float(logits_T.mean())) < 4 * 1.5 / len(logits_T) ** 0.5
+    assert 1.0 < float(logits_T.std()) < 2.0
+    stage.eval()
+    assert (times() == torch.tensor(0.7)).all()
 
 
 def test_an_export_alone_gives_the_training_sides_tokens(trained: Trained, exported: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from engine_launch import Result, largest_relative_difference, launch
 from pretrain.optim import STATES
 
 STEPS, ROWS = 3, 12
+RECOMPUTED = (1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,11 @@ def jobs(folder: Path, world_size: int) -> list[dict[str, Any]]:
                         "steps": STEPS,
                     }
                 )
+        for every in RECOMPUTED:  # blocks: all, every second one
+            config = config_of(folder, stage, f"run{world_size}-{stage}-recomputed-{every}")
+            config["train"]["activation_checkpointing"] = every
+            job = {"zero_stage": 3, "accumulation": 1, "steps": STEPS}
+            found.append({"name": f"{stage}-recomputed-{every}", "config": config} | job)
     return found
 
 
@@ -73,8 +79,20 @@ def two_ranks(folder: Path, one_rank: dict[str, Result]) -> dict[str, Result]:
 @pytest.mark.parametrize("stage", ["vae", "dit"])
 def test_every_sharding_trains_as_the_plain_loop(one_rank, two_ranks, stage, zero_stage, accumulation):
     for results in (one_rank, two_ranks):
-        found, expected = results[f"{stage}-{zero_stage}-{accumulation}"], one_rank[f"{stage}-plain"]
-        for state in STATES:
-            # Moments are gradients, which are sums with cancellation, and their squares, which double a relative error.
-            tolerance = 1e-6 if state in ("weight", "ema") else 4e-6
-            assert largest_relative_difference(found.states[state], expected.states[state]) <= tolerance, state
+        assert_equal(results[f"{stage}-{zero_stage}-{accumulation}"], one_rank[f"{stage}-plain"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", RECOMPUTED)
+@pytest.mark.parametrize("stage", ["vae", "dit"])
+def test_recomputed_blocks_change_nothing(one_rank, two_ranks, stage, every):
+    for results in (one_rank, two_ranks):
+        assert_equal(results[f"{stage}-recomputed-{every}"], one_rank[f"{stage}-plain"])
+
+
+def assert_equal(found: Result, expected: Result) -> None:
+    """Weights, EMA and moments agree tensor by tensor."""
+    for state in STATES:
+        # Moments are gradients, which are sums with cancellation, and their squares, which double a relative error.
+        tolerance = 1e-6 if state in ("weight", "ema") else 4e-6
+        assert largest_relative_difference(found.states[state], expected.states[state]) <= tolerance, state

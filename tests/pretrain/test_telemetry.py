@@ -172,6 +172,17 @@ def test_wandb_offline(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> No
     assert list((config.run_folder / "wandb").glob("offline-run-*/*.wandb"))
 
 
+def test_tensorboard(config: RunConfig) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config.telemetry.tensorboard = True
+    telemetry = make_telemetry(config)
+    for step in range(4):
+        take_step(telemetry, step, metric=float(step))
+    telemetry.close()
+    events = accumulator.EventAccumulator(str(config.run_folder / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("ce")] == [(2, 0.5), (4, 2.5)]
+
+
 def test_quarters_are_printed_together() -> None:
     assert describe_figures({"flow": 1.5, "flow_q1": 1.0, "flow_q2": 2.0}) == "flow 1.5  flow by quarter of t [1 2]"
 

@@ -3,12 +3,11 @@
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny_run
 import torch
@@ -18,7 +17,9 @@ from data_pipeline.errors import UserError
 from pretrain import faults, train
 from pretrain.checkpoint import read_manifest, read_tensors
 from pretrain.distributed import free_port
+from pretrain.engine import Engine
 from pretrain.session import refuse_other_inputs
+from pretrain.slices import saved_steps
 from pretrain.telemetry_sinks import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -145,6 +146,34 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(
     assert losses(tmp_path / "run") == losses(straight)
 
 
+@pytest.mark.parametrize("phase", faults.Watchdog.PHASES[:-1])
+def test_sigterm_in_any_phase_saves_and_the_same_command_goes_on_bit_for_bit(
+    phase: str, tmp_path: Path, data: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beat = faults.Watchdog.beat
+
+    def beat_and_signal(watchdog: faults.Watchdog, step: int, now: str) -> None:
+        beat(watchdog, step, now)
+        if now == phase and step >= 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def engine_and_signal(*arguments: object) -> Engine:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Engine(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        if phase == "setup":
+            patch.setattr("pretrain.session.Engine", engine_and_signal)
+        else:
+            patch.setattr(faults.Watchdog, "beat", beat_and_signal)
+        assert start(make_config(tmp_path, data)) == faults.EXIT_REQUEUE
+    saved = saved_steps(tmp_path / "run" / "checkpoints")
+    assert saved[0][0] < 6
+    assert start(tmp_path / "c.json") == 0
+    assert_same(everything(tmp_path / "run"), everything(straight))
+    assert losses(tmp_path / "run") == losses(straight)
+
+
 def test_a_bad_step_is_skipped_and_written_down(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINY_NAN", "18")
     assert start(make_config(tmp_path, data, eval_every=0)) == 0
@@ -247,6 +276,18 @@ def test_profiling_leaves_a_trace(tmp_path: Path, data: Path) -> None:
     assert list((tmp_path / "run" / "profile").glob("trace-*.json"))
 
 
+def test_deterministic_mode_is_passed_on(
+    tmp_path: Path, data: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which the run sets for its process
+    try:
+        assert start(make_config(tmp_path, data, deterministic=True)) == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(everything(tmp_path / "run"), everything(straight))
+
+
 def test_help_names_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train.main(["--help"])
@@ -294,31 +335,3 @@ def test_a_frozen_rank_is_named_by_the_others_which_end(tmp_path: Path, data: Pa
     assert "in phase compute of step 2; rank 1 on" in output
     assert "is silent for" in output
     assert "in forward_backward" in (tmp_path / "run" / "stacks-rank-00000.txt").read_text()
-
-
-@pytest.mark.slow
-def test_kill_9_at_random_moments_changes_no_bit(tmp_path: Path, data: Path) -> None:
-    keys = {"steps": 120, "checkpoint_every": 7, "eval_every": 0, "zero_stage": 2, "log_every": 1}
-    (tmp_path / "straight").mkdir()
-    for code, output in finish(start_ranks(make_config(tmp_path / "straight", data, **keys))):
-        assert code == 0, output
-    config, rng = make_config(tmp_path, data, **keys), np.random.default_rng(0)
-    for kill_after in np.cumsum(rng.integers(10, 35, size=4)):
-        processes = start_ranks(config)
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        while (not metrics.exists() or last_step(tmp_path / "run") < kill_after) and processes[0].poll() is None:
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.05))
-        for process in processes:
-            process.kill()
-            process.communicate()
-    for code, output in finish(start_ranks(config)):
-        assert code == 0, output
-    assert_same(everything(tmp_path / "run"), everything(tmp_path / "straight" / "run"))
-    assert losses(tmp_path / "run") == losses(tmp_path / "straight" / "run")
-
-
-def last_step(run: Path) -> int:
-    """The last logged one."""
-    lines = read_metrics(run)
-    return lines[-1]["step"] if lines else 0

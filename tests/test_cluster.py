@@ -1,0 +1,71 @@
+"""What `configs/cluster/` holds does what it says, without a cluster: fake Slurm commands, and the container's script run here."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.hosts import read_hostfile
+
+ROOT = Path(__file__).resolve().parent.parent
+CLUSTER = ROOT / "configs" / "cluster"
+sys.path.insert(0, str(ROOT / "tests" / "pretrain"))
+
+
+def test_the_example_hostfile_is_one() -> None:
+    assert read_hostfile(CLUSTER / "hosts.example") == {"node01": 8, "node02": 8}
+
+
+@pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (2, False), (85, True), (86, True), (88, True)])
+def test_slurm_requeues_what_a_restart_brings_on(code: int, again: bool, tmp_path: Path) -> None:
+    for name, body in {
+        "srun": f'echo "$@" > {tmp_path}/srun.log; exit {code}',
+        "scontrol": f'echo "$@" > {tmp_path}/scontrol.log',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(CLUSTER / "slurm.sbatch"), "dit_xl", "--set", "train.steps=9"],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == code
+    assert "pretrain/train.py --config dit_xl --set train.steps=9" in (tmp_path / "srun.log").read_text()
+    assert (tmp_path / "scontrol.log").exists() is again
+    assert not again or (tmp_path / "scontrol.log").read_text() == "requeue 77\n"
+
+
+@pytest.mark.slow
+def test_a_pod_that_is_told_to_go_saves_and_says_so(tmp_path: Path) -> None:
+    import tiny_run
+
+    from pretrain.distributed import free_port
+    from pretrain.slices import saved_steps
+
+    job = list(yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text()))[1]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    variables = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert int(variables["NODES"]) == job["completions"] == job["parallelism"]
+    values = tiny_run.config_values(tiny_run.write_data(tmp_path / "data"), tmp_path / "run", steps=100_000)
+    variables |= {"CONFIG": str(tiny_run.write_config(tmp_path / "c.json", values)), "NODES": "1", "GPUS": "2"}
+    variables |= {"JOB_COMPLETION_INDEX": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    variables |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        pod = subprocess.Popen(container["command"], cwd=ROOT, env=os.environ | variables, stdout=log, stderr=log)
+    try:
+        while not saved_steps(tmp_path / "run" / "checkpoints") and pod.poll() is None:
+            time.sleep(0.1)
+        pod.send_signal(signal.SIGTERM)
+        assert pod.wait(120) == 85, (tmp_path / "log").read_text()[-5000:]
+    finally:
+        pod.kill()
+    ignored = [
+        rule["onExitCodes"]["values"]
+        for rule in job["podFailurePolicy"]["rules"]
+        if rule["action"] == "Ignore" and "onExitCodes" in rule
+    ]
+    assert ignored == [[85, 86, 88]]
