@@ -14,6 +14,7 @@ import torch
 from conftest import Trained
 from safetensors.torch import load_file
 
+from data_pipeline.batch import Batch
 from data_pipeline.manifest import Manifest
 from modeling.attention import Segments
 from modeling.flow import TimeDistribution
@@ -87,23 +88,22 @@ def test_time_spread_gives_target_tokens_times_of_their_own_in_training_alone(tr
     config = load_config(trained.dit / "config.json", ["flow.time_spread=1.5"])
     stage = build_stage(config, torch.device("cpu"))
     assert isinstance(stage, DiTStage)
-    batch = next(iter(heldout_rows(stage.config, 1)))
-    latents_TZ, time_W = stage.latents(batch), torch.full_like(batch.window_uniforms_W2[:, 0], 0.7)
-    context_W = torch.ones_like(time_W, dtype=torch.bool)
+    batches = list(heldout_rows(stage.config, 32))
 
-    def times() -> torch.Tensor:
+    def times(batch: Batch) -> torch.Tensor:
+        latents_TZ, time_W = stage.latents(batch), torch.full_like(batch.window_uniforms_W2[:, 0], 0.7)
         with torch.no_grad():
-            errors = stage.flow_errors(batch, latents_TZ, latents_TZ, time_W, context_W)
+            errors = stage.flow_errors(batch, latents_TZ, latents_TZ, time_W, torch.ones_like(time_W, dtype=torch.bool))
         return errors.time_T[errors.weights_T > 0]
 
-    spread_T = times()
-    assert torch.equal(spread_T, times())  # keyed, not drawn
-    logits_T = torch.logit(spread_T.double()) - torch.logit(torch.tensor(0.7, dtype=torch.float64))
-    assert len(logits_T) > 30
-    assert abs(float(logits_T.mean())) < 4 * 1.5 / len(logits_T) ** 0.5
-    assert 1.0 < float(logits_T.std()) < 2.0
+    assert torch.equal(times(batches[0]), times(batches[0]))  # keyed, not drawn
+    logits_T = torch.logit(torch.cat([times(batch) for batch in batches]).double())
+    offsets_T = logits_T - torch.logit(torch.tensor(0.7, dtype=torch.float64))
+    assert len(offsets_T) > 100
+    assert abs(float(offsets_T.mean())) < 4 * 1.5 / len(offsets_T) ** 0.5
+    assert 1.2 < float(offsets_T.std()) < 1.8
     stage.eval()
-    assert (times() == torch.tensor(0.7)).all()
+    assert (times(batches[0]) == torch.tensor(0.7)).all()
 
 
 def test_an_export_alone_gives_the_training_sides_tokens(trained: Trained, exported: Path, tmp_path: Path) -> None:
