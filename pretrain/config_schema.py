@@ -144,12 +144,16 @@ class KL(Section):
 class Flow(Section):
     """Conditional flow matching in the latent space (stage 2). t = 0 is data, t = 1 is noise."""
 
+    time_kind: Literal["logit_normal", "uniform"] = "logit_normal"
+    """Distribution of t in training, before the shift; uniform reads neither mean nor deviation [paper: logit_normal]."""
     time_mean: float = 0.0
     """Mean of logit(t)."""
     time_std: PositiveFloat = 1.5
     """Standard deviation of logit(t) [paper: 1.5]."""
     time_shift: PositiveFloat = 1.0
     """t -> shift t / (1 + (shift - 1) t); above 1 moves training towards noise."""
+    time_shift_base_dim: NonNegativeInt = 0
+    """Latent dimension for which time_shift is meant: others multiply it by sqrt(latent_dim / this); 0: the same for all."""
     context_drop: Share = 0.1
     """Share of windows whose context latents are zero, for classifier-free guidance [paper: 0.1]."""
     target: Literal["mean", "sample"] = "mean"
@@ -212,8 +216,8 @@ class Train(Section):
     """Where masters and moments live."""
     offload_parameters: Literal["none", "cpu"] = "none"
     """Where parameters live between uses (ZeRO 3)."""
-    activation_checkpointing: bool = False
-    """Recompute each block in backward: less memory, about a third more work."""
+    activation_checkpointing: bool | NonNegativeInt = False
+    """Recompute blocks in backward: true all, n every n-th. Less memory; all of them are about a third more work."""
     compile: bool = False
     """torch.compile the model's blocks."""
     deterministic: bool = False
