@@ -25,8 +25,8 @@ from pretrain.config import (
     times_of,
 )  # fmt: skip
 from pretrain.config_schema import Optimizer, Schedule, Split
-from pretrain.stages import prepare_blocks
 from pretrain.optim import OptimizerSettings, ScheduleSettings
+from pretrain.stages import prepare_blocks
 
 SHIPPED = sorted(path.stem for path in CONFIG_FOLDER.glob("*.json"))
 
