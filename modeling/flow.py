@@ -13,6 +13,8 @@ import torch
 # Below this time the change of variables x -> v divides by (almost) zero; data prediction clamps t here.
 MIN_TIME = 0.02
 
+GRIDS = ("training", "uniform")
+
 
 def interpolate(data_TZ: torch.Tensor, noise_TZ: torch.Tensor, time_T1: torch.Tensor) -> torch.Tensor:
     """z_t on the straight path from data to noise."""
@@ -71,9 +73,21 @@ class TimeDistribution:
         t = u if self.kind == "uniform" else torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
         return self.shift * t / (1 + (self.shift - 1) * t)
 
-    def grid(self, num_steps: int) -> torch.Tensor:
-        """Float64 [num_steps + 1] from 1 (noise) down to 0 (data), dense where training was dense."""
-        return self.quantile(torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64))
+    def grid(self, num_steps: int, kind: str = "training") -> torch.Tensor:
+        """Float64 [num_steps + 1] from 1 (noise) down to 0 (data): "training", dense where training was dense, or "uniform"."""
+        if kind not in GRIDS:
+            raise ValueError(f"time grid {kind!r} is unknown; expected one of {', '.join(GRIDS)}")
+        falling = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
+        return falling if kind == "uniform" else self.quantile(falling)
+
+
+def shift_for_dimension(shift: float, latent_dim: int, base_dim: int) -> float:
+    """The shift at which latent_dim channels lose their token as fast as base_dim channels do at `shift`: times sqrt(Z / base).
+
+    More channels carry the same token through more noise; their signal-to-noise ratio, summed over channels, is kept
+    (arXiv 2403.03206, Sec. 5.3.2, for pixels). base_dim 0 leaves the shift as it is.
+    """
+    return shift * math.sqrt(latent_dim / base_dim) if base_dim else shift
 
 
 def move_logit(time: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:

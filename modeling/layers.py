@@ -1,6 +1,6 @@
 """Transformer blocks of the VAE and the DiT: pre-norm LayerNorm, RoPE, bidirectional packed attention, GELU MLP.
 
-Shape letters: T packed tokens, D width, H heads, K head dim, N segments.
+Shape letters: T packed tokens, D width, H heads, K head dim, P = K/2 rotary pairs, N segments.
 """
 
 import math
@@ -14,18 +14,40 @@ from .attention import Segments, varlen_attention
 
 
 def rope_tables(positions_T: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of rotary position embedding (arXiv 2104.09864), fp32 [T, 1, K], for the rotate-half pairing (i, i + K/2)."""
+    """Cosines and sines of rotary position embedding (arXiv 2104.09864), fp32 [T, 1, K/2], for the rotate-half pairing (i, i + K/2)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_T.device) / head_dim
-    angles = positions_T[:, None].float() * theta**-exponents
-    angles_T1K = torch.cat((angles, angles), dim=-1)[:, None, :]
-    return angles_T1K.cos(), angles_T1K.sin()
+    angles_T1P = (positions_T[:, None].float() * theta**-exponents)[:, None, :]
+    return angles_T1P.cos(), angles_T1P.sin()
 
 
-def apply_rope(x_THK: torch.Tensor, cos_T1K: torch.Tensor, sin_T1K: torch.Tensor) -> torch.Tensor:
+class _Rotation(torch.autograd.Function):
+    """The gradient of a rotation is the gradient rotated back: autograd would keep and add up the halves one by one."""
+
+    @staticmethod
+    def forward(ctx, x_THK, cos_T1P, sin_T1P):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cos_T1P, sin_T1P)
+        return _rotate(x_THK, cos_T1P, sin_T1P)
+
+    @staticmethod
+    def backward(ctx, grad_THK):  # type: ignore[no-untyped-def]
+        cos_T1P, sin_T1P = ctx.saved_tensors
+        return _rotate(grad_THK, cos_T1P, -sin_T1P), None, None
+
+
+def _rotate(x_THK: torch.Tensor, cos_T1P: torch.Tensor, sin_T1P: torch.Tensor) -> torch.Tensor:
+    first_THP, second_THP = x_THK.chunk(2, dim=-1)
+    rotated_THK = torch.empty_like(x_THK, memory_format=torch.contiguous_format)
+    left_THP, right_THP = rotated_THK.chunk(2, dim=-1)
+    torch.mul(first_THP, cos_T1P, out=left_THP)
+    torch.mul(second_THP, cos_T1P, out=right_THP)
+    left_THP.addcmul_(second_THP, sin_T1P, value=-1)
+    right_THP.addcmul_(first_THP, sin_T1P)
+    return rotated_THK
+
+
+def apply_rope(x_THK: torch.Tensor, cos_T1P: torch.Tensor, sin_T1P: torch.Tensor) -> torch.Tensor:
     """Rotate queries or keys by their position; the tables are cast to x's dtype."""
-    first, second = x_THK.chunk(2, dim=-1)
-    rotated = torch.cat((-second, first), dim=-1)
-    return x_THK * cos_T1K.to(x_THK.dtype) + rotated * sin_T1K.to(x_THK.dtype)
+    return _Rotation.apply(x_THK, cos_T1P.to(x_THK.dtype), sin_T1P.to(x_THK.dtype))
 
 
 class Attention(nn.Module):

@@ -26,7 +26,7 @@ class TextLDMConfig(PretrainedConfig):
     Attributes:
         vae, dit: fields of TextVAEConfig and TextDiTConfig.
         times: fields of TimeDistribution; the training distribution is the sampling schedule.
-        num_steps, guidance_scale, solver: defaults of `generate` (the paper: 50 Euler steps, scale 7).
+        num_steps, guidance_scale, solver, grid: defaults of `generate` (the paper: 50 Euler steps, scale 7, the training times).
         max_window: longest window, context and continuation together, in tokens.
     """
 
@@ -40,13 +40,14 @@ class TextLDMConfig(PretrainedConfig):
         num_steps: int = 50,
         guidance_scale: float = 7.0,
         solver: str = "euler",
+        grid: str = "training",
         max_window: int = 1024,
         **kwargs: Any,
     ):
         self.vae = vae or dataclasses.asdict(TextVAEConfig(vocab_size=256, latent_dim=8, width=64, head_dim=64))
         self.dit = dit or dataclasses.asdict(TextDiTConfig(latent_dim=8, width=64, head_dim=64))
         self.times = times or dataclasses.asdict(TimeDistribution())
-        self.num_steps, self.guidance_scale, self.solver = num_steps, guidance_scale, solver
+        self.num_steps, self.guidance_scale, self.solver, self.grid = num_steps, guidance_scale, solver, grid
         self.max_window = max_window
         super().__init__(**kwargs)
 
@@ -81,6 +82,7 @@ class TextLDM(PreTrainedModel):
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         solver: str | None = None,
+        grid: str | None = None,
         seed: int = 0,
         noise: Sequence[torch.Tensor] | None = None,
         eos_token_id: int | None = None,
@@ -92,7 +94,7 @@ class TextLDM(PreTrainedModel):
             input_ids: token ids of each prompt, a list of 1-D tensors or lists (or a [batch, tokens] tensor without padding);
                 an empty prompt generates unconditionally.
             max_new_tokens: tokens that are drawn together; the number of network evaluations does not depend on it.
-            num_steps, guidance_scale, solver: the config's when None.
+            num_steps, guidance_scale, solver, grid: the config's when None; grid is "training" or "uniform" (flow.GRIDS).
             guidance_interval: times between which guidance is applied.
             seed: of the noise; prompt i draws from (seed, i), whatever else is in the batch.
             noise: instead, one [max_new_tokens, Z] tensor a prompt.
@@ -116,13 +118,13 @@ class TextLDM(PreTrainedModel):
         noise_TZ[is_target_T] = torch.cat([n.to(device, torch.float32) for n in noise])
         scale = config.guidance_scale if guidance_scale is None else guidance_scale
         velocity = GuidedVelocity(self.dit, latents_TZ, is_target_T, windows, scale, guidance_interval)
-        grid = TimeDistribution(**config.times).grid(num_steps).tolist()
+        times = TimeDistribution(**config.times).grid(num_steps, grid or config.grid).tolist()
 
         def report(step: int, t: float, estimate_TZ: torch.Tensor) -> None:
             assert on_step is not None
             on_step(step, t, self._decode(estimate_TZ[is_target_T], max_new_tokens))
 
-        z_TZ = integrate(velocity, noise_TZ, grid, solver or config.solver, report if on_step else None)
+        z_TZ = integrate(velocity, noise_TZ, times, solver or config.solver, report if on_step else None)
         tokens = self._decode(z_TZ[is_target_T], max_new_tokens)
         eos = eos_token_id if eos_token_id is not None else getattr(config, "eos_token_id", None)
         return [_before(ids, eos) for ids in tokens]

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from data_pipeline.errors import UserError, cli
-from pretrain.config_schema import DiTRun, RunConfig, VAERun
+from modeling.flow import TimeDistribution, shift_for_dimension
+from pretrain.config_schema import DiTRun, Flow, RunConfig, VAERun
 
 __all__ = [
     "DiTRun",
@@ -30,6 +31,7 @@ __all__ = [
     "load_config",
     "refuse_changes",
     "resume_differences",
+    "times_of",
 ]
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -124,6 +126,12 @@ def check_ranks(config: RunConfig, world_size: int) -> None:
 def features_folder(config: RunConfig) -> str | None:
     """The feature cache that a run reads beside its tokens, if it has one."""
     return config.repa.features if isinstance(config, VAERun) and config.repa.weight else None
+
+
+def times_of(flow: Flow, latent_dim: int) -> TimeDistribution:
+    """Distribution of t, in training and as the sampling schedule."""
+    shift = shift_for_dimension(flow.time_shift, latent_dim, flow.time_shift_base_dim)
+    return TimeDistribution(kind=flow.time_kind, mean=flow.time_mean, std=flow.time_std, shift=shift)
 
 
 def resume_differences(old: RunConfig | Mapping[str, Any], new: RunConfig) -> list[Difference]:

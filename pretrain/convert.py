@@ -27,12 +27,13 @@ from data_pipeline import storage
 from data_pipeline.errors import UserError, cli
 from data_pipeline.manifest import Manifest
 from data_pipeline.tokenization import tokenizer_hash
-from modeling.flow import TimeDistribution
 from modeling.sampler import SOLVERS
 from modeling.text_dit import TextDiTConfig
 from modeling.text_vae import TextVAE
 from modeling.textldm import TextLDM, TextLDMConfig
 from pretrain import checkpoint
+from pretrain.config import times_of
+from pretrain.config_schema import Flow
 from pretrain.latents import checkpoint_of, load_vae, load_weights
 from pretrain.model_card import model_card
 from pretrain.slices import FOLDER, folder_name, saved_steps
@@ -142,7 +143,7 @@ def load_run(
             f" {frozen.config.latent_dim}: name the VAE it was trained with, with --vae"
         )
     shape["vocab_size"] = frozen.config.vocab_size
-    times = TimeDistribution(**{name: config["flow"][f"time_{name}"] for name in ("mean", "std", "shift")})
+    times = times_of(Flow.model_validate(config["flow"]), frozen.config.latent_dim)
     model_config = TextLDMConfig(
         vae=dataclasses.asdict(frozen.config),
         dit=shape,

@@ -16,6 +16,7 @@ import transformers
 from safetensors import SafetensorError
 
 from data_pipeline.errors import UserError, cli
+from modeling.flow import GRIDS
 from modeling.sampler import SOLVERS
 from modeling.textldm import TextLDM, TextLDMConfig
 
@@ -41,6 +42,7 @@ class Options:
     num_steps: int | None = None
     guidance_scale: float | None = None
     solver: str | None = None
+    grid: str | None = None
     seed: int = 0
 
 
@@ -135,6 +137,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-steps", type=int, help="solver steps; default of the export")
     parser.add_argument("--guidance-scale", type=float, help="1 is none; default of the export")
     parser.add_argument("--solver", choices=SOLVERS, help="default of the export")
+    parser.add_argument("--grid", choices=GRIDS, help="of the solver's times; default of the export")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
@@ -153,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model, tokenizer = load_exported(given.model, given.device)
-    options = Options(given.max_new_tokens, given.num_steps, given.guidance_scale, given.solver, given.seed)
+    options = Options(given.max_new_tokens, given.num_steps, given.guidance_scale, given.solver, given.grid, given.seed)
     for number, found in enumerate(continue_prompts(model, tokenizer, prompts, options, given.trajectory)):
         if given.json:
             print(json.dumps(asdict(found), ensure_ascii=False))

@@ -28,7 +28,8 @@ from modeling.layers import Transformer
 from modeling.repa import RepaHead
 from modeling.text_dit import TextDiT, TokenHead
 from modeling.text_vae import TextVAE
-from pretrain.config import DiTRun, RunConfig, VAERun, features_folder
+from pretrain.config import DiTRun, RunConfig, VAERun, features_folder, times_of
+from pretrain.config_schema import Train
 from pretrain.distributed import barrier
 from pretrain.latents import LATENTS_NAME, load_vae, measured_latents, posterior_mean, read_latents, read_posterior
 from pretrain.telemetry import transformer_flops
@@ -231,9 +232,7 @@ class DiTStage(Stage):
         # Part of the checkpoint, so that an export needs nothing but it.
         self.register_buffer("latents_mean", vae.latents_mean.clone())
         self.register_buffer("latents_std", vae.latents_std.clone())
-        self.times = flow.TimeDistribution(
-            mean=config.flow.time_mean, std=config.flow.time_std, shift=config.flow.time_shift
-        )
+        self.times = times_of(config.flow, config.model.latent_dim)
 
     @property
     def vae(self) -> TextVAE:
@@ -367,13 +366,18 @@ def build_stage(config: RunConfig, device: torch.device) -> VAEStage | DiTStage:
     """The stage that a configuration names, on `device`. Raises: UserError."""
     manifest = Manifest.load(config.data.path)
     stage = STAGES[config.stage](config, manifest, device)  # type: ignore[arg-type]
+    prepare_blocks(stage, config.train)
+    return stage.to(device)
+
+
+def prepare_blocks(stage: nn.Module, train: Train) -> None:
+    """Activation checkpointing and compilation of every Transformer's blocks, as configured."""
     for module in stage.modules():
         if isinstance(module, Transformer):
-            module.checkpoint_every = int(config.train.activation_checkpointing)
-            if config.train.compile:
+            module.checkpoint_every = train.activation_checkpointing
+            if train.compile:
                 for block in module.blocks:
                     block.compile(dynamic=False)
-    return stage.to(device)
 
 
 def ramp(step: int, warmup_steps: int) -> float:

@@ -66,6 +66,7 @@ def sample(
     num_steps: int,
     solver: str,
     seed: int = 0,
+    grid: str = "training",
     tick: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, list[list[int]]]:
     """Generate a target of the true length for each prompt; latents of all targets [T, Z] and the tokens of each."""
@@ -89,8 +90,8 @@ def sample(
     velocity = GuidedVelocity(
         stage.dit, latents_TZ, is_target_T, Segments.from_lengths(lengths, device), guidance_scale
     )
-    grid = stage.times.grid(num_steps).tolist()
-    sample_TZ = integrate(velocity, noise_TZ, grid, solver, on_step=lambda *_: tick())[is_target_T]
+    times = stage.times.grid(num_steps, grid).tolist()
+    sample_TZ = integrate(velocity, noise_TZ, times, solver, on_step=lambda *_: tick())[is_target_T]
     targets = [len(prompt.target_T) for prompt in prompts]
     decoded_T = stage.vae.decode_tokens(sample_TZ, Segments.from_lengths(targets, device)).cpu()
     return sample_TZ, [part.tolist() for part in decoded_T.split(targets)]

@@ -93,3 +93,30 @@ def test_squared_error_is_the_mean_over_channels() -> None:
     found_T = squared_error(torch.tensor([[1.0, 2.0], [0.0, 0.0]]).bfloat16(), torch.tensor([[0.0, 0.0], [3.0, 0.0]]))
     assert found_T.tolist() == [2.5, 4.5]
     assert found_T.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_correct_tokens_are_counted_exactly(dtype: torch.dtype) -> None:
+    """A count, not a rate: 5,000 tokens of which every seventh is right, beyond what bf16 or a chunked sum could hold."""
+    targets_T = torch.arange(5000) % 40
+    hidden_TD = torch.nn.functional.one_hot((targets_T + (torch.arange(5000) % 7 > 0)) % 40, 40).to(dtype)
+    _, correct_T = linear_cross_entropy(hidden_TD, torch.eye(40, dtype=dtype), targets_T, torch.ones(5000), 64)
+    assert torch.equal(correct_T, torch.arange(5000) % 7 == 0)
+
+
+def test_as_many_labels_as_the_tokenizer_has() -> None:
+    """V = 151,936, with the first and the last class among the targets."""
+    torch.manual_seed(0)
+    hidden_TD, weight_VD = torch.randn(6, 4, requires_grad=True), torch.randn(151_936, 4, requires_grad=True)
+    targets_T = torch.tensor([0, 151_935, 151_935, 7, 0, 80_000])
+    loss, _ = linear_cross_entropy(hidden_TD, weight_VD, targets_T, torch.ones(6), 4)
+    found = torch.autograd.grad(loss, (hidden_TD, weight_VD))
+    plain = torch.autograd.grad(
+        F.cross_entropy(hidden_TD @ weight_VD.T, targets_T, reduction="sum"), (hidden_TD, weight_VD)
+    )
+    exact = [x.detach().double().requires_grad_() for x in (hidden_TD, weight_VD)]
+    expected = F.cross_entropy(exact[0] @ exact[1].T, targets_T, reduction="sum")
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    # A sum over 151,936 classes has its own error in fp32: ours is that of the plain loss.
+    for one, other, wanted in zip(found, plain, torch.autograd.grad(expected, exact)):
+        assert (one - wanted).norm() <= 2 * (other - wanted).norm() + 1e-6 * wanted.norm()

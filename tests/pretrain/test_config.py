@@ -9,6 +9,7 @@ import torch
 
 from data_pipeline.batch import SplitConfig
 from data_pipeline.errors import UserError
+from modeling.layers import Transformer
 from modeling.text_dit import TextDiT
 from modeling.text_vae import TextVAE
 from pretrain import config as config_module
@@ -21,9 +22,11 @@ from pretrain.config import (
     load_config,
     refuse_changes,
     resume_differences,
+    times_of,
 )  # fmt: skip
 from pretrain.config_schema import Optimizer, Schedule, Split
 from pretrain.optim import OptimizerSettings, ScheduleSettings
+from pretrain.stages import prepare_blocks
 
 SHIPPED = sorted(path.stem for path in CONFIG_FOLDER.glob("*.json"))
 
@@ -184,3 +187,22 @@ def test_printing_a_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["stage"] == "dit"
     assert config_module.main(["nothing"]) == 2
     assert capsys.readouterr().err.startswith("error: no configuration nothing")
+
+
+def test_times_follow_the_section_flow():
+    overrides = ["flow.time_kind=uniform", "flow.time_shift=2", "flow.time_shift_base_dim=16"]
+    config = load_config("dit_b", overrides)
+    assert isinstance(config, DiTRun)
+    times = times_of(config.flow, config.model.latent_dim)  # 64 channels: twice the shift of 16
+    assert (times.kind, times.shift) == ("uniform", 4.0)
+    plain = times_of(load_config("dit_b").flow, 64)
+    assert (plain.kind, plain.std, plain.shift) == ("logit_normal", 1.5, 1.0)
+
+
+@pytest.mark.parametrize("every", [0, 1, 3])
+def test_activation_checkpointing_is_none_all_or_every_nth_block(every):
+    stack = Transformer(2, 32, 16, 10_000.0)
+    prepare_blocks(
+        stack, load_config("dit_b", [f"train.activation_checkpointing={every}", "train.compile=false"]).train
+    )
+    assert stack.checkpoint_every == every

@@ -1,0 +1,113 @@
+"""bf16 with fp32 where it matters: norm statistics, softmax, what a model returns, losses; and blocks compile once."""
+
+import pytest
+import torch
+from torch import nn
+
+from modeling import losses
+from modeling.attention import Segments, varlen_attention
+from modeling.layers import Transformer
+from modeling.text_dit import TextDiT, TextDiTConfig
+from modeling.text_vae import TextVAE, TextVAEConfig
+
+LENGTHS = [9, 1, 14]
+
+
+def test_norms_sum_in_single_precision() -> None:
+    """Around a mean of 100 bf16 has steps of 0.5: statistics that were summed in bf16 would be lost."""
+    torch.manual_seed(0)
+    x_TD = (100 + 4 * torch.randn(5, 512)).bfloat16()
+    found_TD = nn.LayerNorm(512).bfloat16()(x_TD)
+    exact_TD = nn.functional.layer_norm(x_TD.double(), (512,))
+    assert found_TD.dtype == torch.bfloat16
+    assert float((found_TD.detach().double() - exact_TD).abs().max()) < 2**-7 * float(exact_TD.abs().max())
+
+
+def test_attentions_softmax_sums_in_single_precision() -> None:
+    """2,048 equal weights of 1/2048: a sum in bf16 would stop growing at 256."""
+    values_T1K = torch.randn(2048, 1, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    zeros_T1K = torch.zeros_like(values_T1K)
+    found_T1K = varlen_attention(zeros_T1K, zeros_T1K, values_T1K, Segments.from_lengths([2048]))
+    assert found_T1K.dtype == torch.bfloat16
+    exact_1K = values_T1K.double().mean(0)
+    torch.testing.assert_close(found_T1K[7].double(), exact_1K, rtol=0.01, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "data", "residual", "posterior"])
+def test_a_dit_in_bf16_returns_a_velocity_in_fp32(prediction: str) -> None:
+    config = TextDiTConfig(latent_dim=4, width=32, num_layers=1, head_dim=16, prediction=prediction, vocab_size=11)
+    dit = TextDiT(config).bfloat16()
+    is_target_T, time_T = torch.ones(sum(LENGTHS), dtype=torch.bool), torch.full((sum(LENGTHS),), 0.5)
+    output = dit.outputs(torch.randn(sum(LENGTHS), 4), is_target_T, time_T, Segments.from_lengths(LENGTHS))
+    assert output.velocity_TZ.dtype == torch.float32
+    assert output.hidden_TD.dtype == torch.bfloat16
+    assert output.logits_TV is None or output.logits_TV.dtype == torch.float32
+
+
+def test_a_vae_in_bf16_returns_its_posterior_in_fp32_and_its_losses_too() -> None:
+    vae = TextVAE(
+        TextVAEConfig(vocab_size=50, latent_dim=4, width=32, num_encoder_layers=1, num_decoder_layers=1, head_dim=16)
+    )
+    vae.bfloat16()
+    vae.latents_mean, vae.latents_std = vae.latents_mean.float(), vae.latents_std.float()  # as the engine keeps them
+    segments, tokens_T = Segments.from_lengths(LENGTHS), torch.arange(sum(LENGTHS))
+    mean_TZ, log_variance_TZ, hidden_TD = vae.encode(tokens_T, segments)
+    decoded_TD = vae.decode(mean_TZ, segments)
+    assert (hidden_TD.dtype, decoded_TD.dtype) == (torch.bfloat16, torch.bfloat16)
+    loss, _ = losses.linear_cross_entropy(decoded_TD, vae.lm_head.weight, tokens_T, torch.ones(len(tokens_T)))
+    single = (
+        mean_TZ,
+        log_variance_TZ,
+        vae.standardize(mean_TZ),
+        loss,
+        losses.kl_to_standard_normal(mean_TZ, log_variance_TZ),
+    )
+    assert {x.dtype for x in (*single, losses.squared_error(decoded_TD, hidden_TD))} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint_every", [0, 2])
+def test_blocks_are_compiled_once_and_compute_the_same(checkpoint_every: int) -> None:
+    """Later steps bring other segments, which must not compile anything anew."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    stack = Transformer(2, 32, 16, 10_000.0).train()
+    for p in stack.parameters():
+        nn.init.normal_(p, std=0.2)
+    stack.checkpoint_every = checkpoint_every
+    x_TD = torch.randn(24, 32, requires_grad=True)
+    layouts = [[24], [9, 1, 14], [1] * 24, [20, 4]]
+
+    def results() -> list[list[torch.Tensor]]:
+        found = []
+        for lengths in layouts:
+            output_TD = stack(x_TD, Segments.from_lengths(lengths))
+            found.append([output_TD, *torch.autograd.grad(output_TD.square().sum(), [x_TD, *stack.parameters()])])
+        return found
+
+    expected = results()
+    for block in stack.blocks:
+        block.compile(dynamic=False)
+    compiled: list[int] = []
+    counters = torch._dynamo.utils.counters["stats"]
+    for lengths, plain in zip(layouts, expected):
+        output_TD = stack(x_TD, Segments.from_lengths(lengths))
+        found = [output_TD, *torch.autograd.grad(output_TD.square().sum(), [x_TD, *stack.parameters()])]
+        for one, other in zip(found, plain):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        compiled.append(counters["unique_graphs"])
+    assert compiled[0] > 0
+    assert compiled[1:] == [compiled[1]] * 3, f"graphs after each step: {compiled}"
+
+
+@pytest.mark.slow
+def test_the_compiled_loss_of_a_chunk_is_the_plain_one() -> None:
+    """GPUs run it compiled; the compiler is the same."""
+    torch.manual_seed(0)
+    logits_CV, targets_C = 3 * torch.randn(16, 100), torch.randint(100, (16,))
+    weights_C = (torch.arange(16) % 3 > 0).float()
+    plain = losses.loss_of_chunk(logits_CV.clone(), targets_C, weights_C)
+    for one, other in zip(
+        torch.compile(losses.loss_of_chunk, dynamic=False)(logits_CV.clone(), targets_C, weights_C), plain
+    ):
+        torch.testing.assert_close(one, other)
