@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import (
+    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -130,7 +131,7 @@ class RunConfig(Section):
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     train: Train
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Merged over the DeepSpeed configuration that pretrain/engine.py generates."""
     telemetry: TelemetrySection = TelemetrySection()
     diagnose: Diagnose = Diagnose()

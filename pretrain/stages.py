@@ -29,7 +29,7 @@ from modeling.repa import RepaHead
 from modeling.text_dit import TextDiT, TokenHead
 from modeling.text_vae import TextVAE
 from pretrain.config import DiTRun, RunConfig, VAERun, features_folder, times_of
-from pretrain.config_schema import Train
+from pretrain.config_sections import Train
 from pretrain.distributed import barrier
 from pretrain.latents import LATENTS_NAME, load_vae, measured_latents, posterior_mean, read_latents, read_posterior
 from pretrain.telemetry import transformer_flops

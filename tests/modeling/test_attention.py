@@ -4,7 +4,9 @@ import importlib.util
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from modeling import attention
 from modeling.attention import _BLOCK_TOKENS, Segments, choose_implementation, varlen_attention
 
 LAYOUTS = {
@@ -67,6 +69,23 @@ def test_cost_grows_with_the_segments_not_with_the_square_of_the_row(lengths: li
     assert all(mask is None or len(mask) == tokens <= _BLOCK_TOKENS for tokens, mask in blocks)
     # Two neighbours together exceed a block's size, so there are few calls as well.
     assert len(blocks) <= 2 * sum(lengths) / _BLOCK_TOKENS + 1
+
+
+@pytest.mark.parametrize("lengths", [*LAYOUTS.values(), [1024] * 4], ids=str)
+def test_pairs_of_tokens_that_are_computed(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted at the kernel: the squares of long segments, at most a block's width for every token of short ones, never T squared."""
+    pairs: list[int] = []
+    kernel = F.scaled_dot_product_attention
+
+    def counting(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
+        pairs.append(q.shape[-2] * k.shape[-2])
+        return kernel(q, k, v, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", counting)
+    q_THK = torch.randn(sum(lengths), 1, 8)
+    varlen_attention(q_THK, q_THK, q_THK, Segments.from_lengths(lengths), "sdpa")
+    needed = sum(n * n for n in lengths)
+    assert needed <= sum(pairs) <= needed + _BLOCK_TOKENS * sum(n for n in lengths if n < _BLOCK_TOKENS)
 
 
 def test_segments_say_where_tokens_are() -> None:

@@ -24,7 +24,7 @@ from pretrain.config import (
     resume_differences,
     times_of,
 )  # fmt: skip
-from pretrain.config_schema import Optimizer, Schedule, Split
+from pretrain.config_sections import Optimizer, Schedule, Split
 from pretrain.optim import OptimizerSettings, ScheduleSettings
 from pretrain.stages import prepare_blocks
 

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from data_pipeline.tokenization import train_tokenizer
 from pretrain import diagnose, train
 from pretrain.config import DiTRun, load_config
-from pretrain.config_schema import Diagnose
+from pretrain.config_sections import Diagnose
 from pretrain.verdicts import judge, table
 
 QUICK = ["--rows", "4", "--num-steps", "2", "--set", "diagnose.sample_tokens=64", "--set", "diagnose.sweep_scales=[1]"]
