@@ -41,7 +41,8 @@ def run_to_end(command: Callable[[], None], output: Path) -> int:
 def kill_again_and_again(
     command: Callable[[], None], output: Path, check: Callable[[], None], kills: int, num_files: int, seed: int
 ) -> Tally:
-    """Kill the living command `kills` times, let it finish, and `check` the output.
+    """Kill the living command `kills` times or more, until a quarter of so many left a file half written; let it finish, and
+    `check` the output.
 
     The moments are uniform over its work, measured in finished files, of which `num_files` appear until it is done. Every
     other kill hits as soon as a file is seen being written. A command that ends before its kill has its output checked too, and
@@ -50,8 +51,9 @@ def kill_again_and_again(
     rng = random.Random(seed)
     hits = while_writing = finished_early = 0
     moments: list[int] = []
-    while hits < kills:
-        moments = moments or sorted(rng.randrange(num_files) for _ in range(kills - hits))
+    while hits < kills or while_writing < kills // 4:
+        assert hits < 5 * kills, "hardly any kill meets a file that is being written"
+        moments = moments or sorted(rng.randrange(num_files) for _ in range(max(2, kills - hits)))
         before, wanted = _files(output)[1], moments.pop(0)
         process = _start(command)
         _wait(process, lambda wanted=wanted: len(_files(output)[0]) >= wanted)

@@ -47,7 +47,7 @@ def test_prepare(tmp_path: Path, workers: int, kills: int) -> None:
     command = partial(prepare_small_units, [*arguments, "--output", str(killed)])
     tally = kill_again_and_again(command, killed, partial(assert_equal, killed, whole), kills, num_files, seed=workers)
     print(num_files, tally)
-    assert tally.kills == kills
+    assert tally.kills >= kills
     assert tally.while_writing >= kills // 4
 
 
@@ -63,5 +63,5 @@ def test_cache_features(tmp_path: Path) -> None:
     command = partial(cache, [*arguments, "--output", str(killed)])
     tally = kill_again_and_again(command, killed, partial(assert_equal, killed, whole), KILLS, num_files, seed=0)
     print(num_files, tally)
-    assert tally.kills == KILLS
+    assert tally.kills >= KILLS
     assert tally.while_writing >= KILLS // 4
