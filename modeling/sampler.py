@@ -77,6 +77,9 @@ class GuidedVelocity:
         is_target_T: bool [T]; windows: which tokens see each other.
         guidance_scale: 1 is no guidance (and half the work), 0 unconditional.
         guidance_interval: (low, high) times between which guidance is applied (arXiv 2404.07724); conditional elsewhere.
+        belief_scale: guidance of another kind, against the predictor without context, at no cost; only with posterior prediction.
+
+    Raises: ValueError for a belief_scale other than 1 of a DiT without posterior prediction.
     """
 
     def __init__(
@@ -87,10 +90,16 @@ class GuidedVelocity:
         windows: Segments,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        belief_scale: float = 1.0,
     ):
+        if belief_scale != 1 and dit.posterior is None:
+            raise ValueError(
+                f"belief_scale is {belief_scale:g}, but this DiT predicts {dit.config.prediction}: only posterior prediction has"
+                " beliefs to scale; leave it at 1"
+            )
         self._dit, self._windows, self._is_target_T = dit, windows, is_target_T
         self._context_TZ = latents_TZ * ~is_target_T[:, None]
-        self._scale, self._interval = guidance_scale, guidance_interval
+        self._scale, self._interval, self._belief_scale = guidance_scale, guidance_interval, belief_scale
         self._estimate_TZ: torch.Tensor | None = None
 
     def __call__(self, z_TZ: torch.Tensor, t: float) -> torch.Tensor:
@@ -110,7 +119,7 @@ class GuidedVelocity:
             windows = Segments.from_lengths(windows.lengths * 2, windows.device)
             estimate_TZ = None if estimate_TZ is None else estimate_TZ.repeat(2, 1)
         time_T = torch.full(target_T.shape, t, device=z_TZ.device)
-        velocity_TZ = self._dit(inputs_TZ, target_T, time_T, windows, estimate_TZ)
+        velocity_TZ = self._dit(inputs_TZ, target_T, time_T, windows, estimate_TZ, self._belief_scale)
         if guided:
             velocity_TZ = flow.guide(velocity_TZ[: len(z_TZ)], velocity_TZ[len(z_TZ) :], self._scale)
             time_T = time_T[: len(z_TZ)]

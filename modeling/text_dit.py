@@ -107,6 +107,7 @@ class TextDiT(nn.Module):
         time_T: torch.Tensor,
         windows: Segments,
         estimate_TZ: torch.Tensor | None = None,
+        belief_scale: float = 1.0,
     ) -> torch.Tensor:
         """Predicted velocity, fp32 [T, Z]; only the target positions mean anything.
 
@@ -116,8 +117,9 @@ class TextDiT(nn.Module):
             time_T: t of each token's window, [T]; not read by velocity prediction without time conditioning.
             windows: which tokens see each other: context and target of one document.
             estimate_TZ: an earlier estimate of z at the targets, for self-conditioning.
+            belief_scale: in sampling with posterior prediction, see `TokenPosterior.forward`; nothing to others.
         """
-        return self.outputs(latents_TZ, is_target_T, time_T, windows, estimate_TZ).velocity_TZ
+        return self.outputs(latents_TZ, is_target_T, time_T, windows, estimate_TZ, belief_scale).velocity_TZ
 
     def outputs(
         self,
@@ -126,6 +128,7 @@ class TextDiT(nn.Module):
         time_T: torch.Tensor,
         windows: Segments,
         estimate_TZ: torch.Tensor | None = None,
+        belief_scale: float = 1.0,
     ) -> DiTOutput:
         """The velocity and what else training looks at; arguments as in `forward`."""
         # A context token is clean: its own time is 0, whatever the time of the targets beside it.
@@ -138,7 +141,8 @@ class TextDiT(nn.Module):
                     estimate_TZ = self.posterior.estimate(unigram_TV, latents_TZ, time_T[:, None].float())
         hidden_TD = self._hidden(latents_TZ, is_target_T, own_time_T, windows, estimate_TZ)
         if self.posterior is not None:
-            velocity_TZ, logits_TV = self.posterior(hidden_TD, unigram_TV, latents_TZ, time_T[:, None].float())
+            time_T1 = time_T[:, None].float()
+            velocity_TZ, logits_TV = self.posterior(hidden_TD, unigram_TV, latents_TZ, time_T1, belief_scale)
             return DiTOutput(velocity_TZ, hidden_TD, logits_TV)
         return DiTOutput(self._velocity(hidden_TD, latents_TZ, time_T), hidden_TD)
 

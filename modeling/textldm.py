@@ -27,6 +27,7 @@ class TextLDMConfig(PretrainedConfig):
         vae, dit: fields of TextVAEConfig and TextDiTConfig.
         times: fields of TimeDistribution; the training distribution is the sampling schedule.
         num_steps, guidance_scale, solver, grid: defaults of `generate` (the paper: 50 Euler steps, scale 7, the training times).
+        belief_scale: likewise; other than 1 with posterior prediction alone (sampler.GuidedVelocity).
         max_window: longest window, context and continuation together, in tokens.
     """
 
@@ -41,6 +42,7 @@ class TextLDMConfig(PretrainedConfig):
         guidance_scale: float = 7.0,
         solver: str = "euler",
         grid: str = "training",
+        belief_scale: float = 1.0,
         max_window: int = 1024,
         **kwargs: Any,
     ):
@@ -48,7 +50,7 @@ class TextLDMConfig(PretrainedConfig):
         self.dit = dit or dataclasses.asdict(TextDiTConfig(latent_dim=8, width=64, head_dim=64))
         self.times = times or dataclasses.asdict(TimeDistribution())
         self.num_steps, self.guidance_scale, self.solver, self.grid = num_steps, guidance_scale, solver, grid
-        self.max_window = max_window
+        self.belief_scale, self.max_window = belief_scale, max_window
         super().__init__(**kwargs)
 
 
@@ -83,6 +85,7 @@ class TextLDM(PreTrainedModel):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         solver: str | None = None,
         grid: str | None = None,
+        belief_scale: float | None = None,
         seed: int = 0,
         noise: Sequence[torch.Tensor] | None = None,
         eos_token_id: int | None = None,
@@ -94,7 +97,7 @@ class TextLDM(PreTrainedModel):
             input_ids: token ids of each prompt, a list of 1-D tensors or lists (or a [batch, tokens] tensor without padding);
                 an empty prompt generates unconditionally.
             max_new_tokens: tokens that are drawn together; the number of network evaluations does not depend on it.
-            num_steps, guidance_scale, solver, grid: the config's when None; grid is "training" or "uniform" (flow.GRIDS).
+            num_steps, guidance_scale, solver, grid, belief_scale: the config's when None; grid is "training" or "uniform" (flow.GRIDS).
             guidance_interval: times between which guidance is applied.
             seed: of the noise; prompt i draws from (seed, i), whatever else is in the batch.
             noise: instead, one [max_new_tokens, Z] tensor a prompt.
@@ -117,7 +120,8 @@ class TextLDM(PreTrainedModel):
         noise_TZ = torch.zeros_like(latents_TZ)
         noise_TZ[is_target_T] = torch.cat([n.to(device, torch.float32) for n in noise])
         scale = config.guidance_scale if guidance_scale is None else guidance_scale
-        velocity = GuidedVelocity(self.dit, latents_TZ, is_target_T, windows, scale, guidance_interval)
+        belief = config.belief_scale if belief_scale is None else belief_scale
+        velocity = GuidedVelocity(self.dit, latents_TZ, is_target_T, windows, scale, guidance_interval, belief)
         times = TimeDistribution(**config.times).grid(num_steps, grid or config.grid).tolist()
 
         def report(step: int, t: float, estimate_TZ: torch.Tensor) -> None:

@@ -62,15 +62,21 @@ class TokenPosterior(nn.Module):
         return (own_TZ + time_T1.square() * means_TZ) / spread_TZ @ self.basis.float().T
 
     def forward(
-        self, hidden_TD: torch.Tensor, unigram_TV: torch.Tensor, noisy_TZ: torch.Tensor, time_T1: torch.Tensor
+        self,
+        hidden_TD: torch.Tensor,
+        unigram_TV: torch.Tensor,
+        noisy_TZ: torch.Tensor,
+        time_T1: torch.Tensor,
+        belief_scale: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(velocity fp32 [T, Z], logits of the tokens fp32 [T, V]).
 
         Args:
             hidden_TD: the Transformer's output; unigram_TV: `unigram_logits` of the same positions.
             noisy_TZ: z_t, standardised; time_T1: t, fp32.
+            belief_scale: factor of the network's logits; above 1, sampling is guided away from the predictor without context.
         """
-        logits_TV = unigram_TV + self.to_logits(hidden_TD).float()
+        logits_TV = unigram_TV + belief_scale * self.to_logits(hidden_TD).float()
         means_TZ, variances_TZ = self._expected(logits_TV)
         means_TZ = means_TZ + variances_TZ.sqrt() * self.to_shift(hidden_TD).float()
         spread_TZ = (1 - time_T1).square() * variances_TZ + time_T1.square()

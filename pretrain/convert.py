@@ -49,6 +49,7 @@ class Sampling:
 
     num_steps: int = 50
     guidance_scale: float = 7.0
+    belief_scale: float = 1.0
     solver: str = "euler"
 
     def __post_init__(self) -> None:
@@ -253,6 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of the stored weights")
     parser.add_argument("--num-steps", type=int, default=defaults.num_steps, help="default of generate")
     parser.add_argument("--guidance-scale", type=float, default=defaults.guidance_scale, help="default of generate")
+    parser.add_argument("--belief-scale", type=float, default=defaults.belief_scale, help="default of generate")
     parser.add_argument("--solver", choices=SOLVERS, default=defaults.solver, help="default of generate")
     parser.add_argument("--data", help="the prepared data folder, if it moved since training")
     parser.add_argument("--vae", help="the stage-1 run folder, if it moved since training")
@@ -265,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
         weights=given.weights,
         step=given.checkpoint,
         dtype=given.dtype,
-        sampling=Sampling(given.num_steps, given.guidance_scale, given.solver),
+        sampling=Sampling(given.num_steps, given.guidance_scale, given.belief_scale, given.solver),
         data=given.data,
         vae=given.vae,
         license_id=given.license,

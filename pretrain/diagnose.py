@@ -172,7 +172,7 @@ def text_figures(stage: DiTStage, device: torch.device) -> Figures:
         sample_TZ, generated = text_checks.sample(stage, prompts, scale, num_steps, settings.solver, tick=tick)
     truth = [prompt.target_T.tolist() for prompt in prompts]
     figures: Figures = {
-        "guidance_scale": scale, "num_steps": num_steps, "solver": settings.solver,
+        "guidance_scale": scale, "belief_scale": settings.belief_scale, "num_steps": num_steps, "solver": settings.solver,
         "generated_tokens": sum(map(len, generated)), "latent_rms": text_checks.rms(sample_TZ),
     }  # fmt: skip
     for name, texts in (("", generated), ("true_", truth)):

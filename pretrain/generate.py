@@ -7,7 +7,7 @@ The noise of a prompt is keyed by the seed and its place in the list: what else 
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Options:
     guidance_scale: float | None = None
     solver: str | None = None
     grid: str | None = None
+    belief_scale: float | None = None
     seed: int = 0
 
 
@@ -138,6 +139,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance-scale", type=float, help="1 is none; default of the export")
     parser.add_argument("--solver", choices=SOLVERS, help="default of the export")
     parser.add_argument("--grid", choices=GRIDS, help="of the solver's times; default of the export")
+    parser.add_argument(
+        "--belief-scale", type=float, help="with posterior prediction: 1 is none; default of the export"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
@@ -156,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model, tokenizer = load_exported(given.model, given.device)
-    options = Options(given.max_new_tokens, given.num_steps, given.guidance_scale, given.solver, given.grid, given.seed)
+    options = Options(**{field.name: getattr(given, field.name) for field in fields(Options)})
     for number, found in enumerate(continue_prompts(model, tokenizer, prompts, options, given.trajectory)):
         if given.json:
             print(json.dumps(asdict(found), ensure_ascii=False))

@@ -69,7 +69,10 @@ def sample(
     grid: str = "training",
     tick: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, list[list[int]]]:
-    """Generate a target of the true length for each prompt; latents of all targets [T, Z] and the tokens of each."""
+    """Generate a target of the true length for each prompt, at the run's diagnose.belief_scale.
+
+    Returns: latents of all targets [T, Z] and the tokens of each.
+    """
     device = stage.latents_mean.device
     latent_dim = stage.vae.config.latent_dim
     contexts = [prompt.context_T for prompt in prompts]
@@ -88,7 +91,12 @@ def sample(
     noise_TZ = torch.zeros_like(latents_TZ)
     noise_TZ[is_target_T] = torch.cat(noises).to(device)
     velocity = GuidedVelocity(
-        stage.dit, latents_TZ, is_target_T, Segments.from_lengths(lengths, device), guidance_scale
+        stage.dit,
+        latents_TZ,
+        is_target_T,
+        Segments.from_lengths(lengths, device),
+        guidance_scale,
+        belief_scale=stage.config.diagnose.belief_scale,
     )
     times = stage.times.grid(num_steps, grid).tolist()
     sample_TZ = integrate(velocity, noise_TZ, times, solver, on_step=lambda *_: tick())[is_target_T]

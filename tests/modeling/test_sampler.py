@@ -177,3 +177,17 @@ def test_self_conditioning_reads_the_last_estimate_of_the_guided_velocity() -> N
     torch.testing.assert_close(velocity(z_TZ, 0.5), expected_TZ, rtol=1e-4, atol=1e-4)
     fresh_TZ = GuidedVelocity(dit, context_TZ, is_target_T, windows, 3.0)(z_TZ, 0.5)
     assert not torch.allclose(fresh_TZ, expected_TZ, atol=1e-3)
+
+
+def test_a_belief_scale_multiplies_what_the_context_adds_to_the_token_logits() -> None:
+    dit, (context_TZ, is_target_T, windows) = make_dit(prediction="posterior", vocab_size=5), packed()
+    z_TZ = torch.randn_like(context_TZ)
+    assert dit.posterior is not None
+    dit.posterior.means.copy_(torch.randn(5, 3))
+    scaled_TZ = GuidedVelocity(dit, context_TZ, is_target_T, windows, belief_scale=2.5)(z_TZ, 0.6)
+    plain_TZ = GuidedVelocity(dit, context_TZ, is_target_T, windows)(z_TZ, 0.6)
+    dit.posterior.to_logits.weight.mul_(2.5)
+    torch.testing.assert_close(scaled_TZ, GuidedVelocity(dit, context_TZ, is_target_T, windows)(z_TZ, 0.6))
+    assert not torch.allclose(scaled_TZ, plain_TZ)
+    with pytest.raises(ValueError, match="belief_scale is 2, but this DiT predicts velocity"):
+        GuidedVelocity(make_dit(), context_TZ, is_target_T, windows, belief_scale=2.0)
