@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("benchmarks")
     rng = np.random.default_rng(0)
     words = ["the", "cat", "dog", "bird", "sees", "likes", "finds", "red", "old", "tree", "and", "house"]
-    texts = [" ".join(rng.choice(words, size=int(rng.integers(20, 200)))) + "." for _ in range(250)]
+    texts = [" ".join(rng.choice(words, size=int(rng.integers(20, 200)))) + "." for _ in range(600)]
     (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     train_tokenizer(texts, 280).save(folder / "tokenizer")
     prepare(
@@ -54,7 +54,7 @@ def test_prepare(folder, capsys, monkeypatch):
     assert figures["prepare_over_encode"] > 0
     assert set(figures["row_fills"]) == {"text at 512", "text at 1024"}
     assert 0.9 < figures["row_fill"] == min(figures["row_fills"].values()) <= 1
-    assert figures["documents"] == 250
+    assert figures["documents"] == 600
 
 
 def test_features(folder, capsys):

@@ -84,7 +84,7 @@ def test_a_correlated_gaussian_is_transported_by_its_square_root(solver: str) ->
         return z_MZ @ torch.linalg.inv((1 - t) ** 2 * covariance_ZZ + t**2 * identity_ZZ) @ slope_ZZ
 
     noise_MZ = torch.randn(100, 2, generator=torch.Generator().manual_seed(0), **double)
-    found_MZ = integrate(gaussian_velocity, noise_MZ, TimeDistribution(kind="uniform").grid(500).tolist(), solver)
+    found_MZ = integrate(gaussian_velocity, noise_MZ, TimeDistribution(kind="uniform").grid(1000).tolist(), solver)
     torch.testing.assert_close(found_MZ, noise_MZ @ root_ZZ, rtol=0, atol=1e-4)
 
 
