@@ -99,10 +99,11 @@ class ShardFiles:
         """Whether a cached file is gone again."""
         return is_url(self._folder) and not path.exists()
 
-    def discard(self, path: Path) -> None:
-        """Forget a cached file that turned out to be damaged, so that the next attempt downloads it again."""
+    def discard(self, path: Path) -> bool:
+        """Forget a cached file that turned out to be damaged, so that the next attempt downloads it again; False if it is no copy."""
         if is_url(self._folder):
             path.unlink(missing_ok=True)
+        return is_url(self._folder)
 
     def _evict(self, newest: Path) -> None:
         """Remove the least recently used files until the cache is within its limit; `newest` stays."""

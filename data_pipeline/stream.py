@@ -82,6 +82,7 @@ class ShardPool:
     def _open_shard(self, index: int) -> Shard:
         info = self._infos[index]
         check = self._verify and index not in self._verified
+        fetched_again = False
         while True:
             path = self._files.path(info.name, info.bytes, info.sha256)
             try:
@@ -92,8 +93,9 @@ class ShardPool:
             except UserError:
                 if self._files.is_evicted(path):
                     continue  # another thread or process needed room just before we opened it: fetch it again
-                self._files.discard(path)
-                raise
+                if fetched_again or not self._files.discard(path):
+                    raise
+                fetched_again = True  # a copy that rotted in the cache; what is downloaded is checked on its way
         if check:
             self._verified.add(index)
         return shard
