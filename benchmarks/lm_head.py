@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measuring import interleaved
+from data_pipeline.errors import UserError
 from modeling.losses import linear_cross_entropy
 
 
@@ -45,6 +46,11 @@ class Head:
     def figures(self, repetitions: int) -> dict[str, float]:
         """`head_memory_ratio` and `head_time_ratio`, ours over the naive, and what they are made of."""
         peaks = {run.__name__: peak_bytes(run, self.hidden_TD.device) for run in (self.chunked, self.naive)}
+        if not peaks["naive"]:
+            logits = tuple(self.targets_T.shape) + (len(self.weight_VD),)
+            raise UserError(
+                f"logits of {logits} are too small to show in this process's size; expected megabytes: raise --head-tokens"
+            )
         spent = interleaved({"chunked": self.chunked, "naive": self.naive}, repetitions, "LM head")
         return {
             "head_memory_ratio": peaks["chunked"] / peaks["naive"],
