@@ -47,7 +47,7 @@ class Head:
         """`head_memory_ratio` and `head_time_ratio`, ours over the naive, and what they are made of."""
         peaks = {run.__name__: peak_bytes(run, self.hidden_TD.device) for run in (self.chunked, self.naive)}
         if not peaks["naive"]:
-            logits = tuple(self.targets_T.shape) + (len(self.weight_VD),)
+            logits = (len(self.targets_T), len(self.weight_VD))
             raise UserError(
                 f"logits of {logits} are too small to show in this process's size; expected megabytes: raise --head-tokens"
             )
