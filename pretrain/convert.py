@@ -18,6 +18,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from modeling.textldm import TextLDM, TextLDMConfig
 from pretrain import checkpoint
 from pretrain.config import times_of
 from pretrain.config_schema import Flow
+from pretrain.config_sections import Diagnose
 from pretrain.latents import checkpoint_of, load_vae, load_weights
 from pretrain.model_card import model_card
 from pretrain.slices import FOLDER, folder_name, saved_steps
@@ -45,16 +47,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Defaults of `generate` in the exported config (the paper: 50 Euler steps, guidance 7)."""
+    """Defaults of `generate` in the exported config; None is what the run's diagnosis generates with."""
 
-    num_steps: int = 50
-    guidance_scale: float = 7.0
-    belief_scale: float = 1.0
-    solver: str = "euler"
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    belief_scale: float | None = None
+    solver: str | None = None
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
+        if self.num_steps is not None and self.num_steps < 1:
             raise UserError(f"--num-steps is {self.num_steps}; expected at least 1")
+
+    def settings(self, diagnose: Diagnose) -> dict[str, Any]:
+        """Every field with its value."""
+        given = dataclasses.asdict(self)
+        return {name: getattr(diagnose, name) if value is None else value for name, value in given.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +159,7 @@ def load_run(
         max_window=manifest.max_window,
         eos_token_id=manifest.tokenizer.eos_id,
         auto_map={"AutoConfig": "textldm.TextLDMConfig", "AutoModel": "textldm.TextLDM"},
-        **dataclasses.asdict(sampling),
+        **sampling.settings(Diagnose.model_validate(config["diagnose"], strict=False)),
     )
     tensors = checkpoint.read_tensors(path, weights)
     take_statistics(frozen, tensors, path)
@@ -243,7 +250,6 @@ def _tokenizer_files(data: str, manifest: Manifest) -> dict[str, bytes]:
 @cli
 def main(argv: list[str] | None = None) -> None:
     """Export a stage-2 run as a Hugging Face folder."""
-    defaults = Sampling()
     parser = argparse.ArgumentParser(prog="python -m pretrain.convert", description=main.__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run folder of stage 2, e.g. runs/dit_xl")
     parser.add_argument("--output", type=Path, required=True, help="folder to write, e.g. export/textldm-xl")
@@ -252,10 +258,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="instead of the newest complete one")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of the stored weights")
-    parser.add_argument("--num-steps", type=int, default=defaults.num_steps, help="default of generate")
-    parser.add_argument("--guidance-scale", type=float, default=defaults.guidance_scale, help="default of generate")
-    parser.add_argument("--belief-scale", type=float, default=defaults.belief_scale, help="default of generate")
-    parser.add_argument("--solver", choices=SOLVERS, default=defaults.solver, help="default of generate")
+    of_generate = "default of generate (the run's, in its diagnose section)"
+    parser.add_argument("--num-steps", type=int, help=of_generate)
+    parser.add_argument("--guidance-scale", type=float, help=of_generate)
+    parser.add_argument("--belief-scale", type=float, help=of_generate)
+    parser.add_argument("--solver", choices=SOLVERS, help=of_generate)
     parser.add_argument("--data", help="the prepared data folder, if it moved since training")
     parser.add_argument("--vae", help="the stage-1 run folder, if it moved since training")
     parser.add_argument("--license", default="apache-2.0", help="licence id for the model card")

@@ -14,8 +14,6 @@ ROW_TOKENS = 512
 WINDOW_TOKENS = 256
 VOCAB_SIZE = 1024
 TEACHER_SECONDS = 60
-BELIEF_SCALE = 2.5
-"""Of the exported model's `generate`, as the quickstart's diagnose.belief_scale."""
 VAE_SETTINGS: dict[str, Any] = {}
 DIT_SETTINGS: dict[str, Any] = {}
 """Further overrides of the two configurations; a test makes its runs tiny by them."""
@@ -223,9 +221,7 @@ class Plan:
             Step(
                 f"export{suffix}",
                 "one Hugging Face folder of VAE, DiT and tokenizer",
-                _module(
-                    "pretrain.convert", run=self.dit, output=self.export, guidance_scale=2, belief_scale=BELIEF_SCALE
-                ),
+                _module("pretrain.convert", run=self.dit, output=self.export),
                 self.export / "config.json",
             ),
             Step(

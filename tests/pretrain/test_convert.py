@@ -23,7 +23,8 @@ from modeling.textldm import TextLDM
 from modeling.textldm import __file__ as textldm_source
 from pretrain import checkpoint
 from pretrain.config import load_config
-from pretrain.convert import convert, main, modeling_files
+from pretrain.config_sections import Diagnose
+from pretrain.convert import Sampling, convert, main, modeling_files
 from pretrain.latents import heldout_rows
 from pretrain.stages import DiTStage, build_stage
 
@@ -156,10 +157,22 @@ def test_the_folder_holds_what_its_parts_were(trained: Trained, exported: Path) 
     manifest = Manifest.load(trained.data)
     assert (config["max_window"], config["eos_token_id"]) == (manifest.max_window, manifest.tokenizer.eos_id)
     assert TimeDistribution(**config["times"]).std == 1.2
+    assert [config[name] for name in ("num_steps", "guidance_scale", "belief_scale", "solver")] == [
+        50,
+        7.0,
+        1.0,
+        "euler",
+    ]
     card = (exported / "README.md").read_text()
     assert manifest.fingerprint in card
     assert "license: apache-2.0" in card
     assert str(trained.data) not in card
+
+
+def test_generate_does_by_default_what_the_diagnosis_did() -> None:
+    diagnose = Diagnose(num_steps=9, guidance_scale=3.0, belief_scale=2.0, solver="multistep")
+    expected = {"num_steps": 9, "guidance_scale": 1.0, "belief_scale": 2.0, "solver": "multistep"}
+    assert Sampling(guidance_scale=1.0).settings(diagnose) == expected
 
 
 def test_options_reach_the_folder(trained: Trained, tmp_path: Path) -> None:
