@@ -65,7 +65,8 @@ case "${1:-}" in
     .venv/bin/ruff format --check .
     .venv/bin/ruff check .
     .venv/bin/mypy
-    .venv/bin/python -m pytest "${fast[@]}" "$@"
+    # Whole files side by side, a process a core: many tests wait, and few fill two cores. `-n 0` for one after the other.
+    .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "${fast[@]}" "$@"
     ;;
   --)
     install dev

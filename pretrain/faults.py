@@ -4,6 +4,7 @@ A process ends with one of the codes of `EXIT_CODES`, promptly: a rank that ling
 collective operation. What all ranks must decide alike is decided from numbers that all of them have.
 """
 
+import contextlib
 import faulthandler
 import json
 import math
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from data_pipeline.errors import UserError
@@ -49,11 +51,13 @@ class TooManySkips(RuntimeError):
 class Signals:
     """Notes SIGTERM and SIGUSR1, which schedulers send before they take the machine, instead of dying of them.
 
-    `received` is this rank's; the loop sums it over all ranks with its token counts, so that all stop at one step.
+    The end of deepspeed's launcher counts as one: a signal to it alone ends it, but not its ranks, which would train on
+    beside those of the next start.
     """
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self._received: str | None = None
+        self._launchers = launchers()
         self.on_first: Callable[[], None] = lambda: None
         self._previous: dict[int, Any] = {}
 
@@ -66,10 +70,29 @@ class Signals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @property
+    def received(self) -> str | None:
+        """This rank's; the loop sums it over all ranks with its token counts, so that all stop at one step."""
+        if self._received is None and self._launchers is not None and self._launchers != launchers():
+            self._stop("the launcher's end")
+        return self._received
+
     def _note(self, number: int, _: object) -> None:
-        if self.received is None:
-            self.received = signal.Signals(number).name
+        self._stop(signal.Signals(number).name)
+
+    def _stop(self, reason: str) -> None:
+        if self._received is None:
+            self._received = reason
             self.on_first()
+
+
+def launchers() -> tuple[int, int] | None:
+    """Process ids of deepspeed's launcher on this host and of what started that; None where there is none."""
+    with contextlib.suppress(psutil.Error):
+        parent = psutil.Process(os.getppid())
+        if "deepspeed.launcher.launch" in parent.cmdline():
+            return parent.pid, parent.ppid()
+    return None
 
 
 class Watchdog:

@@ -162,15 +162,23 @@ class Supervisor:
                 launcher.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 launcher.wait(POLL_S)
-        return launcher.returncode if launcher.returncode >= 0 else EXIT_FAILED
+        if launcher.returncode < 0 or self._stop:
+            # Who signals every process of a job ends its launcher at once, while the ranks write their checkpoint.
+            deadline = time.monotonic() + self.plan.config.train.grace_s
+            while self._leftovers(hosts) and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+        return launcher.returncode if launcher.returncode >= 0 else 128 - launcher.returncode  # as shells say it
+
+    def _leftovers(self, hosts: Mapping[str, int], then: str = "") -> bool:
+        """Whether processes of this job are alive on the hosts that answer; `then` gets their ids."""
+        marked = f"grep -lsF {JOB}={self._job} /proc/[0-9]*/environ | cut -d/ -f3 {then}"
+        if hosts:
+            return any(done is not None and done.stdout for done in on_hosts(hosts, marked).values())
+        return bool(subprocess.run(["sh", "-c", marked], check=False, capture_output=True).stdout)
 
     def _end_leftovers(self, hosts: Mapping[str, int]) -> None:
-        """Kill processes of this job that outlived it, such as a frozen rank, on all hosts that answer."""
-        marked = f"grep -lsF {JOB}={self._job} /proc/[0-9]*/environ | cut -d/ -f3 | xargs -r kill -KILL"
-        if hosts:
-            on_hosts(hosts, marked)
-        else:
-            subprocess.run(["sh", "-c", marked], check=False, capture_output=True)
+        """Kill what outlived the job, such as a frozen rank."""
+        self._leftovers(hosts, "| xargs -r kill -KILL")
 
 
 class Heartbeats:

@@ -29,7 +29,8 @@ from pretrain.telemetry_sinks import Sinks
 
 GIB = 2**30
 STRAGGLER = 1.5
-"""A rank whose forward passes take this many times the median is named."""
+"""A rank whose forward passes take this many times the median is named (of an even number, the lower median: of two ranks,
+the faster one's)."""
 
 # Vendors' dense peaks in TFLOP/s: (bf16 with fp32 accumulation, fp32 without TF32). The longest matching name counts.
 PEAK_TFLOPS = {
@@ -292,7 +293,7 @@ class Telemetry:
 
 def find_stragglers(seconds: Sequence[float], window_s: float) -> dict[str, float]:
     """Ranks whose time exceeds `STRAGGLER` medians, with the factor, if that costs a twentieth of the window."""
-    median = statistics.median(seconds)
+    median = statistics.median_low(seconds)
     bar = max(STRAGGLER * median, median + window_s / 20)
     return {str(rank): round(s / median, 2) for rank, s in enumerate(seconds) if s > bar and median > 0}
 

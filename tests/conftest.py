@@ -1,8 +1,28 @@
-"""Fixtures shared by the whole suite."""
+"""Fixtures shared by the whole suite, and what lets its files run side by side."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the workers share the cores
+
+LONGEST_FIRST = (
+    "test_interruptions",
+    "test_two_hosts",
+    "test_recipe",
+    "test_train",
+    "test_engine",
+    "test_stages_sharded",
+)
+"""Files that take half a minute or more: begun last, one of them would keep a single worker busy at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in the order in which xdist deals them out."""
+    rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(scope="session")

@@ -54,10 +54,10 @@ def test_far_steps_cost_no_more_than_the_first() -> None:
     order = Order([1000] * 4000, 16, 64, seed=1)
     seconds = []
     for step in (0, 10**9):
-        started = time.perf_counter()
+        started = time.process_time()
         for stream in range(16):
             order.spans(stream, step)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     assert seconds[1] < 10 * seconds[0] + 0.01
 
 

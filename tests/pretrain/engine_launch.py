@@ -2,16 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked_ranks
 from safetensors.torch import load_file
 from torch import Tensor
-
-from pretrain.distributed import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -34,28 +31,14 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def launch(
-    folder: Path, world_size: int, cases: list[dict[str, Any]], timeout_s: float = 600, worker: str = "engine_worker.py"
+    folder: Path, world_size: int, cases: list[dict[str, Any]], timeout_s: float = 1200, worker: str = "engine_worker"
 ) -> dict[str, Result]:
     """Run the cases with `world_size` ranks, in one start; raise with the ranks' last words if any of them fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = folder / "jobs.json"
+    jobs, log = folder / "jobs.json", folder / "ranks.log"
     jobs.write_text(json.dumps(cases))
-    port = free_port()
-    command = [sys.executable, str(Path(__file__).with_name(worker)), str(jobs)]
-    logs = [folder / f"rank-{rank}.log" for rank in range(world_size)]
-    ranks = [
-        subprocess.Popen(
-            command, env=rank_environment(rank, world_size, port), stdout=log.open("w"), stderr=subprocess.STDOUT
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(timeout_s) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    if any(codes):
-        raise AssertionError(f"exit codes {codes}\n" + "\n".join(log.read_text()[-3000:] for log in logs))
+    codes = forked_ranks.finish(forked_ranks.start_module(worker, [str(jobs)], log, world_size), timeout_s)
+    assert codes == [0] * world_size, log.read_text()[-6000:]
     return {case["name"]: read_result(folder, case["name"]) for case in cases}
 
 

@@ -1,11 +1,10 @@
 """One rank of a test job: runs a list of cases after one another (start-up costs seconds), rank 0 writes what came out.
 
-python engine_worker.py jobs.json      with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_RANK in the environment
+Started by engine_launch.py with the name of the cases' file.
 """
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from pretrain.checkpoint import CheckpointWriter, restore
-from pretrain.distributed import init_distributed, shutdown
+from pretrain.distributed import init_distributed
 from pretrain.engine import Engine, EngineSettings
 from pretrain.optim import STATES
 
@@ -109,15 +108,10 @@ def check_evaluation(engine: Engine, counts: dict[str, int], checks: dict[str, b
     checks["training"] = engine.stage.training
 
 
-def main() -> None:
-    """Run the cases of the JSON file given as the only argument."""
-    torch.set_num_threads(1)
-    jobs = Path(sys.argv[1])
+def main(argv: list[str]) -> int:
+    """Run the cases of the JSON file that is the only argument."""
+    jobs = Path(argv[0])
     topology = init_distributed(timeout_s=60)
     for case in json.loads(jobs.read_text()):
         run_case(Case(**case), topology, jobs.parent)
-    shutdown()
-
-
-if __name__ == "__main__":
-    main()
+    return 0

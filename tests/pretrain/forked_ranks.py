@@ -1,8 +1,9 @@
-"""Ranks of pretrain/train.py forked from one process that has its imports behind it: a start takes a second, not ten.
+"""Ranks of pretrain/train.py, or of another program, forked from one process that has its imports behind it.
 
-For tests that start a job again and again. The first start pays for the imports.
+A start takes a second, not ten; the first one pays for the imports.
 """
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -10,28 +11,37 @@ import traceback
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from pretrain.distributed import free_port
+from ports import job_port
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "pretrain.train"])
 """The second brings in torch's compiler, for nothing and three seconds, when an engine is made."""
 
 
-def start(config: Path, *arguments: str, ranks: int = 2, **environment: str) -> list[BaseProcess]:
-    """The ranks of a job, running; their output goes to <config>.log, one behind the other's."""
-    log, port = config.with_suffix(".log"), free_port()
-    processes = []
+def start(
+    config: Path, *arguments: str, ranks: int = 2, module: str = "pretrain.train", **environment: str
+) -> list[BaseProcess]:
+    """The ranks of a training job, running; their output goes to <config>.log, one behind the other's.
+
+    `module` is what does the training: its `main`.
+    """
+    return start_module(module, ["--config", str(config), *arguments], config.with_suffix(".log"), ranks, **environment)
+
+
+def start_module(module: str, arguments: list[str], log: Path, ranks: int, **environment: str) -> list[BaseProcess]:
+    """`main(arguments)` of a module, on every rank."""
+    port, processes = job_port(), []
     for rank in range(ranks):
         launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_PORT": port}
         variables = {name: str(value) for name, value in launcher.items()} | {"MASTER_ADDR": "127.0.0.1", **environment}
-        command = ["--config", str(config), *arguments]
-        processes.append(FORKS.Process(target=be_a_rank, args=(command, variables, str(log)), daemon=True))
-        processes[-1].start()
+        process = FORKS.Process(target=be_a_rank, args=(module, arguments, variables, str(log)), daemon=True)
+        process.start()
+        processes.append(process)
     return processes
 
 
-def be_a_rank(command: list[str], variables: dict[str, str], log: str) -> None:
-    """In the new process: what `python pretrain/train.py` does."""
+def be_a_rank(module: str, arguments: list[str], variables: dict[str, str], log: str) -> None:
+    """In the new process: what `python <module>` does."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -41,11 +51,11 @@ def be_a_rank(command: list[str], variables: dict[str, str], log: str) -> None:
     try:
         import torch
 
-        from pretrain import train
+        from pretrain.distributed import shutdown
 
         torch.set_num_threads(1)
-        code = train.main(command)
-        train.shutdown()
+        code = importlib.import_module(module).main(arguments)
+        shutdown()
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()

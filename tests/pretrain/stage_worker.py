@@ -1,13 +1,12 @@
 """One rank training the real stages in miniature, under several shardings or without DeepSpeed at all.
 
-    python stage_worker.py jobs.json      with RANK, WORLD_SIZE, ... in the environment, as engine_worker.py
+Started by engine_launch.py with the name of the jobs' file.
 
 A job is {"name", "config", "zero_stage" (null: a plain PyTorch loop), "accumulation", "steps"}; rank 0 writes all states to
 <name>.safetensors and, for stage vae, a checkpoint to the config's run folder.
 """
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ from data_pipeline.manifest import Manifest
 from modeling.repa import RepaHead
 from pretrain.checkpoint import CheckpointWriter
 from pretrain.config import RunConfig, parse_config
-from pretrain.distributed import Topology, init_distributed, shutdown
+from pretrain.distributed import Topology, init_distributed
 from pretrain.engine import Engine, EngineSettings
 from pretrain.optim import STATES, OptimizerSettings, parameter_groups
 from pretrain.stages import Stage, build_stage
@@ -112,10 +111,9 @@ def train_sharded(job: dict[str, Any], config: RunConfig, topology: Topology) ->
     return states
 
 
-def main() -> None:
-    """Run the jobs of the JSON file given as the only argument."""
-    torch.set_num_threads(1)
-    path = Path(sys.argv[1])
+def main(argv: list[str]) -> int:
+    """Run the jobs of the JSON file that is the only argument."""
+    path = Path(argv[0])
     topology = init_distributed(timeout_s=60)
     for job in json.loads(path.read_text()):
         config = parse_config(job["config"], "job")
@@ -124,8 +122,4 @@ def main() -> None:
         if topology.is_main:
             save_file({name: t.contiguous() for name, t in states.items()}, path.parent / f"{job['name']}.safetensors")
             (path.parent / f"{job['name']}.json").write_text("{}")
-    shutdown()
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -88,8 +88,8 @@ def test_a_restored_guard_decides_as_the_uninterrupted_one() -> None:
 
 def test_the_watchdog_is_quiet_while_there_is_progress(tmp_path: Path) -> None:
     codes: list[int] = []
-    with Watchdog(1.0, tmp_path, rank=0, exit_process=codes.append) as watchdog:
-        for step in range(8):
+    with Watchdog(3.0, tmp_path, rank=0, exit_process=codes.append) as watchdog:
+        for step in range(20):
             watchdog.beat(step, "compute")
             time.sleep(0.2)
     assert codes == []

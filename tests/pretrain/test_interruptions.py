@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import forked_ranks
+import noted_run
 import psutil
 import pytest
 import tiny_pipeline
 import tiny_run
 import torch
+from ports import job_port
 from torch import Tensor
 
 from pretrain.checkpoint import read_tensors
@@ -70,7 +72,8 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
     assert forked_ranks.finish(forked_ranks.start(tiny_run.write_config(folder / "vae.json", vae), ranks=1)) == [0]
     made = Quickstart(dit, folder / "run")
     config = made.config(folder)
-    assert forked_ranks.finish(forked_ranks.start(config)) == [0, 0], config.with_suffix(".log").read_text()[-5000:]
+    codes = forked_ranks.finish(forked_ranks.start(config, module="noted_run"))
+    assert codes == [0, 0], config.with_suffix(".log").read_text()[-5000:]
     return made
 
 
@@ -152,13 +155,18 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(quickstart: Quickstar
 def test_moved_between_ranks_and_zero_stages_it_takes_the_same_way(quickstart: Quickstart, tmp_path: Path) -> None:
     config, run = quickstart.config(tmp_path), tmp_path / "run"
     for part, (ranks, zero_stage) in enumerate([(2, 1), (1, 3), (2, 2)]):
-        processes = forked_ranks.start(config, "--set", f"train.zero_stage={zero_stage}", ranks=ranks)
+        sharding = ("--set", f"train.zero_stage={zero_stage}")
+        processes = forked_ranks.start(config, *sharding, ranks=ranks, module="noted_run")
         if part < 2:
             await_while_alive(processes, lambda: last_step(run) >= STEPS * (part + 1) // 3)  # noqa: B023
             os.kill(processes[-1].pid or 0, signal.SIGTERM)
         code = EXIT_REQUEUE if part < 2 else 0
         assert forked_ranks.finish(processes) == [code] * ranks, config.with_suffix(".log").read_text()[-5000:]
         assert part == 2 or STEPS * (part + 1) // 3 <= saved_steps(run / "checkpoints")[0][0] < STEPS
+    batches, expected = noted_run.global_batches(run), noted_run.global_batches(quickstart.straight)
+    assert sorted(expected) == list(range(STEPS))
+    assert {len(rows) for rows in expected.values()} == {quickstart.values["data"]["rows_per_step"]}
+    assert batches == expected
     assert losses(run) == pytest.approx(losses(quickstart.straight), rel=1e-5)
 
 
@@ -175,7 +183,7 @@ def of_job(config: Path) -> list[psutil.Process]:
 def test_sigterm_through_the_launcher(quickstart: Quickstart, tmp_path: Path) -> None:
     config, run = quickstart.config(tmp_path), tmp_path / "run"
     launcher, training = (
-        [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"],
+        [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", str(job_port())],
         ["--config", str(config)],
     )
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIGS.parent)}
@@ -196,22 +204,41 @@ def test_sigterm_through_the_launcher(quickstart: Quickstart, tmp_path: Path) ->
         assert process.poll() is None, log.read_text()[-5000:]
         return process, log
 
-    # To the launcher's whole group, as schedulers do: the ranks save, though deepspeed itself has other exit codes.
+    # To the launcher's whole group, as schedulers do: the ranks save, though deepspeed itself dies of the signal.
     process, log = start([*launcher, "pretrain/train.py", *training], "group")
     os.killpg(process.pid, signal.SIGTERM)
-    process.wait(60)
+    assert process.wait(300) == -signal.SIGTERM
     wait_for(lambda: not of_job(config))
     assert "SIGTERM: writing a checkpoint after step" in log.read_text()
     first = last_step(run)
     assert saved_steps(run / "checkpoints")[0][0] == first < STEPS
 
+    # To deepspeed alone: it leaves its ranks to themselves, which notice, save and end too.
+    process, log = start([*launcher, "pretrain/train.py", *training], "alone")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(300) == -signal.SIGTERM
+    wait_for(lambda: not of_job(config))
+    assert "the launcher's end: writing a checkpoint after step" in log.read_text()
+    second = last_step(run)
+    assert first < saved_steps(run / "checkpoints")[0][0] == second < STEPS
+
+    # To one rank: all save, and deepspeed passes their code on.
+    process, log = start([*launcher, "pretrain/train.py", *training], "rank")
+    ranks = [one for one in of_job(config) if "-u" in one.cmdline() and "deepspeed.launcher.launch" not in one.cmdline()]
+    assert len(ranks) == 2
+    ranks[1].send_signal(signal.SIGTERM)
+    assert process.wait(300) == EXIT_REQUEUE, log.read_text()[-5000:]
+    wait_for(lambda: not of_job(config))
+    third = last_step(run)
+    assert second < saved_steps(run / "checkpoints")[0][0] == third < STEPS
+
     # To the supervisor alone: the same, and its exit code says so.
     supervise = [sys.executable, "-m", "pretrain.supervise", "--launcher", " ".join(launcher), "--", *training]
     process, log = start(supervise, "supervise")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == EXIT_REQUEUE, log.read_text()[-5000:]
+    assert process.wait(300) == EXIT_REQUEUE, log.read_text()[-5000:]
     assert not of_job(config)
-    assert first < saved_steps(run / "checkpoints")[0][0] == last_step(run) < STEPS
+    assert third < saved_steps(run / "checkpoints")[0][0] == last_step(run) < STEPS
 
     assert forked_ranks.finish(forked_ranks.start(config)) == [0, 0], config.with_suffix(".log").read_text()[-5000:]
     assert_as_straight(quickstart, run)

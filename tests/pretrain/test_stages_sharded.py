@@ -65,12 +65,12 @@ def jobs(folder: Path, world_size: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def one_rank(folder: Path) -> dict[str, Result]:
-    return launch(folder / "one", 1, jobs(folder, 1), worker="stage_worker.py")
+    return launch(folder / "one", 1, jobs(folder, 1), worker="stage_worker")
 
 
 @pytest.fixture(scope="module")
 def two_ranks(folder: Path, one_rank: dict[str, Result]) -> dict[str, Result]:
-    return launch(folder / "two", 2, jobs(folder, 2), worker="stage_worker.py")
+    return launch(folder / "two", 2, jobs(folder, 2), worker="stage_worker")
 
 
 @pytest.mark.slow

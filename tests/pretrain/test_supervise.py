@@ -30,6 +30,10 @@ code, step = json.loads((folder / "plan").read_text())[number]
 if step == "orphan":
     orphan = subprocess.Popen(["sleep", "600"], start_new_session=True)
     (folder / "orphan").write_text(str(orphan.pid))
+elif step == "die":
+    saving = f"import time, os; time.sleep(1); os.makedirs({str(folder / 'run' / 'checkpoints' / 'step-000000004')!r})"
+    subprocess.Popen([sys.executable, "-c", saving], start_new_session=True)
+    os.kill(os.getpid(), signal.SIGTERM)
 elif step == "obey":
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(85))
     (folder / "run" / "heartbeats").mkdir(parents=True)
@@ -137,6 +141,11 @@ def test_processes_that_outlive_the_job_are_ended(folder: Path) -> None:
     assert code == 0
     stat = Path(f"/proc/{(folder / 'orphan').read_text()}/stat")
     assert not stat.exists() or ") Z" in stat.read_text()
+
+
+def test_ranks_whose_launcher_was_killed_may_save(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert supervised(folder, [(0, "die"), (0, 6)], hostfile=False)[0] == 0
+    assert "the job ended with exit code 143 (ended by SIGTERM) at step 4" in capsys.readouterr().out
 
 
 def test_the_jobs_variables_reach_the_hosts_by_deepspeeds_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,12 @@ import inspect
 import json
 import os
 import signal
-import subprocess
-import sys
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import forked_ranks
+import psutil
 import pytest
 import tiny_run
 import torch
@@ -16,13 +18,11 @@ from torch import Tensor
 from data_pipeline.errors import UserError
 from pretrain import faults, train
 from pretrain.checkpoint import read_manifest, read_tensors
-from pretrain.distributed import free_port
 from pretrain.engine import Engine
 from pretrain.session import refuse_other_inputs
 from pretrain.slices import saved_steps
+from pretrain.telemetry import STRAGGLER
 from pretrain.telemetry_sinks import read_metrics
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -42,31 +42,14 @@ def start(config: Path, *arguments: str) -> int:
     return train.main(["--config", str(config), *arguments])
 
 
-def start_ranks(config: Path, *arguments: str, ranks: int = 2, **environment: str) -> list[subprocess.Popen]:
-    """The same command on several ranks, as a launcher starts it, but without one that ends them."""
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), **environment}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, str(Path(__file__).parent / "tiny_run.py"), "--config", str(config), *arguments]
-    return [
-        subprocess.Popen(
-            command,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
+def start_ranks(config: Path, *arguments: str, **environment: str) -> list[BaseProcess]:
+    """The same command on two ranks, as a launcher starts it, but without one that ends them."""
+    return forked_ranks.start(config, *arguments, module="tiny_run", **environment)
 
 
-def finish(processes: list[subprocess.Popen], timeout_s: float = 300) -> list[tuple[int, str]]:
-    """(exit code, output) of every rank."""
-    try:
-        outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, output) for process, output in zip(processes, outputs)]
+def output_of(config: Path) -> str:
+    """What the ranks wrote."""
+    return config.with_suffix(".log").read_text()
 
 
 def everything(run: Path) -> dict[str, Tensor]:
@@ -296,10 +279,8 @@ def test_help_names_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_two_ranks_train_as_one_and_survive_a_signal_to_one_of_them(tmp_path: Path, data: Path, straight: Path) -> None:
     config = make_config(tmp_path, data)
-    for code, output in finish(start_ranks(config, TINY_TERM="1:21")):
-        assert code == faults.EXIT_REQUEUE, output
-    for code, output in finish(start_ranks(config)):
-        assert code == 0, output
+    assert forked_ranks.finish(start_ranks(config, TINY_TERM="1:21")) == [faults.EXIT_REQUEUE] * 2, output_of(config)
+    assert forked_ranks.finish(start_ranks(config)) == [0, 0], output_of(config)
     two, one = everything(tmp_path / "run"), everything(straight)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
@@ -309,8 +290,7 @@ def test_two_ranks_train_as_one_and_survive_a_signal_to_one_of_them(tmp_path: Pa
 @pytest.mark.slow
 def test_a_nan_on_one_rank_is_skipped_by_both(tmp_path: Path, data: Path) -> None:
     config = make_config(tmp_path, data)
-    for code, output in finish(start_ranks(config, TINY_NAN="19")):
-        assert code == 0, output
+    assert forked_ranks.finish(start_ranks(config, TINY_NAN="19")) == [0, 0], output_of(config)
     entries = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [(entry["step"], entry["rank"]) for entry in entries] == [(2, 0), (2, 1)]
     assert sorted(row[0] for entry in entries for row in entry["rows"]) == list(range(16, 24))
@@ -318,20 +298,38 @@ def test_a_nan_on_one_rank_is_skipped_by_both(tmp_path: Path, data: Path) -> Non
 
 @pytest.mark.slow
 def test_an_error_on_one_rank_ends_it_at_once(tmp_path: Path, data: Path) -> None:
-    processes = start_ranks(make_config(tmp_path, data), TINY_RAISE="1:21")
-    output = processes[1].communicate(timeout=300)[0]
-    processes[0].kill()
-    assert processes[1].returncode == faults.EXIT_FAILED
-    assert "injected" in output
+    config = make_config(tmp_path, data)
+    assert forked_ranks.finish(start_ranks(config, TINY_RAISE="1:21")) == [faults.EXIT_FAILED] * 2, output_of(config)
+    assert "injected" in output_of(config)
 
 
 @pytest.mark.slow
 def test_a_frozen_rank_is_named_by_the_others_which_end(tmp_path: Path, data: Path) -> None:
-    alive, frozen = start_ranks(make_config(tmp_path, data, watchdog_s=20.0, grace_s=3.0), TINY_STOP="1:21")[:2]
-    output = alive.communicate(timeout=300)[0]
-    frozen.kill()
-    frozen.wait()
-    assert alive.returncode == faults.EXIT_HUNG, output
+    watchdog_s = 20.0
+    config = make_config(tmp_path, data, watchdog_s=watchdog_s, grace_s=3.0)
+    alive, frozen = start_ranks(config, TINY_STOP="1:21")
+    try:
+        while psutil.Process(frozen.pid).status() != psutil.STATUS_STOPPED:
+            assert alive.is_alive(), output_of(config)
+            time.sleep(0.01)
+        began = time.monotonic()
+        alive.join(300)
+        took_s = time.monotonic() - began
+    finally:
+        forked_ranks.kill([alive, frozen])
+    output = output_of(config)
+    assert alive.exitcode == faults.EXIT_HUNG, output
+    assert watchdog_s <= took_s <= watchdog_s + 30
     assert "in phase compute of step 2; rank 1 on" in output
     assert "is silent for" in output
     assert "in forward_backward" in (tmp_path / "run" / "stacks-rank-00000.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_slow_rank_is_named(tmp_path: Path, data: Path) -> None:
+    config = make_config(tmp_path, data)
+    assert forked_ranks.finish(start_ranks(config, TINY_SLOW="1:0.1")) == [0, 0], output_of(config)
+    lines = read_metrics(tmp_path / "run")
+    assert [list(line["stragglers"]) for line in lines] == [["1"]] * 6
+    assert all(line["stragglers"]["1"] > STRAGGLER for line in lines)
+    assert "slow ranks (times the median forward pass): {'1': " in output_of(config)

@@ -9,16 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import forked_ranks
 import pytest
 import tiny_pipeline
 import tiny_run
 import torch
-from engine_launch import rank_environment
 from torch import Tensor
 from two_hosts import REPOSITORY, Host, TwoHosts, kill, two_hosts, wait_for, what_is_missing
 
 from pretrain.checkpoint import read_tensors
-from pretrain.distributed import free_port
 from pretrain.faults import EXIT_LOST
 from pretrain.hosts import launch_variables
 from pretrain.optim import STATES
@@ -65,33 +64,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
                 values = tiny_pipeline.dit_values(data, folder / "vae-zero1-one", run)
                 values["train"] |= section
             written[name] = tiny_run.write_config(folder / f"{run.name}.json", values)
-    train_on_one_host(list(configs["one"].values()), folder)
+    train_on_one_host(list(configs["one"].values()))
     return Runs(configs["two"], {name: folder / f"{name}-one" for name in RUNS})
 
 
-def train_on_one_host(configs: list[Path], folder: Path) -> None:
+def train_on_one_host(configs: list[Path]) -> None:
     """Two ranks of plain Python, one run after the other."""
-    program = """if True:
-        import sys
-        from pretrain import train
-        for config in sys.argv[1:]:
-            assert train.main(["--config", config]) == 0
-        train.shutdown()
-    """
-    port, logs = free_port(), [folder / f"one-host-{rank}.log" for rank in range(2)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, *map(str, configs)], env=rank_environment(rank, 2, port),
-            stdout=log.open("w"), stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]  # fmt: skip
-    try:
-        codes = [process.wait(LAUNCH_S) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    for config in configs:
+        assert forked_ranks.finish(forked_ranks.start(config), LAUNCH_S) == [0, 0], config.with_suffix(
+            ".log"
+        ).read_text()
 
 
 def deepspeed(cluster: TwoHosts, config: Path) -> list[str]:

@@ -1,13 +1,15 @@
 """A run in miniature for tests of the loop: random data, a stage of one embedding and one matrix, its configuration.
 
-As a script it is pretrain/train.py with that stage. Environment variables inject faults, by rows, which are the same
-whatever the ranks: TINY_NAN="40,41" gives a nan loss for these tickets, TINY_STOP="rank:ticket" freezes the process,
-TINY_RAISE="rank:ticket" raises, TINY_TERM="rank:ticket" sends it SIGTERM.
+`main` is pretrain/train.py's with that stage. Environment variables inject faults, by rows, which are the same whatever
+the ranks: TINY_NAN="40,41" gives a nan loss for these tickets, TINY_STOP="rank:ticket" freezes the process,
+TINY_RAISE="rank:ticket" raises, TINY_TERM="rank:ticket" sends it SIGTERM; and TINY_SLOW="rank:seconds" makes every
+forward pass of a rank take so much longer.
 """
 
 import json
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,7 +117,10 @@ def tickets(variable: str) -> set[int]:
 
 
 def inject_faults(batch: Batch) -> None:
-    """Freeze, raise or signal at a row of a rank, as the environment says."""
+    """Slow a rank down, freeze it, raise or signal at a row of it, as the environment says."""
+    slow, _, seconds = os.environ.get("TINY_SLOW", "").partition(":")
+    if slow == os.environ.get("RANK", "0"):
+        time.sleep(float(seconds))
     for variable in ("TINY_STOP", "TINY_RAISE", "TINY_TERM"):
         rank, _, ticket = os.environ.get(variable, "").partition(":")
         met = any(row.split == "train" and str(row.ticket) == ticket for row in batch.rows)
@@ -128,18 +133,10 @@ def inject_faults(batch: Batch) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def use_tiny_stage() -> None:
-    """Put `TinyStage` in the place of the configuration's stage."""
+def main(argv: list[str]) -> int:
+    """pretrain/train.py with `TinyStage` in the place of the configuration's stage."""
     import pretrain.session
+    from pretrain import train
 
     pretrain.session.build_stage = lambda config, device: TinyStage()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    use_tiny_stage()
-    from pretrain.train import faults, main, shutdown
-
-    exit_code = main()
-    shutdown()
-    faults.leave(exit_code)
+    return train.main(argv)
