@@ -224,7 +224,9 @@ def test_sigterm_through_the_launcher(quickstart: Quickstart, tmp_path: Path) ->
 
     # To one rank: all save, and deepspeed passes their code on.
     process, log = start([*launcher, "pretrain/train.py", *training], "rank")
-    ranks = [one for one in of_job(config) if "-u" in one.cmdline() and "deepspeed.launcher.launch" not in one.cmdline()]
+    ranks = [
+        one for one in of_job(config) if "-u" in one.cmdline() and "deepspeed.launcher.launch" not in one.cmdline()
+    ]
     assert len(ranks) == 2
     ranks[1].send_signal(signal.SIGTERM)
     assert process.wait(300) == EXIT_REQUEUE, log.read_text()[-5000:]
