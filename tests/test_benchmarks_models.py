@@ -47,9 +47,9 @@ def test_train_step(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = last_line(capsys)
     bars = ("cpu_utilisation", "padded_over_packed_openwebtext", "padded_over_packed_tinystories")
     assert all(figures[name] > 0 for name in (*bars, "head_time_ratio"))
-    # The naive one's logits alone are 64 MiB here: well above the megabyte by which a process's size is known.
+    # The naive one's logits alone are 64 MiB: they always show in a process's size. Our chunks may fit into memory that it has anyway.
     assert figures["head_naive_peak_gb"] > 0.06
-    assert 0 < figures["head_memory_ratio"] < 1
+    assert figures["head_memory_ratio"] < 1
     assert "utilisation_openwebtext_cpu" in figures
 
 

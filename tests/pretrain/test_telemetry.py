@@ -146,7 +146,7 @@ def test_the_forward_timer_counts_forward_passes_only(monkeypatch: pytest.Monkey
 
 
 def test_stragglers() -> None:
-    assert find_stragglers([1.0, 1.1, 0.9, 1.6], window_s=4.0) == {"3": pytest.approx(1.52, abs=0.01)}
+    assert find_stragglers([1.0, 1.1, 0.9, 1.6], window_s=4.0) == {"3": 1.6}
     assert find_stragglers([1.0, 1.1, 0.9, 1.6], window_s=40.0) == {}
     assert find_stragglers([1.0, 2.0], window_s=4.0) == {"1": 2.0}
     assert find_stragglers([1.0], window_s=1.0) == {}
