@@ -70,7 +70,7 @@ def kill(processes: list[BaseProcess]) -> None:
         process.join()
 
 
-def finish(processes: list[BaseProcess], timeout_s: float = 300) -> list[int | None]:
+def finish(processes: list[BaseProcess], timeout_s: float = 900) -> list[int | None]:
     """Exit codes of all ranks; None for one that had to be killed."""
     try:
         for process in processes:

@@ -103,12 +103,12 @@ def unfinished(run: Path) -> set[tuple[str, int]]:
     return found
 
 
-def await_while_alive(processes: list[BaseProcess], reached: Callable[[], object], seconds: float = 120) -> None:
+def await_while_alive(processes: list[BaseProcess], reached: Callable[[], object], seconds: float = 900) -> None:
     """Until the condition holds, or the ranks end by themselves."""
     wait_for(lambda: reached() or not all(process.is_alive() for process in processes), seconds)
 
 
-def wait_for(reached: Callable[[], object], seconds: float = 300) -> None:
+def wait_for(reached: Callable[[], object], seconds: float = 900) -> None:
     """Until the condition holds."""
     deadline = time.monotonic() + seconds
     while not reached():
@@ -180,8 +180,9 @@ def of_job(config: Path) -> list[psutil.Process]:
     return found
 
 
-def test_sigterm_through_the_launcher(quickstart: Quickstart, tmp_path: Path) -> None:
+def test_sigterm_through_the_launcher(quickstart: Quickstart, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     config, run = quickstart.config(tmp_path), tmp_path / "run"
+    request.addfinalizer(lambda: [process.kill() for process in of_job(config)])
     launcher, training = (
         [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", str(job_port())],
         ["--config", str(config)],
@@ -207,7 +208,7 @@ def test_sigterm_through_the_launcher(quickstart: Quickstart, tmp_path: Path) ->
     # To the launcher's whole group, as schedulers do: the ranks save, though deepspeed itself dies of the signal.
     process, log = start([*launcher, "pretrain/train.py", *training], "group")
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(300) == -signal.SIGTERM
+    assert process.wait(900) == -signal.SIGTERM
     wait_for(lambda: not of_job(config))
     assert "SIGTERM: writing a checkpoint after step" in log.read_text()
     first = last_step(run)
@@ -216,7 +217,7 @@ def test_sigterm_through_the_launcher(quickstart: Quickstart, tmp_path: Path) ->
     # To deepspeed alone: it leaves its ranks to themselves, which notice, save and end too.
     process, log = start([*launcher, "pretrain/train.py", *training], "alone")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(300) == -signal.SIGTERM
+    assert process.wait(900) == -signal.SIGTERM
     wait_for(lambda: not of_job(config))
     assert "the launcher's end: writing a checkpoint after step" in log.read_text()
     second = last_step(run)
@@ -229,7 +230,7 @@ def test_sigterm_through_the_launcher(quickstart: Quickstart, tmp_path: Path) ->
     ]
     assert len(ranks) == 2
     ranks[1].send_signal(signal.SIGTERM)
-    assert process.wait(300) == EXIT_REQUEUE, log.read_text()[-5000:]
+    assert process.wait(900) == EXIT_REQUEUE, log.read_text()[-5000:]
     wait_for(lambda: not of_job(config))
     third = last_step(run)
     assert second < saved_steps(run / "checkpoints")[0][0] == third < STEPS
@@ -238,7 +239,7 @@ def test_sigterm_through_the_launcher(quickstart: Quickstart, tmp_path: Path) ->
     supervise = [sys.executable, "-m", "pretrain.supervise", "--launcher", " ".join(launcher), "--", *training]
     process, log = start(supervise, "supervise")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(300) == EXIT_REQUEUE, log.read_text()[-5000:]
+    assert process.wait(900) == EXIT_REQUEUE, log.read_text()[-5000:]
     assert not of_job(config)
     assert third < saved_steps(run / "checkpoints")[0][0] == last_step(run) < STEPS
 
