@@ -96,7 +96,7 @@ class Contest:
         for index, path in enumerate(files):
             (self.source / f"{index:03d}-{path.name}").symlink_to(path.resolve())
         self.documents = [text for text in open_source(str(self.source)) if text.strip()]
-        self.backend = encoder(load_tokenizer(tokenizer).definition)
+        self.backend = encoder(load_tokenizer(tokenizer))
         self.encoded_tokens = self.kept_tokens = 0
         self.numbers = itertools.count()
 

@@ -41,7 +41,7 @@ MIN_WINDOW = 8
 
 def rows_of(text: Path, tokenizer: str, row_tokens: int, num_rows: int) -> list[list[int]]:
     """Window lengths of the `num_rows` neighbouring packed rows whose number of windows is nearest to the text's average."""
-    backend = encoder(load_tokenizer(tokenizer).definition)
+    backend = encoder(load_tokenizer(tokenizer))
     documents = [document for document in open_source(str(text)) if document.strip()]
     counts = [len(encoding.ids) for encoding in backend.encode_batch_fast(documents, add_special_tokens=False)]
     lengths = np.array([n for count in counts for n in window_lengths(count, MIN_WINDOW, row_tokens)])

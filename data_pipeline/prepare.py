@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.assemble import AssembleTask, assemble_group, load_group, plan_groups
-from data_pipeline.encode import EncodeTask, UnitResult, encode_unit, load_result
+from data_pipeline.encode import EncodeTask, UnitResult, encode_unit, load_result, use_tokenizer
 from data_pipeline.errors import UserError, cli
 from data_pipeline.inspection import inspect, verify
 from data_pipeline.manifest import MANIFEST_NAME, Manifest, ShardInfo
@@ -33,7 +33,7 @@ from data_pipeline.work import (
     remove_earlier,
     remove_leftovers,
 )
-from data_pipeline.workers import Progress, disk_errors, run_tasks
+from data_pipeline.workers import Progress, Workers, disk_errors
 
 
 @dataclass(frozen=True)
@@ -96,24 +96,30 @@ def prepare(
     arguments = _arguments(options, tokenizer)
     if (output / MANIFEST_NAME).exists():
         return _finished(output, arguments)
-    source = open_source(options.source, options.text_field)
-    work = open_work(output, source, tokenizer, arguments)
-    indices = range(len(source.units)) if part is None else range(part[0], len(source.units), part[1])
-    if merge:
-        check_complete(work, len(source.units))
-    else:
-        _encode(options, source, tokenizer, work, indices)
-    if part is not None:
-        print(
-            f"{output}: part {part[0]}/{part[1]} encoded; when all are, run the same command with --merge instead of "
-            "--part"
-        )
-        return None
-    return _assemble(options, source, tokenizer, work)
+    use_tokenizer(tokenizer)
+    with Workers(options.workers) as workers:
+        source = open_source(options.source, options.text_field)
+        work = open_work(output, source, tokenizer, arguments)
+        indices = range(len(source.units)) if part is None else range(part[0], len(source.units), part[1])
+        if merge:
+            check_complete(work, len(source.units))
+        else:
+            _encode(options, source, tokenizer, work, indices, workers)
+        if part is None:
+            return _assemble(options, source, tokenizer, work, workers)
+    print(
+        f"{output}: part {part[0]}/{part[1]} encoded; when all are, run the same command with --merge instead of --part"
+    )
+    return None
 
 
 def _encode(
-    options: PrepareOptions, source: Source, tokenizer: LoadedTokenizer, work: Path, indices: Iterable[int]
+    options: PrepareOptions,
+    source: Source,
+    tokenizer: LoadedTokenizer,
+    work: Path,
+    indices: Iterable[int],
+    workers: Workers,
 ) -> None:
     """Pass 1 over the units that are not finished yet."""
     tasks = [
@@ -131,11 +137,12 @@ def _encode(
         if load_result(work, index) is None
     ]
     with Progress("encoding", len(tasks), "documents") as progress:
-        for _ in run_tasks(_guarded_encode, tasks, options.workers, progress):
-            pass
+        workers.run(_guarded_encode, tasks, progress)
 
 
-def _assemble(options: PrepareOptions, source: Source, tokenizer: LoadedTokenizer, work: Path) -> Manifest:
+def _assemble(
+    options: PrepareOptions, source: Source, tokenizer: LoadedTokenizer, work: Path, workers: Workers
+) -> Manifest:
     """Pass 2 and the manifest."""
     units = [load_result(work, index) or UnitResult() for index in range(len(source.units))]
     names = [name for unit in units for name in unit.chunks]
@@ -165,8 +172,7 @@ def _assemble(options: PrepareOptions, source: Source, tokenizer: LoadedTokenize
     ]
     with Progress("packing", len(tasks), "documents") as progress:
         unfinished = [task for task in tasks if load_group(work, task.group) is None]
-        for _ in run_tasks(_guarded_assemble, unfinished, options.workers, progress):
-            pass
+        workers.run(_guarded_assemble, unfinished, progress)
     results = [load_group(work, group) for group in groups]
     manifest = _manifest(options, source, tokenizer, units, [result for result in results if result])
     tokenizer.save(options.output / "tokenizer")

@@ -116,9 +116,8 @@ def _file_units(path: Path) -> list[Unit]:
         )  # each part decompresses the whole file, which is cheap beside tokenising it
         return [Unit("compressed", str(path), part, parts, size) for part in range(parts)]
     if kind == "jsonl":
-        return [
-            Unit("jsonl", str(path), start, min(start + UNIT_BYTES, size), size) for start in range(0, size, UNIT_BYTES)
-        ]
+        step = min(UNIT_BYTES, max(UNIT_BYTES // 16, size // 16))  # a small file gives work to several processes too
+        return [Unit("jsonl", str(path), start, min(start + step, size), size) for start in range(0, size, step)]
     if kind == "txt":
         return [Unit("text", str(path), 0, size, size)]
     if kind == "parquet" and not compressed:

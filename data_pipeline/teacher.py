@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
@@ -19,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.storage import read_bytes
-from data_pipeline.tokenization import encoder, load_tokenizer
+from data_pipeline.tokenization import load_tokenizer
 
 # What causal decoders of transformers call the norm behind their last layer.
 FINAL_NORM_NAMES = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
@@ -246,7 +247,7 @@ def check_same_tokenizer(name: str, revision: str | None, data: str, tokens: Man
         return
     vocabulary = theirs.backend.get_vocab()
     try:
-        ours = encoder(read_bytes(f"{data}/tokenizer", "tokenizer.json")).get_vocab()
+        ours = Tokenizer.from_buffer(read_bytes(f"{data}/tokenizer", "tokenizer.json")).get_vocab()
     except FileNotFoundError:
         raise UserError(f"{data}/tokenizer/tokenizer.json does not exist: copy the prepared folder again") from None
     differing = [token for token, index in ours.items() if vocabulary.get(token) != index]

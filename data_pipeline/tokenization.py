@@ -73,15 +73,12 @@ def load_transformers_tokenizer(source: str | Path) -> "PreTrainedTokenizerFast"
     return PreTrainedTokenizerFast(tokenizer_object=loaded.backend, eos_token=eos, pad_token=eos)
 
 
-def encoder(definition: bytes | Path) -> Tokenizer:
-    """Backend for encoding documents: no truncation, no padding, and special tokens in the text are plain text."""
-    backend = (
-        Tokenizer.from_file(str(definition)) if isinstance(definition, Path) else Tokenizer.from_buffer(definition)
-    )
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    return backend
+def encoder(tokenizer: LoadedTokenizer) -> Tokenizer:
+    """Its backend, set to encode documents: no truncation, no padding, and special tokens in the text are plain text."""
+    tokenizer.backend.no_truncation()
+    tokenizer.backend.no_padding()
+    tokenizer.backend.encode_special_tokens = True
+    return tokenizer.backend
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> LoadedTokenizer:

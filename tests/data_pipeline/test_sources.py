@@ -38,6 +38,14 @@ def test_byte_ranges_of_jsonl_hold_every_line_once(
     assert [text for unit in units for text in unit] == TEXTS[: 20 if unit_bytes == 1 else 1000]
 
 
+def test_a_small_file_is_work_for_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    monkeypatch.setattr(sources, "UNIT_BYTES", path.stat().st_size + 1)
+    units = by_unit(path)
+    assert len(units) in (16, 17)
+    assert [text for unit in units for text in unit] == TEXTS
+
+
 def test_a_missing_last_newline_loses_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\n\n{"text": "two"}')
