@@ -52,7 +52,8 @@ def use_tokenizer(tokenizer: LoadedTokenizer) -> None:
     """Set what `encode_unit` encodes with, in this process and those forked from it."""
     global _tokenizer
     _tokenizer = encoder(tokenizer)
-    _tokenizer.model._resize_cache(_CACHED_WORDS)
+    if hasattr(_tokenizer.model, "_resize_cache"):  # WordPiece and WordLevel look words up without one
+        _tokenizer.model._resize_cache(_CACHED_WORDS)
 
 
 def encode_unit(task: EncodeTask, progress: Callable[[int, int], None]) -> UnitResult:

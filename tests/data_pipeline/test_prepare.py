@@ -9,11 +9,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from data_pipeline import encode, prepare, sources
 from data_pipeline.batch import FILLER, SplitConfig
@@ -162,6 +166,19 @@ def test_parts_and_merge_equal_one_run(
         prepare.prepare(options(place, tmp_path), part=(index, 3))
     prepare.prepare(options(place, tmp_path), merge=True)
     assert contents(tmp_path) == expected
+
+
+def test_a_tokenizer_of_whole_words(place: Path, tmp_path: Path) -> None:
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate([*WORDS, "?", "."])}, unk_token="?"))
+    backend.pre_tokenizer = Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    manifest = prepare.prepare(
+        replace(options(place, tmp_path / "out", workers=2), tokenizer=str(tmp_path / "tokenizer.json"))
+    )
+    assert manifest is not None
+    rows = TokenRows(str(tmp_path / "out"), manifest, "train").read(Span(0, 0, 0, 1))[0]
+    assert set(np.unique(rows)) <= set(range(len(WORDS) + 2))
+    assert len(np.unique(rows)) > 10
 
 
 def test_a_finished_folder_stays_as_it_is(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
