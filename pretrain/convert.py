@@ -159,6 +159,7 @@ def load_run(
         max_window=manifest.max_window,
         eos_token_id=manifest.tokenizer.eos_id,
         auto_map={"AutoConfig": "textldm.TextLDMConfig", "AutoModel": "textldm.TextLDM"},
+        # Not strict: the checkpoint's JSON has lists for tuples.
         **sampling.settings(Diagnose.model_validate(config["diagnose"], strict=False)),
     )
     tensors = checkpoint.read_tensors(path, weights)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import attention, gpu, sampling, train_step
+from benchmarks import attention, gpu, lm_head, sampling, train_step
 from benchmarks.lm_head import peak_bytes
 from benchmarks.plain_dit import PlainDiT
+from data_pipeline.errors import UserError
 from data_pipeline.tokenization import train_tokenizer
 from modeling.attention import Segments
 from modeling.text_dit import TextDiT, TextDiTConfig
@@ -51,6 +52,12 @@ def test_train_step(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert figures["head_naive_peak_gb"] > 0.06
     assert figures["head_memory_ratio"] < 1
     assert "utilisation_openwebtext_cpu" in figures
+
+
+def test_a_head_too_small_to_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm_head, "peak_bytes", lambda run, device: 0)
+    with pytest.raises(UserError, match=r"logits of \(3, 8\) are too small .* raise --head-tokens"):
+        lm_head.Head(3, 4, 8, torch.device("cpu"), torch.float32).figures(1)
 
 
 def test_rows_are_full_and_as_the_text_is(text: Path) -> None:
