@@ -1,7 +1,9 @@
 """Fixtures shared by the whole suite, and what lets its files run side by side."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -23,6 +25,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files in the order in which xdist deals them out."""
     rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_environment() -> Iterator[None]:
+    """Give back the environment as a file's tests found it.
+
+    A job of one process in the tests' own process leaves its rendezvous there, on whose port it still listens: the jobs that
+    the next file starts would try to as well.
+    """
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")
