@@ -126,7 +126,8 @@ class FeatureCodec:
     def decode(self, coded: CodedFeatures, tokens_T: torch.Tensor, window_lengths: Sequence[int]) -> torch.Tensor:
         """Codes with the tokens and windows they were made for -> directions float32 [T, F] on the codec's device.
 
-        Their norm is near 1: only the direction is stored.
+        Each is the mean of u over the features with these codes and tokens, as far as the model holds: its squared norm, below
+        1, is its product with u on average.
         """
         device = self.mean_F.device
         codes_TC = coded.codes_TC.to(device)

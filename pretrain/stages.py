@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.batch import FILLER, PREFIX, SUFFIX, Batch
+from data_pipeline.codec import FeatureCodec
 from data_pipeline.errors import UserError
 from data_pipeline.feature_cache import load_cache
 from data_pipeline.manifest import Manifest
@@ -151,21 +152,27 @@ class VAEStage(Stage):
         }
         if self.repa is not None:
             aligned_T = (roles_T == PREFIX).float()
-            features_TF = self._features(batch)
-            cosine_T = self.repa(hidden_TD, features_TF)
+            directions_TF = self._directions(batch)
+            cosine_T = self.repa(hidden_TD, directions_TF)
             weight = self.config.repa.weight * ramp(self.step, self.config.repa.warmup_steps)
             loss = loss - weight * (cosine_T * aligned_T).sum() / max(counts["aligned"], 1)
             # Positions half a batch away: what arbitrary pairs reach (docs/diagnosis.md, check 4).
             with torch.no_grad():
-                shuffled_T = self.repa(hidden_TD.detach(), features_TF.roll(len(features_TF) // 2, 0))
+                shuffled_T = self.repa(hidden_TD.detach(), directions_TF.roll(len(directions_TF) // 2, 0))
             both_T = aligned_T * aligned_T.roll(len(aligned_T) // 2)
             metrics["repa_cosine"] = weighted(cosine_T, aligned_T)
             metrics["repa_cosine_excess"] = weighted(cosine_T - shuffled_T, both_T)
         return StageOutput(loss, metrics)
 
-    def _features(self, batch: Batch) -> Tensor:
-        if "codec" in self._frozen:
-            return self._frozen["codec"].decode(batch.features, batch.tokens_T, batch.window_lengths)
+    def _directions(self, batch: Batch) -> Tensor:
+        """The teacher's features over their norms [T, F]; those of a lossy codec as it gives them, see RepaHead."""
+        codec = self._frozen.get("codec")
+        if codec is None:
+            return F.normalize(self._online_features(batch).float(), dim=-1)
+        decoded_TF = codec.decode(batch.features, batch.tokens_T, batch.window_lengths)
+        return decoded_TF if isinstance(codec, FeatureCodec) else F.normalize(decoded_TF, dim=-1)
+
+    def _online_features(self, batch: Batch) -> Tensor:
         filler = {w for w, role in zip(batch.segment_windows, batch.segment_roles) if role == FILLER}
         wanted = [w not in filler for w in range(len(batch.window_lengths))]
         return self._frozen["teacher"].features(batch.tokens_T, batch.window_lengths, wanted).clone()

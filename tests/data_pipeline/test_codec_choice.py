@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_codec import random_sample
 
-from data_pipeline.codec_choice import DISTORTION, Fidelity, Target, allocate, choose, exact, fit, measure
+from data_pipeline.codec_choice import DISTORTION, Fidelity, Target, allocate, choose, directions, exact, fit, measure
 from data_pipeline.errors import UserError
 from data_pipeline.quantise import DIGITS_PER_BYTE, code_bytes
 
@@ -51,6 +51,22 @@ def test_choice_keeps_its_promise_on_unseen_text():
     assert all(fidelity.bytes_per_token <= row.bytes_per_token for row in cheaper)
     assert codec.ngrams.order >= 1  # the sample's features are mostly a function of the token
     assert len(str(fidelity)) == len(Fidelity.header())
+
+
+def test_decoded_length_makes_up_for_what_the_codec_lost():
+    """For a student that knows the tokens alone, the mean product with what is decoded is that with the exact directions; the mean
+    cosine is not."""
+    codec = choose(random_sample(num_tokens=20_000), Target(0.99))[0]
+    held = random_sample(num_tokens=20_000, seed=1)
+    coded = codec.encode(held.features_TF, held.tokens_T, held.window_lengths)
+    decoded_TF = codec.decode(coded, held.tokens_T, held.window_lengths)
+    knows_TF = directions(codec.mean_F + codec.ngrams.predict(held.tokens_T, held.window_lengths))
+    exact, product, cosine = (
+        float((knows_TF * other_TF).sum(1).double().mean())
+        for other_TF in (directions(held.features_TF), decoded_TF, directions(decoded_TF))
+    )
+    assert abs(product / exact - 1) < 0.001
+    assert cosine / exact - 1 > 0.005
 
 
 def test_choice_weighs_the_tables_against_the_data():
