@@ -6,12 +6,15 @@
 All peers of loader_peers.py that are installed take part, the others are named in `missing`. webdataset and datasets come with
 this project; `pip install litdata mosaicml-streaming` (in an environment of its own, if their versions disagree) adds the others.
 
-Every contender gives one pass over the same rows, in turn with the others; a figure is tokens a second (the rows' places) between
-its first batch and its last, the best of the repetitions. Reading is from the page cache. The prepared folder is made of
-random tokens, unless --data names one.
+Every contender gives two passes over the same rows, in turn with the others; a figure is tokens a second (the rows' places) between
+the first batch of the second pass and its last, the best of the repetitions. Reading is from the page cache. The prepared folder is
+made of random tokens, unless --data names one.
 
-`loader_over_best_peer`: with hashes not verified, as no peer does. Also what every pass after the first gives, since each
-shard is hashed before its first use only. `first_pass_over_best_peer`: with the hashing, the default.
+`loader_over_best_peer`: for the same job, batches as training takes them: a peer's rows go through this project's own code for
+splits and keyed numbers (`finished` in loader_peers.py). `first_pass_over_best_peer`: its first pass, which hashes every shard,
+over the peer's second; no peer hashes.
+`loader_over_best_rows_alone`: this loader, still with all of its work, over the best peer that only gives rows and lengths.
+`..._cpu`, `tokens_per_cpu_s`: by CPU time instead, which other programs on the same cores move less.
 `resume_ratio`: time from nothing to the first batch at row 10,000,000 of a manifest of 4,000 shards over that at row 0, medians.
 `wait_share`: of the time of stage 1's steps in the quickstart's shape, the part spent waiting for the loader; of --quickstart.
 """
@@ -24,6 +27,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -32,10 +37,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.loader_peers import PEERS, Delivered, Job
+from benchmarks.loader_peers import PEERS, Delivered, Job, finished
 from benchmarks.measuring import ROOT, interleaved, print_figures
 from benchmarks.plain_run import PlainRun, vae_config
-from data_pipeline.batch import SplitConfig
+from data_pipeline.batch import Batch, SplitConfig
 from data_pipeline.errors import UserError, cli
 from data_pipeline.loader import TrainLoader
 from data_pipeline.manifest import Manifest, ShardInfo, TokenizerInfo, shard_name
@@ -43,7 +48,8 @@ from data_pipeline.shards import token_members, write_shard
 
 ROW_TOKENS, VOCAB_SIZE, MIN_WINDOW, MAX_WINDOW = 4096, 151_936, 8, 1024
 RESUME_SHARDS, RESUME_ROWS, RESUME_AT_ROW, RESUME_STREAMS, RESUME_ROWS_PER_STEP = 4000, 512, 10_000_000, 16, 64
-FIRST_PASS, LATER_PASS = "loader_first_pass", "loader"
+OWN, FIRST_PASS, ROWS_ALONE = "loader", "loader_first_pass", ": rows alone"
+SPLIT = SplitConfig("context")
 
 
 def main_parser() -> argparse.ArgumentParser:
@@ -105,33 +111,46 @@ def random_folder(folder: Path, shards: int, shard_rows: int, row_tokens: int, c
     return manifest
 
 
-def loader_batches(job: Job, streams: int, verify: bool) -> Iterator[Delivered]:
-    """One pass of this project's loader, with one thread; the lengths without the rows' unfilled tails."""
+def loader_batches(job: Job, streams: int) -> Iterator[Batch]:
+    """This project's loader with its defaults, one thread among them."""
     loader = TrainLoader(
         job.data, None, seed=0, streams=streams, rows_per_step=job.batch_rows, micro_batch_rows=job.batch_rows,
-        split=SplitConfig("none"), verify=verify,
+        split=SPLIT,
     )  # fmt: skip
     with loader:
-        for [batch] in islice(loader, job.num_rows // job.batch_rows):
-            # A segment's role says what is filler. The peers give a list of arrays, this loader one list: no work is left out.
-            yield batch.tokens_T.view(job.batch_rows, -1), batch.segment_lengths
+        for [batch] in loader:
+            yield batch
 
 
-def rate(batches: Iterator[Delivered], row_tokens: int) -> float:
-    """Places a second between the first batch and the last."""
-    next(batches)
-    started, places = time.perf_counter(), 0
+def rows_alone(batches: Iterator[Delivered]) -> Iterator[torch.Tensor]:
+    """Tokens int64 [B, R] of a peer's batches, checked to be that."""
     for tokens_BR, _ in batches:
-        if tokens_BR.dtype != torch.int64 or tokens_BR.shape[1] != row_tokens:
+        if tokens_BR.dtype != torch.int64 or tokens_BR.dim() != 2:
             raise AssertionError(f"a batch of {tokens_BR.dtype}{list(tokens_BR.shape)}")
-        places += tokens_BR.numel()
-    return places / (time.perf_counter() - started)
+        yield tokens_BR
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Places a second, and a second of the process's CPU time."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def of(cls, batches: Iterator[Batch | torch.Tensor]) -> "Rate":
+        """Between the first batch of a pass and the last."""
+        next(batches)
+        wall, cpu, places = time.perf_counter(), time.process_time(), 0
+        for batch in batches:
+            places += batch.tokens_T.numel() if isinstance(batch, Batch) else batch.numel()
+        return cls(places / (time.perf_counter() - wall), places / (time.process_time() - cpu))
 
 
 def compare_peers(data: Path, batch_rows: int, streams: int, repetitions: int, work: Path) -> dict[str, Any]:
     """Everybody's rates, and the ratios of this project's to the best peer's."""
     manifest = Manifest.load(data)
-    contenders: dict[str, Callable[[], Iterator[Delivered]]] = {}
+    contenders: dict[str, Callable[[], Iterator[Any]]] = {}
     missing = {}
     for peer in PEERS:
         job = Job(data, manifest, work / peer.name, batch_rows)
@@ -140,27 +159,38 @@ def compare_peers(data: Path, batch_rows: int, streams: int, repetitions: int, w
             print(f"{peer.name} takes no part: {reason}", file=sys.stderr)
             continue
         peer.write(job)
-        contenders[peer.name] = lambda peer=peer, job=job: peer.batches(job)
+        contenders[peer.name] = lambda peer=peer, job=job: finished(peer.batches(job), SPLIT)
+        contenders[peer.name + ROWS_ALONE] = lambda peer=peer, job=job: rows_alone(peer.batches(job))
     if not contenders:
         raise UserError(f"no peer can be measured: {missing}")
     own = Job(data, manifest, work, batch_rows)
-    contenders[LATER_PASS] = lambda: loader_batches(own, streams, verify=False)
-    contenders[FIRST_PASS] = lambda: loader_batches(own, streams, verify=True)
-    found: dict[str, list[float]] = {name: [] for name in contenders}
+    contenders[OWN] = lambda: loader_batches(own, streams)
+    batches_per_pass = own.num_rows // batch_rows
+    found: dict[str, list[Rate]] = {name: [] for name in (*contenders, FIRST_PASS)}
     with tqdm(total=repetitions * len(contenders), desc="passes", dynamic_ncols=True) as bar:
         for repetition in range(repetitions):
             for name in list(contenders)[:: 1 if repetition % 2 == 0 else -1]:
                 bar.set_postfix_str(name)
-                found[name].append(rate(contenders[name](), manifest.row_tokens))
+                with closing(contenders[name]()) as batches:
+                    first, second = (Rate.of(islice(batches, batches_per_pass)) for _ in range(2))
+                found[name].append(second)
+                if name == OWN:
+                    found[FIRST_PASS].append(first)
                 bar.update()
-    rates = {name: max(values) for name, values in found.items()}
-    best = max((name for name in rates if name not in (LATER_PASS, FIRST_PASS)), key=lambda name: rates[name])
+    wall = {name: max(rate.wall for rate in rates) for name, rates in found.items()}
+    cpu = {name: max(rate.cpu for rate in rates) for name, rates in found.items()}
+    peers = [name for name in wall if name not in (OWN, FIRST_PASS)]
+    finishing = [name for name in peers if not name.endswith(ROWS_ALONE)]
+    best = max(finishing, key=lambda name: wall[name])
     return {
-        "loader_over_best_peer": rates[LATER_PASS] / rates[best],
-        "first_pass_over_best_peer": rates[FIRST_PASS] / rates[best],
+        "loader_over_best_peer": wall[OWN] / wall[best],
+        "loader_over_best_peer_cpu": cpu[OWN] / max(cpu[name] for name in finishing),
+        "first_pass_over_best_peer": wall[FIRST_PASS] / wall[best],
+        "loader_over_best_rows_alone": wall[OWN] / max(wall[name] for name in peers if name not in finishing),
         "best_peer": best,
-        "tokens_per_s": rates,
-        "tokens_per_s_medians": {name: statistics.median(values) for name, values in found.items()},
+        "tokens_per_s": wall,
+        "tokens_per_s_medians": {name: statistics.median(r.wall for r in rates) for name, rates in found.items()},
+        "tokens_per_cpu_s": cpu,
         "missing": missing,
         "rows": own.num_rows,
         "row_tokens": manifest.row_tokens,

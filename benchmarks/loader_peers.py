@@ -1,8 +1,10 @@
 """The loaders that users would take instead of this project's, each with the same packed rows in its own format.
 
-Every peer delivers what `TrainLoader` does at the least: batches of B rows, tokens int64 [B, R] and the lengths of each row's
-windows, in an order that it has shuffled in the way its documentation recommends for text, in one process, from local files.
-A peer that is not installed is left out of the contest and named with what installs it.
+Every peer gives batches of B rows, tokens int64 [B, R] and the lengths of each row's windows, in an order that it has shuffled in
+the way its documentation recommends for text, in one process, from local files, pass after pass without end. `finished` makes of
+them what a training step needs and `TrainLoader` gives. What stays this project's alone is the exact order, the origin of each
+row, and the check that all tokens are in the vocabulary. A peer that is not installed is left out of the contest and named with
+what installs it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_pipeline.batch import Batch, RowBlock, RowId, SplitConfig
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Span
 from data_pipeline.stream import TokenRows
@@ -45,7 +48,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Peer:
-    """A loader: its modules, what installs them, how its files are written, and one pass over them."""
+    """A loader: its modules, what installs them, how its files are written, and endless passes over them."""
 
     name: str
     module: str
@@ -72,13 +75,26 @@ def collate_fields(rows: Sequence[dict[str, np.ndarray]]) -> Delivered:
     return collate([(row["tokens"], row["lengths"]) for row in rows])
 
 
+def finished(batches: Iterator[Delivered], split: SplitConfig) -> Iterator[Batch]:
+    """The same batches with filler, keyed splits and keyed numbers: what a user has to do for each, by this project's own code."""
+    ticket = 0
+    for tokens_BR, lengths in batches:
+        rows = [RowId(ticket + index, "train", -1, -1, 0) for index in range(len(lengths))]
+        counts_B = np.fromiter(map(len, lengths), np.int64, len(lengths))
+        block = RowBlock(tokens_BR.numpy(), np.concatenate(lengths), counts_B, rows, 0, split)
+        yield block.batch(0, len(rows))
+        ticket += len(rows)
+
+
 def webdataset_batches(job: Job) -> Iterator[Delivered]:
     """Stock webdataset over the very shards."""
     import webdataset
 
     urls = [str(job.data / shard.name) for shard in job.manifest.splits["train"]]
     pipeline = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).shuffle(SHUFFLE_ROWS)
-    yield from pipeline.decode().to_tuple("tokens.npy", "lengths.npy").batched(job.batch_rows, collation_fn=collate)
+    pipeline = pipeline.decode().to_tuple("tokens.npy", "lengths.npy").batched(job.batch_rows, collation_fn=collate)
+    while True:
+        yield from pipeline
 
 
 def write_litdata(job: Job) -> None:
@@ -97,7 +113,9 @@ def litdata_batches(job: Job) -> Iterator[Delivered]:
     import litdata
 
     dataset = litdata.StreamingDataset(str(job.folder), shuffle=True, seed=0)
-    yield from litdata.StreamingDataLoader(dataset, batch_size=job.batch_rows, num_workers=0, collate_fn=collate_fields)
+    loader = litdata.StreamingDataLoader(dataset, batch_size=job.batch_rows, num_workers=0, collate_fn=collate_fields)
+    while True:
+        yield from loader
 
 
 def write_litdata_tokens(job: Job) -> None:
@@ -134,7 +152,9 @@ def litdata_tokens_batches(job: Job) -> Iterator[Delivered]:
         lengths = [tail[tail > 0] for tail in blocks[:, row_tokens:].numpy()]
         return blocks[:, :row_tokens].long(), lengths
 
-    yield from litdata.StreamingDataLoader(dataset, batch_size=job.batch_rows, num_workers=0, collate_fn=cut)
+    loader = litdata.StreamingDataLoader(dataset, batch_size=job.batch_rows, num_workers=0, collate_fn=cut)
+    while True:
+        yield from loader
 
 
 def write_mosaic(job: Job) -> None:
@@ -153,7 +173,9 @@ def mosaic_batches(job: Job) -> Iterator[Delivered]:
     from streaming import StreamingDataLoader, StreamingDataset
 
     dataset = StreamingDataset(local=str(job.folder), shuffle=True, batch_size=job.batch_rows)
-    yield from StreamingDataLoader(dataset, batch_size=job.batch_rows, num_workers=0, collate_fn=collate_fields)
+    loader = StreamingDataLoader(dataset, batch_size=job.batch_rows, num_workers=0, collate_fn=collate_fields)
+    while True:
+        yield from loader
 
 
 def write_hugging_face(job: Job) -> None:
@@ -173,8 +195,10 @@ def hugging_face_batches(job: Job) -> Iterator[Delivered]:
     from datasets import load_from_disk
 
     dataset = load_from_disk(str(job.folder)).to_iterable_dataset(len(job.manifest.splits["train"]))
-    for rows in dataset.shuffle(0, buffer_size=SHUFFLE_ROWS).with_format("numpy").iter(job.batch_rows):
-        yield torch.from_numpy(np.asarray(rows["tokens"]).astype(np.int64)), list(rows["lengths"])
+    dataset = dataset.shuffle(0, buffer_size=SHUFFLE_ROWS).with_format("numpy")
+    while True:
+        for rows in dataset.iter(job.batch_rows):
+            yield torch.from_numpy(np.asarray(rows["tokens"]).astype(np.int64)), list(rows["lengths"])
 
 
 def _most_windows(job: Job) -> int:

@@ -146,17 +146,19 @@ class RowBlock:
     ):
         self._tokens_BR, self._rows, self._features = tokens_BR, rows, features
         purpose = (seed, rows[0].split) if rows else (seed,)
-        self._lengths_W, filler_W, counts_B = _with_tails(lengths, counts_B, tokens_BR.shape[1])
+        lengths_W, filler_W, counts_B = _with_tails(lengths, counts_B, tokens_BR.shape[1])
         ticket_B = np.array([row.ticket for row in rows], dtype=np.int64)
         ticket_W1 = np.repeat(ticket_B, counts_B)[:, None]
-        self._window_ends = np.concatenate([[0], np.cumsum(counts_B)])
-        index_W1 = (np.arange(len(filler_W)) - np.repeat(self._window_ends[:-1], counts_B))[:, None]
+        window_ends = np.concatenate([[0], np.cumsum(counts_B)])
+        index_W1 = (np.arange(len(filler_W)) - np.repeat(window_ends[:-1], counts_B))[:, None]
+        self._window_ends = window_ends.tolist()
         self._uniforms_W2 = uniforms(_key(*purpose, "window"), ticket_W1, index_W1, np.arange(2))
         cut_uniforms_W2 = uniforms(_key(*purpose, "cut"), ticket_W1, index_W1, np.arange(2))
-        cuts_W = np.where(filler_W, 0, cut_places(self._lengths_W, cut_uniforms_W2, split))
-        segments = _segments(self._lengths_W, filler_W, cuts_W, split)
-        self._segment_lengths, self._segment_roles, self._segment_windows = segments
-        self._segment_ends = np.concatenate([[0], np.cumsum(1 + (cuts_W > 0))])
+        cuts_W = np.where(filler_W, 0, cut_places(lengths_W, cut_uniforms_W2, split))
+        segments = _segments(lengths_W, filler_W, cuts_W, split)
+        self._segment_lengths, self._segment_roles, self._segment_windows = (values.tolist() for values in segments)
+        self._window_lengths = lengths_W.tolist()
+        self._segment_ends = [0, *np.cumsum(1 + (cuts_W > 0)).tolist()]
         row_keys_B = hashes(_key(*purpose, "row"), ticket_B) >> np.uint64(1)
         self._row_keys_B = row_keys_B.astype(np.int64)
 
@@ -170,10 +172,10 @@ class RowBlock:
             features = CodedFeatures(codes_BRC.flatten(0, 1), scales_BR.flatten())
         return Batch(
             tokens_T=torch.from_numpy(self._tokens_BR[start:stop].reshape(-1)),
-            window_lengths=self._lengths_W[first:last].tolist(),
-            segment_lengths=self._segment_lengths[segments].tolist(),
-            segment_roles=self._segment_roles[segments].tolist(),
-            segment_windows=(self._segment_windows[segments] - first).tolist(),
+            window_lengths=self._window_lengths[first:last],
+            segment_lengths=self._segment_lengths[segments],
+            segment_roles=self._segment_roles[segments],
+            segment_windows=[window - first for window in self._segment_windows[segments]],
             window_uniforms_W2=torch.from_numpy(self._uniforms_W2[first:last]),
             row_keys_B=torch.from_numpy(self._row_keys_B[start:stop]),
             row_tokens=self._tokens_BR.shape[1],

@@ -77,6 +77,17 @@ def write_shard(path: Path, members: Sequence[Member], rows: Iterable[Sequence[n
     return Written(num_rows, num_bytes + len(_END), digest.hexdigest())
 
 
+class ShardIndex(NamedTuple):
+    """Where a shard's arrays lie, known once all of its headers were checked."""
+
+    stride: int
+    """Bytes of a row where all rows take the same; else 0."""
+    places: dict[str, np.ndarray]
+    """Per member the offset of each row's data; of the first row's alone where rows are evenly spaced."""
+    ragged: dict[str, tuple[np.ndarray, np.ndarray]]
+    """Per member with a free dimension the elements of all rows in turn, and where each row's end (with a 0 before the first)."""
+
+
 class Shard:
     """An open shard: random access to any range of rows without copying.
 
@@ -86,47 +97,55 @@ class Shard:
         rows, num_bytes: as the manifest has them.
         sha256: as the manifest has it; None skips the hash of the contents (sizes and headers are checked all the
             same).
+        index: of the same shard when it was open before; contents and headers are not looked at again.
 
     Raises:
         UserError: the file is missing, is not what the manifest says, or deviates from the format in any header.
     """
 
-    def __init__(self, path: Path, members: Sequence[Member], rows: int, num_bytes: int, sha256: str | None):
+    def __init__(
+        self,
+        path: Path,
+        members: Sequence[Member],
+        rows: int,
+        num_bytes: int,
+        sha256: str | None,
+        index: ShardIndex | None = None,
+    ):
         self.path = path
         self.rows = rows
         self._members = {member.name: member for member in members}
         self._remedy = _REMEDY if "tokens" in self._members else _FEATURES_REMEDY
         self._buffer = self._map(num_bytes)
-        if sha256 is not None and (found := hashlib.sha256(self._buffer).hexdigest()) != sha256:
-            raise UserError(
-                f"{path}: SHA-256 is {found[:16]}..., but the manifest says {sha256[:16]}...: {self._remedy}"
-            )
-        self._stride = 0  # bytes of a row where all rows take the same
-        self._places = self._even_index(members) or self._index(members)
-        self._ragged = {member.name: self._join_ragged(member) for member in members if None in member.shape}
+        if index is None:
+            if sha256 is not None and (found := hashlib.sha256(self._buffer).hexdigest()) != sha256:
+                raise UserError(
+                    f"{path}: SHA-256 is {found[:16]}..., but the manifest says {sha256[:16]}...: {self._remedy}"
+                )
+            index = self._even_index(members) or self._index(members)
+        self.index = index
 
     def dense(self, name: str, start: int, stop: int) -> np.ndarray:
         """Arrays of fixed shape of rows [start, stop): [rows, ...], a read-only view of the file where its rows are
         evenly spaced.
         """
-        member, places = self._members[name], self._places[name][0][start:stop]
+        member, (stride, places, _) = self._members[name], self.index
         shape = tuple(n for n in member.shape if n is not None)
-        if self._stride and len(places):
-            flat = np.ndarray(
-                (len(places), member.row_bytes), np.uint8, self._buffer, int(places[0]), (self._stride, 1)
-            )
-            return flat.view(member.dtype).reshape(len(places), *shape)
+        if stride and start < stop:
+            first = int(places[name][0]) + start * stride
+            flat = np.ndarray((stop - start, member.row_bytes), np.uint8, self._buffer, first, (stride, 1))
+            return flat.view(member.dtype).reshape(stop - start, *shape)
         rows = [
             np.frombuffer(self._buffer, member.dtype, member.row_bytes // np.dtype(member.dtype).itemsize, p)
-            for p in places
+            for p in places[name][start:stop]
         ]
-        return np.stack(rows).reshape(len(places), *shape) if rows else np.zeros((0, *shape), member.dtype)
+        return np.stack(rows).reshape(len(rows), *shape) if rows else np.zeros((0, *shape), member.dtype)
 
     def ragged(self, name: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Arrays with a free first dimension of rows [start, stop): all their elements in turn, and the number in each
         row.
         """
-        values, ends = self._ragged[name]
+        values, ends = self.index.ragged[name]
         return values[ends[start] : ends[stop]], np.diff(ends[start : stop + 1])
 
     def _map(self, num_bytes: int) -> mmap.mmap:
@@ -141,19 +160,7 @@ class Shard:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}): {self._remedy}") from None
 
-    def _join_ragged(self, member: Member) -> tuple[np.ndarray, np.ndarray]:
-        """Elements of all rows in turn, and where each row's end (with a 0 before the first)."""
-        places, counts = self._places[member.name]
-        ends = np.concatenate([[0], np.cumsum(counts)])
-        if self._stride:
-            most = int(counts.max())
-            shape, strides = (self.rows, most * member.row_bytes), (self._stride, 1)
-            values = np.ndarray(shape, np.uint8, self._buffer, int(places[0]), strides).view(member.dtype)
-            return values[np.arange(most) < counts[:, None]], ends
-        rows = [np.frombuffer(self._buffer, member.dtype, count, place) for place, count in zip(places, counts)]
-        return np.concatenate(rows), ends
-
-    def _even_index(self, members: Sequence[Member]) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
+    def _even_index(self, members: Sequence[Member]) -> ShardIndex | None:
         """What `_index` finds, of a shard that is right and whose rows all take as many bytes, tens of times faster; None
         otherwise: then `_index` says what is wrong, or takes the rows one by one.
         """
@@ -161,7 +168,7 @@ class Shard:
         if rest or not stride or stride % _BLOCK or self._buffer[-len(_END) :] != _END:
             return None
         rows_BS = np.frombuffer(self._buffer, np.uint8, self.rows * stride).reshape(self.rows, stride)
-        found, offset = {}, 0
+        index, offset = ShardIndex(stride, {}, {}), 0
         for member in members:
             start = offset + _BLOCK + _NPY_HEADER
             if start > stride:
@@ -178,15 +185,17 @@ class Shard:
             headers = rows_BS[:, offset:start]
             if not np.array_equal(headers, _expected_headers(self.rows, member, sizes, counts)):
                 return None
-            found[member.name] = np.arange(self.rows) * stride + start, counts
+            index.places[member.name] = np.array([start])
+            if None in member.shape:
+                most = int(counts.max())
+                shape = (self.rows, most * member.row_bytes)
+                values = np.ndarray(shape, np.uint8, self._buffer, start, (stride, 1)).view(member.dtype)
+                index.ragged[member.name] = values[np.arange(most) < counts[:, None]], _ends(counts)
             offset += _BLOCK + padded
-        if offset != stride:
-            return None
-        self._stride = stride
-        return found
+        return index if offset == stride else None
 
-    def _index(self, members: Sequence[Member]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Offsets of every row's data and its element counts, per member, after checking every header."""
+    def _index(self, members: Sequence[Member]) -> ShardIndex:
+        """The index after checking every header, one by one."""
         offset = 0
         found: dict[str, tuple[list[int], list[int]]] = {member.name: ([], []) for member in members}
         for row in range(self.rows):
@@ -210,9 +219,12 @@ class Shard:
                 f"{self.path}: {extra} bytes too many behind the {self.rows} rows of the manifest, or no end mark: "
                 f"{self._remedy}"
             )
-        return {
-            name: (np.array(places, np.int64), np.array(counts, np.int64)) for name, (places, counts) in found.items()
-        }
+        index = ShardIndex(0, {name: np.array(places, np.int64) for name, (places, _) in found.items()}, {})
+        for member in members:
+            if None in member.shape:
+                parts = [np.frombuffer(self._buffer, member.dtype, count, p) for p, count in zip(*found[member.name])]
+                index.ragged[member.name] = np.concatenate(parts), _ends(found[member.name][1])
+        return index
 
     def _size(self, offset: int, row: int, member: Member) -> int:
         """Size of the member whose header stands at the offset, checked to be possible."""
@@ -242,6 +254,11 @@ class Shard:
             else f"its header is not a plain file of {size} bytes with a right checksum"
         )
         return f"{self.path}: expected {expected} at byte {offset}, but {offence}: {self._remedy}"
+
+
+def _ends(counts: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Where each row's elements end among all in turn, with a 0 before the first."""
+    return np.concatenate([[0], np.cumsum(counts)])
 
 
 def _member_name(row: int, name: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import FeatureManifest, Manifest, ShardInfo
 from data_pipeline.order import Span
-from data_pipeline.shards import Member, Shard, token_members
+from data_pipeline.shards import Member, Shard, ShardIndex, token_members
 from data_pipeline.storage import CACHE_GIGABYTES, ShardFiles
 
 
@@ -33,7 +33,7 @@ class ShardPool:
         folder: local path or URL of the prepared folder.
         members: arrays of a row.
         infos: the manifest's entries.
-        verify: compare SHA-256 before the first use of each shard.
+        verify: compare SHA-256 before the first use of each shard. Its headers are checked then in any case, and not again.
         cache_dir, cache_gigabytes: where shards of URLs are kept, and how many; see storage.py.
         capacity: number of shards kept open, at least the number of streams read.
     """
@@ -50,7 +50,7 @@ class ShardPool:
     ):
         self._files = ShardFiles(folder, cache_dir, cache_gigabytes)
         self._members, self._infos, self._verify, self._capacity = members, infos, verify, capacity
-        self._verified: set[int] = set()
+        self._indices: dict[int, ShardIndex] = {}  # of all shards checked so far: 0.3 % of their bytes
         self._open: OrderedDict[int, Future[Shard]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -81,13 +81,14 @@ class ShardPool:
 
     def _open_shard(self, index: int) -> Shard:
         info = self._infos[index]
-        check = self._verify and index not in self._verified
+        known = self._indices.get(index)
         fetched_again = False
         while True:
             path = self._files.path(info.name, info.bytes, info.sha256)
             try:
-                shard = Shard(path, self._members, info.rows, info.bytes, info.sha256 if check else None)
-                if isinstance(info, ShardInfo):
+                sha256 = info.sha256 if self._verify else None
+                shard = Shard(path, self._members, info.rows, info.bytes, sha256, known)
+                if isinstance(info, ShardInfo) and known is None:
                     _check_counts(shard, info)
                 break
             except UserError:
@@ -96,8 +97,7 @@ class ShardPool:
                 if fetched_again or not self._files.discard(path):
                     raise
                 fetched_again = True  # a copy that rotted in the cache; what is downloaded is checked on its way
-        if check:
-            self._verified.add(index)
+        self._indices[index] = shard.index
         return shard
 
 

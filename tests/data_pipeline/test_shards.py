@@ -59,11 +59,12 @@ def test_rows_of_uneven_size_are_read_too(tmp_path: Path) -> None:
 def test_even_shards_are_indexed_at_once_and_to_the_same_end(shard: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     path, written, _ = shard
     fast = Shard(path, MEMBERS, written.rows, written.bytes, None)
-    assert fast._stride
+    assert fast.index.stride
     monkeypatch.setattr(Shard, "_even_index", lambda *_: None)
     slow = Shard(path, MEMBERS, written.rows, written.bytes, None)
     for name in ("tokens", "lengths"):
-        assert all(np.array_equal(a, b) for a, b in zip(fast._places[name], slow._places[name], strict=True))
+        expected = fast.index.places[name][0] + fast.index.stride * np.arange(written.rows)
+        assert np.array_equal(slow.index.places[name], expected)
     for start, stop in ((0, 12), (3, 4), (5, 9), (7, 7)):
         assert np.array_equal(fast.dense("tokens", start, stop), slow.dense("tokens", start, stop))
         both = zip(fast.ragged("lengths", start, stop), slow.ragged("lengths", start, stop), strict=True)
@@ -270,3 +271,28 @@ def test_manifest_offences_are_named(tmp_path: Path, old: str, new: str, named: 
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(UserError, match=named):
         Manifest.load(tmp_path)
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_a_shard_opened_again_with_its_index_is_not_checked_again(tmp_path: Path, even: bool) -> None:
+    path, members = tmp_path / "a.tar", token_members(400, "uint32")
+    windows = [3, 20, 1] if even else [3, 200, 1]  # more windows than fit one tar block: rows of different sizes
+    rows = [(np.arange(400, dtype=np.uint32) + row, np.full(n, row + 1, np.int32)) for row, n in enumerate(windows)]
+    written = write_shard(path, members, rows)
+    index = Shard(path, members, *written).index
+    assert (index.stride > 0) == even
+    data = bytearray(path.read_bytes())
+    data[3] ^= 1  # in the first header
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="SHA-256"):
+        Shard(path, members, *written)
+    with pytest.raises(UserError, match=r"expected 000000000\.tokens\.npy"):
+        Shard(path, members, written.rows, written.bytes, None)
+    again = Shard(path, members, *written, index=index)
+    assert np.array_equal(again.dense("tokens", 1, 3), [tokens for tokens, _ in rows[1:]])
+    lengths, counts = again.ragged("lengths", 1, 3)
+    assert lengths.tolist() == [2] * windows[1] + [3] * windows[2]
+    assert counts.tolist() == windows[1:]
+    path.write_bytes(data[:-1])
+    with pytest.raises(UserError, match="bytes, but the manifest says"):
+        Shard(path, members, *written, index=index)
