@@ -12,6 +12,7 @@ other tar.
 import hashlib
 import math
 import mmap
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -80,12 +81,14 @@ def write_shard(path: Path, members: Sequence[Member], rows: Iterable[Sequence[n
 class ShardIndex(NamedTuple):
     """Where a shard's arrays lie, known once all of its headers were checked."""
 
+    file: tuple[int, int, int]
+    """Device, inode and modification time (ns) of the file that was checked."""
     stride: int
     """Bytes of a row where all rows take the same; else 0."""
     places: dict[str, np.ndarray]
     """Per member the offset of each row's data; of the first row's alone where rows are evenly spaced."""
     ragged: dict[str, tuple[np.ndarray, np.ndarray]]
-    """Per member with a free dimension the elements of all rows in turn, and where each row's end (with a 0 before the first)."""
+    """Per member with a free dimension a copy of the elements of all rows in turn, and where each row's end (`_ends`)."""
 
 
 class Shard:
@@ -97,7 +100,7 @@ class Shard:
         rows, num_bytes: as the manifest has them.
         sha256: as the manifest has it; None skips the hash of the contents (sizes and headers are checked all the
             same).
-        index: of the same shard when it was open before; contents and headers are not looked at again.
+        index: of the shard when it was open before: a file that has not changed since is not checked again.
 
     Raises:
         UserError: the file is missing, is not what the manifest says, or deviates from the format in any header.
@@ -116,8 +119,8 @@ class Shard:
         self.rows = rows
         self._members = {member.name: member for member in members}
         self._remedy = _REMEDY if "tokens" in self._members else _FEATURES_REMEDY
-        self._buffer = self._map(num_bytes)
-        if index is None:
+        self._buffer, self._file = self._map(num_bytes)
+        if index is None or index.file != self._file:
             if sha256 is not None and (found := hashlib.sha256(self._buffer).hexdigest()) != sha256:
                 raise UserError(
                     f"{path}: SHA-256 is {found[:16]}..., but the manifest says {sha256[:16]}...: {self._remedy}"
@@ -129,7 +132,7 @@ class Shard:
         """Arrays of fixed shape of rows [start, stop): [rows, ...], a read-only view of the file where its rows are
         evenly spaced.
         """
-        member, (stride, places, _) = self._members[name], self.index
+        member, (_, stride, places, _) = self._members[name], self.index
         shape = tuple(n for n in member.shape if n is not None)
         if stride and start < stop:
             first = int(places[name][0]) + start * stride
@@ -148,15 +151,17 @@ class Shard:
         values, ends = self.index.ragged[name]
         return values[ends[start] : ends[stop]], np.diff(ends[start : stop + 1])
 
-    def _map(self, num_bytes: int) -> mmap.mmap:
+    def _map(self, num_bytes: int) -> tuple[mmap.mmap, tuple[int, int, int]]:
+        """The contents, and `ShardIndex.file`: taken before they are checked, so that a change meanwhile shows later."""
         try:
             with open_file(self.path) as file:
-                found = file.seek(0, 2)
-                if found != num_bytes:
+                found = os.fstat(file.fileno())
+                if found.st_size != num_bytes:
                     raise UserError(
-                        f"{self.path}: has {found} bytes, but the manifest says {num_bytes}: {self._remedy}"
+                        f"{self.path}: has {found.st_size} bytes, but the manifest says {num_bytes}: {self._remedy}"
                     )
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                return buffer, (found.st_dev, found.st_ino, found.st_mtime_ns)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}): {self._remedy}") from None
 
@@ -168,7 +173,7 @@ class Shard:
         if rest or not stride or stride % _BLOCK or self._buffer[-len(_END) :] != _END:
             return None
         rows_BS = np.frombuffer(self._buffer, np.uint8, self.rows * stride).reshape(self.rows, stride)
-        index, offset = ShardIndex(stride, {}, {}), 0
+        index, offset = ShardIndex(self._file, stride, {}, {}), 0
         for member in members:
             start = offset + _BLOCK + _NPY_HEADER
             if start > stride:
@@ -219,7 +224,8 @@ class Shard:
                 f"{self.path}: {extra} bytes too many behind the {self.rows} rows of the manifest, or no end mark: "
                 f"{self._remedy}"
             )
-        index = ShardIndex(0, {name: np.array(places, np.int64) for name, (places, _) in found.items()}, {})
+        starts = {name: np.array(places, np.int64) for name, (places, _) in found.items()}
+        index = ShardIndex(self._file, 0, starts, {})
         for member in members:
             if None in member.shape:
                 parts = [np.frombuffer(self._buffer, member.dtype, count, p) for p, count in zip(*found[member.name])]

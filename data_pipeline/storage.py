@@ -85,7 +85,7 @@ class ShardFiles:
             return Path(self._folder) / name
         path = self._cache / f"{sha256}.tar"
         try:
-            os.utime(path)  # recently used
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # recently used, but not changed
         except FileNotFoundError:
             url = f"{self._folder}/{name}"
             try:
@@ -111,7 +111,7 @@ class ShardFiles:
         for path in self._cache.glob("*.tar"):
             with contextlib.suppress(FileNotFoundError):  # another process may evict at the same time
                 status = path.stat()
-                files.append((status.st_mtime, status.st_size, path))
+                files.append((status.st_atime, status.st_size, path))
         excess = sum(size for _, size, _ in files) - self._cache_bytes
         for _, size, path in sorted(files):
             if excess > 0 and path != newest:

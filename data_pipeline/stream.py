@@ -33,7 +33,8 @@ class ShardPool:
         folder: local path or URL of the prepared folder.
         members: arrays of a row.
         infos: the manifest's entries.
-        verify: compare SHA-256 before the first use of each shard. Its headers are checked then in any case, and not again.
+        verify: compare SHA-256 before the first use of each shard, and again where its file has changed since. Its headers are
+            checked with it, and without.
         cache_dir, cache_gigabytes: where shards of URLs are kept, and how many; see storage.py.
         capacity: number of shards kept open, at least the number of streams read.
     """
@@ -50,7 +51,7 @@ class ShardPool:
     ):
         self._files = ShardFiles(folder, cache_dir, cache_gigabytes)
         self._members, self._infos, self._verify, self._capacity = members, infos, verify, capacity
-        self._indices: dict[int, ShardIndex] = {}  # of all shards checked so far: 0.3 % of their bytes
+        self._indices: dict[int, ShardIndex] = {}  # of all shards checked so far: 8 bytes a row and 4 a window
         self._open: OrderedDict[int, Future[Shard]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -88,7 +89,7 @@ class ShardPool:
             try:
                 sha256 = info.sha256 if self._verify else None
                 shard = Shard(path, self._members, info.rows, info.bytes, sha256, known)
-                if isinstance(info, ShardInfo) and known is None:
+                if isinstance(info, ShardInfo) and shard.index is not known:
                     _check_counts(shard, info)
                 break
             except UserError:

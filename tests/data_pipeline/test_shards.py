@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import shutil
 import subprocess
 import tarfile
@@ -274,25 +275,43 @@ def test_manifest_offences_are_named(tmp_path: Path, old: str, new: str, named: 
 
 
 @pytest.mark.parametrize("even", [True, False])
-def test_a_shard_opened_again_with_its_index_is_not_checked_again(tmp_path: Path, even: bool) -> None:
+def test_a_shard_opened_again_is_checked_again_only_if_its_file_changed(tmp_path: Path, even: bool) -> None:
     path, members = tmp_path / "a.tar", token_members(400, "uint32")
     windows = [3, 20, 1] if even else [3, 200, 1]  # more windows than fit one tar block: rows of different sizes
     rows = [(np.arange(400, dtype=np.uint32) + row, np.full(n, row + 1, np.int32)) for row, n in enumerate(windows)]
     written = write_shard(path, members, rows)
     index = Shard(path, members, *written).index
     assert (index.stride > 0) == even
+    changed = path.stat().st_mtime_ns
     data = bytearray(path.read_bytes())
     data[3] ^= 1  # in the first header
     path.write_bytes(data)
-    with pytest.raises(UserError, match="SHA-256"):
-        Shard(path, members, *written)
-    with pytest.raises(UserError, match=r"expected 000000000\.tokens\.npy"):
-        Shard(path, members, written.rows, written.bytes, None)
+    os.utime(path, ns=(changed, changed))  # as if nothing had happened: nobody looks
     again = Shard(path, members, *written, index=index)
+    assert again.index is index
     assert np.array_equal(again.dense("tokens", 1, 3), [tokens for tokens, _ in rows[1:]])
     lengths, counts = again.ragged("lengths", 1, 3)
     assert lengths.tolist() == [2] * windows[1] + [3] * windows[2]
     assert counts.tolist() == windows[1:]
+    os.utime(path, ns=(changed, changed + 1))
+    with pytest.raises(UserError, match="SHA-256"):
+        Shard(path, members, *written, index=index)
+    with pytest.raises(UserError, match=r"expected 000000000\.tokens\.npy"):
+        Shard(path, members, written.rows, written.bytes, None, index)
     path.write_bytes(data[:-1])
+    os.utime(path, ns=(changed, changed))
     with pytest.raises(UserError, match="bytes, but the manifest says"):
         Shard(path, members, *written, index=index)
+
+
+@pytest.mark.parametrize(("verify", "offence"), [(True, "SHA-256"), (False, "manifest says")])
+def test_a_shard_that_changes_between_two_passes_is_refused(tmp_path: Path, verify: bool, offence: str) -> None:
+    manifest = write_prepared(tmp_path, [4, 4], [1])
+    rows = TokenRows(str(tmp_path), manifest, "train", verify=verify, capacity=1)
+    kept = rows.read(Span(0, 0, 0, 4))[0].copy()
+    rows.read(Span(0, 1, 0, 4))
+    assert np.array_equal(rows.read(Span(0, 0, 0, 4))[0], kept)
+    rows.read(Span(0, 1, 0, 4))
+    (tmp_path / "train-00001.tar").replace(tmp_path / "train-00000.tar")  # another good shard of the same size
+    with pytest.raises(UserError, match=rf"train-00000\.tar: .*{offence}"):
+        rows.read(Span(0, 0, 0, 4))

@@ -1,6 +1,7 @@
 """Prepared folders behind URLs: the same batches, a bounded cache, patience with a bad network and clear words at its end."""
 
 import http.server
+import os
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -77,6 +78,21 @@ def test_a_cache_smaller_than_the_data_stays_small(prepared: Path, server: str, 
     limit = 20_000
     assert tickets_and_tokens(server, tmp_path, cache_gigabytes=limit / 1e9) == tickets_and_tokens(prepared, tmp_path)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= limit
+
+
+def test_what_was_not_used_for_longest_goes_first_and_use_changes_nothing(
+    prepared: Path, server: str, tmp_path: Path
+) -> None:
+    infos = Manifest.load(prepared).splits["train"][:3]
+    files = ShardFiles(server, str(tmp_path), cache_gigabytes=(sum(info.bytes for info in infos) - 1) / 1e9)
+    first, second = (files.path(info.name, info.bytes, info.sha256) for info in infos[:2])
+    for path, then in ((first, 10), (second, 20)):
+        os.utime(path, ns=(then, 5))
+    assert files.path(infos[0].name, infos[0].bytes, infos[0].sha256) == first
+    assert first.stat().st_mtime_ns == 5  # else an open shard's index would be worth nothing
+    files.path(infos[2].name, infos[2].bytes, infos[2].sha256)
+    assert first.exists()
+    assert not second.exists()
 
 
 def test_failing_and_cut_answers_are_retried(prepared: Path, server: str, tmp_path: Path) -> None:
