@@ -155,8 +155,8 @@ class RowBlock:
         self._uniforms_W2 = uniforms(_key(*purpose, "window"), ticket_W1, index_W1, np.arange(2))
         cut_uniforms_W2 = uniforms(_key(*purpose, "cut"), ticket_W1, index_W1, np.arange(2))
         cuts_W = np.where(filler_W, 0, cut_places(lengths_W, cut_uniforms_W2, split))
-        segments = _segments(lengths_W, filler_W, cuts_W, split)
-        self._segment_lengths, self._segment_roles, self._segment_windows = (values.tolist() for values in segments)
+        segment_lengths, segment_roles, self._segment_windows = _segments(lengths_W, filler_W, cuts_W, split)
+        self._segment_lengths, self._segment_roles = segment_lengths.tolist(), segment_roles.tolist()
         self._window_lengths = lengths_W.tolist()
         self._segment_ends = [0, *np.cumsum(1 + (cuts_W > 0)).tolist()]
         row_keys_B = hashes(_key(*purpose, "row"), ticket_B) >> np.uint64(1)
@@ -175,7 +175,7 @@ class RowBlock:
             window_lengths=self._window_lengths[first:last],
             segment_lengths=self._segment_lengths[segments],
             segment_roles=self._segment_roles[segments],
-            segment_windows=[window - first for window in self._segment_windows[segments]],
+            segment_windows=(self._segment_windows[segments] - first).tolist(),
             window_uniforms_W2=torch.from_numpy(self._uniforms_W2[first:last]),
             row_keys_B=torch.from_numpy(self._row_keys_B[start:stop]),
             row_tokens=self._tokens_BR.shape[1],
