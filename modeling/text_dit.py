@@ -76,8 +76,8 @@ class TextDiT(nn.Module):
         self.posterior = None
         if config.prediction == "posterior":
             self.posterior = TokenPosterior(config.width, config.latent_dim, config.vocab_size)
-        reads_estimate = config.self_conditioning or self.posterior is not None
-        self.from_latent = nn.Linear(config.latent_dim * (2 if reads_estimate else 1), config.width)
+        num_inputs = 5 if self.posterior is not None else 2 if config.self_conditioning else 1
+        self.from_latent = nn.Linear(num_inputs * config.latent_dim, config.width)
         self.role = nn.Embedding(2, config.width) if config.role_embedding else None
         self.time_mlp = None
         if config.time_conditioning != "none":
@@ -133,34 +133,41 @@ class TextDiT(nn.Module):
         """The velocity and what else training looks at; arguments as in `forward`."""
         # A context token is clean: its own time is 0, whatever the time of the targets beside it.
         own_time_T = time_T * is_target_T
-        unigram_TV = None
-        if self.posterior is not None:
-            with torch.no_grad():
-                unigram_TV = self.posterior.unigram_logits(latents_TZ, time_T[:, None].float())
-                if estimate_TZ is None:
-                    estimate_TZ = self.posterior.estimate(unigram_TV, latents_TZ, time_T[:, None].float())
-        hidden_TD = self._hidden(latents_TZ, is_target_T, own_time_T, windows, estimate_TZ)
-        if self.posterior is not None:
-            time_T1 = time_T[:, None].float()
-            velocity_TZ, logits_TV = self.posterior(hidden_TD, unigram_TV, latents_TZ, time_T1, belief_scale)
-            return DiTOutput(velocity_TZ, hidden_TD, logits_TV)
-        return DiTOutput(self._velocity(hidden_TD, latents_TZ, time_T), hidden_TD)
+        if self.posterior is None:
+            inputs = [latents_TZ]
+            if self.config.self_conditioning:
+                inputs.append(_estimate_or_context(estimate_TZ, latents_TZ, is_target_T))
+            hidden_TD = self._hidden(inputs, is_target_T, own_time_T, windows)
+            return DiTOutput(self._velocity(hidden_TD, latents_TZ, time_T), hidden_TD)
+        time_T1 = own_time_T[:, None].float()
+        with torch.no_grad():
+            unigram_TV = self.posterior.unigram_logits(latents_TZ, time_T1)
+            alone = self.posterior.estimate(unigram_TV, latents_TZ, time_T1)
+            # A dropped context is all zeros, in every input.
+            dropped_T1 = (latents_TZ == 0).all(-1, keepdim=True)
+            alone = alone._replace(deviation_TZ=alone.deviation_TZ.masked_fill(dropped_T1, 0))
+            # An encoder's attention moves the latents of all that it sees at once together: the targets', and apart from them the context's.
+            common_2WZ = alone.common(2 * windows.ids_T + is_target_T, 2 * len(windows.lengths))
+            if estimate_TZ is None:
+                estimate_TZ = alone.latents_TZ
+            inputs = [
+                latents_TZ,
+                torch.where(is_target_T[:, None], estimate_TZ, latents_TZ),
+                alone.deviation_TZ,
+                common_2WZ[2 * windows.ids_T],
+                common_2WZ[2 * windows.ids_T + 1],
+            ]
+        hidden_TD = self._hidden(inputs, is_target_T, own_time_T, windows)
+        velocity_TZ, logits_TV = self.posterior(
+            hidden_TD, unigram_TV, latents_TZ, time_T1, belief_scale, begins_target(is_target_T, windows)
+        )
+        return DiTOutput(velocity_TZ, hidden_TD, logits_TV)
 
     def _hidden(
-        self,
-        latents_TZ: torch.Tensor,
-        is_target_T: torch.Tensor,
-        own_time_T: torch.Tensor,
-        windows: Segments,
-        estimate_TZ: torch.Tensor | None,
+        self, inputs: list[torch.Tensor], is_target_T: torch.Tensor, own_time_T: torch.Tensor, windows: Segments
     ) -> torch.Tensor:
-        inputs_TZ = latents_TZ
-        if self.config.self_conditioning or self.posterior is not None:
-            # A context is its own estimate.
-            estimate_TZ = torch.zeros_like(latents_TZ) if estimate_TZ is None else estimate_TZ
-            inputs_TZ = torch.cat((latents_TZ, torch.where(is_target_T[:, None], estimate_TZ, latents_TZ)), dim=-1)
         dtype = self.from_latent.weight.dtype
-        x_TD = self.from_latent(inputs_TZ.to(dtype))
+        x_TD = self.from_latent(torch.cat(inputs, dim=-1).to(dtype))
         if self.role is not None:
             x_TD = x_TD + self.role(is_target_T.long())
         condition_TD = None
@@ -183,6 +190,24 @@ class TextDiT(nn.Module):
     def estimate(self, velocity_TZ: torch.Tensor, noisy_TZ: torch.Tensor, time_T: torch.Tensor) -> torch.Tensor:
         """The one-step estimate of z that a velocity implies, with the same clamp of t as in data prediction."""
         return data_from_velocity(noisy_TZ.float(), velocity_TZ, time_T[:, None].float().clamp_min(MIN_TIME))
+
+
+def _estimate_or_context(
+    estimate_TZ: torch.Tensor | None, latents_TZ: torch.Tensor, is_target_T: torch.Tensor
+) -> torch.Tensor:
+    """The estimate of z at targets, zeros without one; a context is its own estimate."""
+    given_TZ = torch.zeros_like(latents_TZ) if estimate_TZ is None else estimate_TZ
+    return torch.where(is_target_T[:, None], given_TZ, latents_TZ)
+
+
+def begins_target(is_target_T: torch.Tensor, windows: Segments) -> torch.Tensor:
+    """bool [T]: the first token of each target.
+
+    What stands before it was encoded apart from it: it tells which token follows, but nothing of where in its token's Gaussian the
+    latent lies. A network shows it the same as any neighbour, and is misled (docs/log.md: most of a negative context gap).
+    """
+    goes_on_T = is_target_T.roll(1) & (windows.positions_T > 0)
+    return is_target_T & ~goes_on_T
 
 
 class TokenHead(nn.Linear):

@@ -15,6 +15,8 @@ interpolation of CDCD (arXiv 2211.15089).
 Shape letters: T packed tokens, M sampled tokens, D width, Z latent dim, V vocabulary.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -22,6 +24,31 @@ MIN_VARIANCE = 1e-5
 UNSEEN_COUNT = 0.5
 PRIOR_COUNT = 4
 """Occurrences that the pooled variance counts for, beside a token's own: seen five times, it would else look sharper than it is."""
+
+
+class Estimate(NamedTuple):
+    """What z_t alone tells, fp32 [T, Z] each.
+
+    Attributes:
+        latents_TZ: E[z | z_t].
+        deviation_TZ: E[(z - m) / sqrt(d) | z_t], where in its token's Gaussian the latent lies, in the eigenbasis: all of it at t = 0,
+            nothing where noise hides it.
+        certainty_TZ: the share of that deviation's variance which z_t tells, (1-t)^2 d / s.
+    """
+
+    latents_TZ: torch.Tensor
+    deviation_TZ: torch.Tensor
+    certainty_TZ: torch.Tensor
+
+    def common(self, group_T: torch.Tensor, num_groups: int) -> torch.Tensor:
+        """The deviation that the tokens of each group have in common [num_groups, Z], zero for a group without tokens.
+
+        Where an offset of variance d is added to all of a group's latents, beside each one's own deviation, this is its posterior mean
+        in units of sqrt(d).
+        """
+        sums_GZ = self.deviation_TZ.new_zeros(num_groups, self.deviation_TZ.shape[1])
+        certainty_GZ = sums_GZ.index_add(0, group_T, self.certainty_TZ)
+        return sums_GZ.index_add(0, group_T, self.deviation_TZ) / (certainty_GZ + 1)
 
 
 class TokenPosterior(nn.Module):
@@ -54,12 +81,14 @@ class TokenPosterior(nn.Module):
         square_TV = (signal_T1.square() * precision_TZ) @ means_VZ.square().T
         return self.log_frequencies.float() + cross_TV - 0.5 * square_TV
 
-    def estimate(self, logits_TV: torch.Tensor, noisy_TZ: torch.Tensor, time_T1: torch.Tensor) -> torch.Tensor:
-        """E[z | z_t] fp32 [T, Z] under the token probabilities softmax(logits)."""
+    def estimate(self, logits_TV: torch.Tensor, noisy_TZ: torch.Tensor, time_T1: torch.Tensor) -> "Estimate":
+        """The best estimates from z_t alone, under the token probabilities softmax(logits)."""
         means_TZ, variances_TZ = self._expected(logits_TV)
         spread_TZ = (1 - time_T1).square() * variances_TZ + time_T1.square()
-        own_TZ = (1 - time_T1) * variances_TZ * self._rotate(noisy_TZ)
-        return (own_TZ + time_T1.square() * means_TZ) / spread_TZ @ self.basis.float().T
+        rest_TZ = self._rotate(noisy_TZ) - (1 - time_T1) * means_TZ
+        deviation_TZ = (1 - time_T1) * variances_TZ.sqrt() * rest_TZ / spread_TZ
+        latents_TZ = (means_TZ + variances_TZ.sqrt() * deviation_TZ) @ self.basis.float().T
+        return Estimate(latents_TZ, deviation_TZ, (1 - time_T1).square() * variances_TZ / spread_TZ)
 
     def forward(
         self,
@@ -68,6 +97,7 @@ class TokenPosterior(nn.Module):
         noisy_TZ: torch.Tensor,
         time_T1: torch.Tensor,
         belief_scale: float = 1.0,
+        no_shift_T: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(velocity fp32 [T, Z], logits of the tokens fp32 [T, V]).
 
@@ -75,10 +105,14 @@ class TokenPosterior(nn.Module):
             hidden_TD: the Transformer's output; unigram_TV: `unigram_logits` of the same positions.
             noisy_TZ: z_t, standardised; time_T1: t, fp32.
             belief_scale: factor of the network's logits; above 1, sampling is guided away from the predictor without context.
+            no_shift_T: bool [T], tokens whose shift counts as zero.
         """
         logits_TV = unigram_TV + belief_scale * self.to_logits(hidden_TD).float()
         means_TZ, variances_TZ = self._expected(logits_TV)
-        means_TZ = means_TZ + variances_TZ.sqrt() * self.to_shift(hidden_TD).float()
+        shift_TZ = self.to_shift(hidden_TD).float()
+        if no_shift_T is not None:
+            shift_TZ = shift_TZ.masked_fill(no_shift_T[:, None], 0)
+        means_TZ = means_TZ + variances_TZ.sqrt() * shift_TZ
         spread_TZ = (1 - time_T1).square() * variances_TZ + time_T1.square()
         slope_TZ = time_T1 - (1 - time_T1) * variances_TZ
         velocity_TZ = (slope_TZ * self._rotate(noisy_TZ) - time_T1 * means_TZ) / spread_TZ

@@ -110,7 +110,8 @@ def test_posterior_prediction_reads_its_own_estimate_where_no_earlier_one_is_giv
     dit, (latents_TZ, is_target_T, time_T, windows) = make_dit(prediction="posterior", vocab_size=7), inputs()
     assert dit.posterior is not None
     time_T1 = time_T[:, None]
-    own_TZ = dit.posterior.estimate(dit.posterior.unigram_logits(latents_TZ, time_T1), latents_TZ, time_T1)
+    logits_TV = dit.posterior.unigram_logits(latents_TZ, time_T1)
+    own_TZ = dit.posterior.estimate(logits_TV, latents_TZ, time_T1).latents_TZ
     outputs = dit.outputs(latents_TZ, is_target_T, time_T, windows)
     assert outputs.logits_TV is not None
     assert outputs.logits_TV.shape == (20, 7)
@@ -118,6 +119,46 @@ def test_posterior_prediction_reads_its_own_estimate_where_no_earlier_one_is_giv
     assert not torch.allclose(
         outputs.velocity_TZ, dit(latents_TZ, is_target_T, time_T, windows, torch.zeros_like(own_TZ))
     )
+
+
+def test_posterior_prediction_reads_deviations_and_what_segments_have_in_common() -> None:
+    """Its five inputs, window by window; the first window's context is dropped, and so zero in all of them."""
+    dit, (latents_TZ, is_target_T, time_T, windows) = make_dit(prediction="posterior", vocab_size=7), inputs()
+    latents_TZ[:4] = 0
+    seen: list[torch.Tensor] = []
+    dit.from_latent.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    dit(latents_TZ, is_target_T, time_T, windows)
+    latents, estimates, deviations, of_context, of_target = seen[0].split(3, dim=-1)
+    assert torch.equal(latents, latents_TZ)
+    assert not seen[0][:4, :12].any(), "a dropped context is not all zeros"
+    assert torch.equal(estimates[~is_target_T], latents_TZ[~is_target_T])
+
+    assert dit.posterior is not None
+    start = 0
+    for length, context, time in zip(LENGTHS, CONTEXTS, (0.2, 0.5, 0.9)):
+        window = slice(start, start + length)
+        for name, tokens, own_time, expected in (
+            ("context", slice(start, start + context), 0.0, of_context[window]),
+            ("target", slice(start + context, start + length), time, of_target[window]),
+        ):
+            time_T1 = torch.full((tokens.stop - tokens.start, 1), own_time)
+            z_TZ = latents_TZ[tokens]
+            alone = dit.posterior.estimate(dit.posterior.unigram_logits(z_TZ, time_T1), z_TZ, time_T1)
+            found_TZ = alone.deviation_TZ if z_TZ.any() else torch.zeros_like(z_TZ)
+            torch.testing.assert_close(deviations[tokens], found_TZ, rtol=1e-4, atol=1e-5, msg=name)
+            common_Z = found_TZ.sum(0) / (1 + alone.certainty_TZ.sum(0))
+            torch.testing.assert_close(expected, common_Z.expand(length, 3), rtol=1e-4, atol=1e-5, msg=name)
+        start += length
+
+
+def test_the_first_token_of_a_target_takes_no_shift() -> None:
+    dit, (latents_TZ, is_target_T, time_T, windows) = make_dit(prediction="posterior", vocab_size=7), inputs()
+    assert dit.posterior is not None
+    before_TZ = dit(latents_TZ, is_target_T, time_T, windows)
+    dit.posterior.to_shift.bias += 1
+    same_T = (dit(latents_TZ, is_target_T, time_T, windows) == before_TZ).all(-1)
+    # Contexts of 4, 3 and no tokens; what happens at a context's own tokens means nothing.
+    assert same_T[is_target_T].nonzero().flatten().tolist() == [0, 5, 8]
 
 
 def test_self_conditioning_reads_targets_only_and_zeros_when_there_is_none() -> None:

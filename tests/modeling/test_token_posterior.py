@@ -83,12 +83,37 @@ def test_without_a_network_it_is_the_bayes_denoiser_of_one_token(time: float) ->
             for mean, z, cov in zip(means_MZ, noisy_MZ, (basis_ZZ @ v.diag() @ basis_ZZ.T for v in variances_MZ))
         ]
     )
-    found_MZ = posterior.estimate(logits_MV, noisy_MZ.float(), time_M1)
-    torch.testing.assert_close(found_MZ.double(), expected_MZ, rtol=1e-3, atol=1e-3)
+    found = posterior.estimate(logits_MV, noisy_MZ.float(), time_M1)
+    torch.testing.assert_close(found.latents_TZ.double(), expected_MZ, rtol=1e-3, atol=1e-3)
+    deviation_MZ = (expected_MZ - means_MZ) @ basis_ZZ / variances_MZ.sqrt()
+    torch.testing.assert_close(found.deviation_TZ.double(), deviation_MZ, rtol=1e-3, atol=2e-3)
     velocity_MZ, _ = posterior(torch.zeros(300, WIDTH), logits_MV, noisy_MZ.float(), time_M1)
     torch.testing.assert_close(
         flow.data_from_velocity(noisy_MZ, velocity_MZ.double(), torch.tensor(time)), expected_MZ, rtol=1e-3, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("time", [0.0, 0.3, 0.8])
+def test_what_a_group_has_in_common_is_the_mean_of_a_gaussian(time: float) -> None:
+    """Against the joint Gaussian of a group's offset and its noisy latents, in float64: offset and own deviations of variance d."""
+    latents_MZ, tokens_M, _ = language()
+    posterior = make_posterior(latents_MZ, tokens_M)
+    token, size = 1, 6
+    d_Z, m_Z = posterior.variances[token].double(), posterior.means[token].double()
+    generator = torch.Generator().manual_seed(2)
+    noisy_MZ = (1 - time) * m_Z + torch.randn(size, LATENT, generator=generator, dtype=torch.float64)
+    logits_MV = torch.full((size, VOCAB), -1e9).index_fill(1, torch.tensor([token]), 0.0)
+    alone = posterior.estimate(logits_MV, (noisy_MZ @ posterior.basis.double().T).float(), torch.full((size, 1), time))
+    found_GZ = alone.common(torch.tensor([0, 2, 2, 2, 2, 2]), 3)
+    assert not found_GZ[1].any()
+    for group, rows in ((0, [0]), (2, [1, 2, 3, 4, 5])):
+        for channel in range(LATENT):
+            d, n = float(d_Z[channel]), len(rows)
+            signal = 1 - time
+            covariance = signal**2 * d * (torch.ones(n, n) + torch.eye(n)).double() + time**2 * torch.eye(n).double()
+            rest = noisy_MZ[rows, channel] - signal * m_Z[channel]
+            offset = signal * d * torch.ones(n).double() @ torch.linalg.solve(covariance, rest)
+            assert float(found_GZ[group, channel]) == pytest.approx(float(offset) / d**0.5, rel=1e-3, abs=1e-4)
 
 
 def test_a_network_that_knows_the_token_and_its_deviation_leaves_only_noise() -> None:
