@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks.measuring import phase
 from benchmarks.plain_run import PlainRun, vae_config
 from data_pipeline.batch import SplitConfig
 from data_pipeline.codec import Codec
@@ -29,8 +30,8 @@ from pretrain.config import features_folder
 from pretrain.config_schema import VAERun
 from pretrain.stages import VAEStage
 
-TRAIN_SHARDS = 4
-HELDOUT_ROWS = 64
+TRAIN_SHARDS = STREAMS = 2
+HELDOUT_ROWS = 16
 EXACT, CHOSEN, ONLINE = "exact", "chosen", "online"
 
 
@@ -76,20 +77,22 @@ def judge(stage: VAEStage, config: VAERun) -> Judged:
 
 
 def compare_losses(
-    job: FeatureJob, codec: Codec, fidelity: Fidelity, held: FeatureSample, steps: int, work: Path
+    job: FeatureJob, codec: Codec, fidelity: Fidelity, held: FeatureSample, steps: int, work: Path, title: str
 ) -> dict[str, float]:
-    """The figures of one teacher; see above."""
+    """The figures of one teacher, which the progress calls `title`; see above."""
     tokens = first_shards(Path(job.data), work / "data")
     codecs = {CHOSEN: (codec, fidelity), EXACT: exact(held, job.teacher.dtype)}
     for name, (each, kept) in codecs.items():
-        cached = replace(job, data=str(work / "data"), tokens=tokens, output=work / name)
-        cached.keep(each, kept)
-        cached.run(each, rank=0, world_size=1)
+        with phase(f"{title}: {name} features into a cache"):
+            cached = replace(job, data=str(work / "data"), tokens=tokens, output=work / name)
+            cached.keep(each, kept)
+            cached.run(each, rank=0, world_size=1)
     configs = {
         name: vae_config(
             "quickstart_vae",
             {
                 "data.path": work / "data",
+                "data.streams": STREAMS,
                 "data.micro_batch_rows": 4,
                 "repa.features": None if name == ONLINE else work / name,
                 "repa.online_teacher": job.teacher.name if name == ONLINE else None,
@@ -103,7 +106,7 @@ def compare_losses(
     }
     stages: dict[str, VAEStage] = {}
     for name, config in configs.items():
-        with PlainRun(config, job.teacher.device) as run:
+        with phase(f"{title}: stage 1 with {name} features"), PlainRun(config, job.teacher.device) as run:
             stages[name] = run.stage
             if name == CHOSEN:
                 untrained = {key: tensor.clone() for key, tensor in run.stage.state_dict().items()}
@@ -116,20 +119,17 @@ def compare_losses(
         stages[name].step = steps
         return judge(stages[name], configs[name])
 
-    difference = 0.0
-    for weights in (untrained, trained[CHOSEN]):
-        pairs = zip(judged(weights, EXACT).losses, judged(weights, ONLINE).losses, strict=True)
-        difference = max(difference, *(abs(one - other) for one, other in pairs))
-    before = {name: judged(untrained, name).repa_loss for name in (CHOSEN, EXACT)}
-    after = {name: judged(trained[CHOSEN], name).repa_loss for name in (CHOSEN, EXACT)}
-    on_exact = judged(trained[EXACT], EXACT).repa_loss
+    with phase(f"{title}: losses on held-out rows"):
+        before, after = ({name: judged(weights, name) for name in configs} for weights in (untrained, trained[CHOSEN]))
+        on_exact = judged(trained[EXACT], EXACT).repa_loss
+    pairs = [pair for each in (before, after) for pair in zip(each[EXACT].losses, each[ONLINE].losses, strict=True)]
     return {
-        "exact_minus_online": difference,
-        "repa_loss_relative_difference": abs(after[CHOSEN] / after[EXACT] - 1),
-        "repa_loss_untrained_difference": abs(before[CHOSEN] - before[EXACT]),
-        "repa_loss_after_training_relative_difference": abs(after[EXACT] / on_exact - 1),
-        "repa_loss_chosen": after[CHOSEN],
-        "repa_loss_exact": after[EXACT],
+        "exact_minus_online": max(abs(one - other) for one, other in pairs),
+        "repa_loss_relative_difference": abs(after[CHOSEN].repa_loss / after[EXACT].repa_loss - 1),
+        "repa_loss_untrained_difference": abs(before[CHOSEN].repa_loss - before[EXACT].repa_loss),
+        "repa_loss_after_training_relative_difference": abs(after[EXACT].repa_loss / on_exact - 1),
+        "repa_loss_chosen": after[CHOSEN].repa_loss,
+        "repa_loss_exact": after[EXACT].repa_loss,
         "repa_loss_trained_on_exact": on_exact,
         "steps": steps,
     }

@@ -13,6 +13,7 @@ the two teachers. `mean_cosine`: the smaller one, of windows in the held-out spl
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.feature_losses import compare_losses
-from benchmarks.measuring import ROOT, SHARED, existing, print_figures
+from benchmarks.measuring import ROOT, SHARED, existing, phase, print_figures
 from benchmarks.online_teacher import SCALES, compare_speed
 from data_pipeline.codec_choice import Target, choose, measure
 from data_pipeline.errors import UserError, cli
@@ -59,9 +60,9 @@ def main_parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher", help="folder or hub name of the second teacher (runs/quickstart/teacher)")
     parser.add_argument("--sample-tokens", type=int, default=200_000, help="to fit the codec on (%(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=120, help="of the stage-1 runs whose losses are compared (%(default)s)"
+        "--steps", type=int, default=25, help="of the stage-1 runs whose losses are compared (%(default)s)"
     )
-    parser.add_argument("--repetitions", type=int, default=7, help="of each step that is timed (%(default)s)")
+    parser.add_argument("--repetitions", type=int, default=5, help="of each step that is timed (%(default)s)")
     parser.add_argument(
         "--scale", type=int, choices=SCALES, help="divides Qwen3-1.7B and vae_base for timing (1 on a GPU, else 4)"
     )
@@ -117,13 +118,16 @@ def measure_subject(
         token_budget=16384,
         options=CodecOptions(Target(0.99), sample_tokens=sample_tokens),
     )
-    codec, fidelity, table = choose(job.sample(), job.options.target, job.options.ngram_orders, job.num_places)
+    with phase(f"{subject.name}: choosing a codec"):
+        codec, fidelity, table = choose(job.sample(), job.options.target, job.options.ngram_orders, job.num_places)
+        held = job.sample("heldout")
+        held_out = measure(codec, held)
     print(f"\n{subject.name}: {job.num_tokens:,} tokens\n" + "\n".join(job.report(codec, fidelity, table)), flush=True)
-    held = job.sample("heldout")
-    held_out = measure(codec, held)
     print(
         f"held-out windows: cosine mean {held_out.mean_cosine:.5f}, 1st percentile {held_out.p1_cosine:.5f}", flush=True
     )
+    losses = compare_losses(job, codec, fidelity, held, steps, work, subject.name)
+    print(json.dumps({subject.name: losses}), flush=True)
     columns = ("rank", "bits", "ngram_order", "bytes_per_token", "bf16_ratio", "mean_cosine", "p1_cosine", "explained")
     return {
         "bf16_ratio": fidelity.bf16_ratio,
@@ -134,7 +138,7 @@ def measure_subject(
         "tokens": job.num_tokens,
         "cache_over_bf16_files": job.cache_bytes(codec) / (2 * codec.feature_dim * job.num_places),
         "table": [{name: asdict(row)[name] for name in columns} for row in table],
-        **compare_losses(job, codec, fidelity, held, steps, work),
+        **losses,
     }
 
 
@@ -145,15 +149,17 @@ def main(argv: list[str] | None = None) -> int | None:
     device = torch.device(args.device)
     with tempfile.TemporaryDirectory(prefix="benchmark-features-") as folder:
         work = Path(folder)
-        subjects = [
-            corpus_subject(args.corpus, args.corpus_teacher, work),
-            quickstart_subject(args.data, args.teacher, work),
-        ]
+        with phase("texts and teachers"):
+            subjects = [
+                corpus_subject(args.corpus, args.corpus_teacher, work),
+                quickstart_subject(args.data, args.teacher, work),
+            ]
         found = {}
         for number, subject in enumerate(subjects):
             found[subject.name] = measure_subject(subject, args.sample_tokens, args.steps, device, work / str(number))
         scale = args.scale or (1 if device.type == "cuda" else 4)
-        speed = compare_speed(args.corpus, args.corpus_teacher, scale, args.repetitions, device, work / "speed")
+        with phase("steps with the online teacher and with cached features"):
+            speed = compare_speed(args.corpus, args.corpus_teacher, scale, args.repetitions, device, work / "speed")
     worst = {
         "feature_bytes_ratio": max(figures["bf16_ratio"] for figures in found.values()),
         "mean_cosine": min(figures["mean_cosine"] for figures in found.values()),

@@ -7,7 +7,8 @@ import resource
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -44,6 +45,15 @@ class Spent:
         wall, cpu = time.perf_counter(), _cpu_seconds()
         function()
         return cls(time.perf_counter() - wall, _cpu_seconds() - cpu)
+
+
+@contextmanager
+def phase(title: str) -> Iterator[None]:
+    """Say what begins, and what it took when it is done."""
+    print(f"{title} ...", flush=True)
+    wall, cpu = time.perf_counter(), _cpu_seconds()
+    yield
+    print(f"{title}: {time.perf_counter() - wall:.1f} s, {_cpu_seconds() - cpu:.1f} s of processor time", flush=True)
 
 
 def interleaved(contenders: Mapping[str, Callable[[], object]], repetitions: int, title: str) -> dict[str, Spent]:

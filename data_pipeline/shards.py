@@ -149,7 +149,7 @@ class Shard:
         row.
         """
         values, ends = self.index.ragged[name]
-        return values[ends[start] : ends[stop]], np.diff(ends[start : stop + 1])
+        return values[ends[start] : ends[stop]], ends[start + 1 : stop + 1] - ends[start:stop]
 
     def _map(self, num_bytes: int) -> tuple[mmap.mmap, tuple[int, int, int]]:
         """The contents, and `ShardIndex.file`: taken before they are checked, so that a change meanwhile shows later."""
