@@ -6,14 +6,14 @@ Shape letters: T packed tokens, Z latent dim, G grid of times, L eigenvalues.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 # Below this time the change of variables x -> v divides by (almost) zero; data prediction clamps t here.
 MIN_TIME = 0.02
 
-GRIDS = ("training", "uniform")
+GRIDS = ("training", "focused", "uniform")
 
 
 def interpolate(data_TZ: torch.Tensor, noise_TZ: torch.Tensor, time_T1: torch.Tensor) -> torch.Tensor:
@@ -74,11 +74,17 @@ class TimeDistribution:
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def grid(self, num_steps: int, kind: str = "training") -> torch.Tensor:
-        """Float64 [num_steps + 1] from 1 (noise) down to 0 (data): "training", dense where training was dense, or "uniform"."""
+        """Float64 [num_steps + 1] from 1 (noise) down to 0 (data).
+
+        "training" is dense where training was dense, "uniform" has equal steps. "focused" is as dense as training's density of
+        logit(t) squared (std / sqrt 2): a trained model's estimate of z then changes about equally in every step (docs/log.md).
+        """
         if kind not in GRIDS:
             raise ValueError(f"time grid {kind!r} is unknown; expected one of {', '.join(GRIDS)}")
         falling = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
-        return falling if kind == "uniform" else self.quantile(falling)
+        if kind == "uniform":
+            return falling
+        return (replace(self, std=self.std / math.sqrt(2)) if kind == "focused" else self).quantile(falling)
 
 
 def shift_for_dimension(shift: float, latent_dim: int, base_dim: int) -> float:

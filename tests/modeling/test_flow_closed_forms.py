@@ -101,10 +101,21 @@ def test_the_endpoint_of_a_mixture_has_its_moments() -> None:
     torch.testing.assert_close(torch.cov(found_MZ.T), covariance_ZZ, rtol=0, atol=0.08)
 
 
+def test_the_focused_grid_is_as_dense_as_the_square_of_trainings_density_of_the_logit() -> None:
+    """Between neighbours lies the same share of the square, integrated numerically; the shift moves its times like training's."""
+    logits = torch.linspace(-8, 8, 200_001, **double)
+    cumulated = (-(((logits - 1) / 1.5) ** 2)).exp().cumsum(0)
+    inner = torch.logit(TimeDistribution(mean=1.0, std=1.5).grid(8, "focused")[1:-1])
+    shares = (cumulated / cumulated[-1])[torch.searchsorted(logits, inner)]
+    torch.testing.assert_close(shares, torch.linspace(1, 0, 9, **double)[1:-1], rtol=0, atol=1e-4)
+    shifted = TimeDistribution(mean=1.0, std=1.5, shift=math.e).grid(8, "focused")[1:-1]
+    torch.testing.assert_close(torch.logit(shifted), inner + 1)
+
+
 def test_the_uniform_grid_falls_in_equal_steps_whatever_the_training_times() -> None:
     grid = TimeDistribution(std=0.3, shift=4.0).grid(10, "uniform")
     torch.testing.assert_close(grid, torch.linspace(1, 0, 11, **double))
-    with pytest.raises(ValueError, match="time grid 'cosine' is unknown; expected one of training, uniform"):
+    with pytest.raises(ValueError, match="time grid 'cosine' is unknown; expected one of training, focused, uniform"):
         TimeDistribution().grid(10, "cosine")
 
 
