@@ -106,12 +106,12 @@ def test_attention(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_sampling_is_scored_against_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right tokens are 0 to 9, in two prompts; each run gets as many right as it has tens of steps, twice on the focused grid."""
+    """Right tokens are 0 to 9, in two prompts; each run gets as many right as it has tens of steps, twice on the even grid."""
 
     def sample(
         stage: object, prompts: object, scale: float, num_steps: int, solver: str, grid: str = "training", **_: object
     ) -> tuple:
-        right = num_steps // 10 * (2 if grid == "focused" else 1)
+        right = num_steps // 10 * (2 if grid == "even" else 1)
         tokens = [i if i < right else -1 for i in range(10)]
         return None, [tokens[:4], tokens[4:]]
 
