@@ -120,6 +120,7 @@ def test_sampling_is_scored_against_its_reference(monkeypatch: pytest.MonkeyPatc
     assert (figures["agreement_16"], figures["agreement_euler50"], figures["reference_agreement"]) == (0.2, 0.5, 0.5)
     # 2 of 4 less in the first prompt, 1 of 6 in the second: of the sum, sqrt(2) standard deviations of 1 / 2.
     assert figures["difference_error"] == pytest.approx(math.sqrt(2) * 0.5 / 10)
+    assert figures["best_16"] == "multistep, even grid"  # as good as Heun's method, with fewer evaluations
     assert (figures["evaluations_16"], figures["evaluations_euler50"]) == (16, 50)
     evaluations = {(row["solver"], row["steps"]): row["evaluations"] for row in figures["table"]}
     assert (evaluations["heun", 16], evaluations["multistep", 16]) == (31, 16)
