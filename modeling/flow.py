@@ -13,7 +13,7 @@ import torch
 # Below this time the change of variables x -> v divides by (almost) zero; data prediction clamps t here.
 MIN_TIME = 0.02
 
-GRIDS = ("training", "uniform")
+GRIDS = ("training", "even", "uniform")
 
 
 def interpolate(data_TZ: torch.Tensor, noise_TZ: torch.Tensor, time_T1: torch.Tensor) -> torch.Tensor:
@@ -54,12 +54,14 @@ class TimeDistribution:
         kind: "logit_normal": logit(t) ~ N(mean, std^2), or "uniform".
         mean, std: of the logit; the paper has std 1.5 (Sec. 3, TextLDM).
         shift: t -> shift t / (1 + (shift - 1) t), moves mass towards noise for > 1, as larger latents need (arXiv 2403.03206, Eq. 23).
+        path: `EstimatePath.even_times` of a trained model, for the even grid.
     """
 
     kind: str = "logit_normal"
     mean: float = 0.0
     std: float = 1.5
     shift: float = 1.0
+    path: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in ("logit_normal", "uniform"):
@@ -74,11 +76,57 @@ class TimeDistribution:
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def grid(self, num_steps: int, kind: str = "training") -> torch.Tensor:
-        """Float64 [num_steps + 1] from 1 (noise) down to 0 (data): "training", dense where training was dense, or "uniform"."""
+        """Float64 [num_steps + 1] from 1 (noise) down to 0 (data).
+
+        "training" is dense where training was dense, "uniform" has equal steps, "even" steps between which the model's estimate of z
+        changes equally, as measured (`path`). Raises: ValueError for another kind, and for "even" without a measurement.
+        """
         if kind not in GRIDS:
             raise ValueError(f"time grid {kind!r} is unknown; expected one of {', '.join(GRIDS)}")
         falling = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
-        return falling if kind == "uniform" else self.quantile(falling)
+        if kind == "uniform":
+            return falling
+        if kind == "training":
+            return self.quantile(falling)
+        if len(self.path) < 2:
+            raise ValueError(
+                'time grid "even" needs the times measured on the trained model, and this one has none: run pretrain.diagnose on the run'
+                " before it is exported, or choose the grid training or uniform"
+            )
+        table = torch.tensor(self.path, dtype=torch.float64)
+        place = (1 - falling) * (len(table) - 1)
+        below = place.long().clamp_max(len(table) - 2)
+        return torch.lerp(table[below], table[below + 1], place - below)
+
+
+class EstimatePath:
+    """How far the one-step estimate of z has come by each time on the way from noise to data: where a solver needs its steps."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+        self._moved: list[float] = []
+        self._last_TZ: torch.Tensor | None = None
+
+    def add(self, t: float, estimate_TZ: torch.Tensor) -> None:
+        """The estimate at a time, which must be earlier than the one before (nearer to data)."""
+        moved = 0.0 if self._last_TZ is None else (estimate_TZ - self._last_TZ).float().square().mean().sqrt().item()
+        self._times.append(t)
+        self._moved.append(moved)
+        self._last_TZ = estimate_TZ
+
+    def even_times(self, num_times: int = 33) -> tuple[float, ...]:
+        """Falling from 1 to 0: between neighbours the estimate moves by the same root mean square (linear between what was added).
+
+        Nothing if it did not move.
+        """
+        way = torch.tensor(self._moved, dtype=torch.float64).cumsum(0)
+        if not len(way) or not way[-1] > 0:
+            return ()
+        wanted = torch.linspace(0, 1, num_times, dtype=torch.float64)[1:-1] * way[-1]
+        after = torch.searchsorted(way, wanted).clamp(1, len(way) - 1)
+        times = torch.tensor(self._times, dtype=torch.float64)
+        share = (wanted - way[after - 1]) / (way[after] - way[after - 1])
+        return (1.0, *torch.lerp(times[after - 1], times[after], share).tolist(), 0.0)
 
 
 def shift_for_dimension(shift: float, latent_dim: int, base_dim: int) -> float:

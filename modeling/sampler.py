@@ -31,7 +31,8 @@ def integrate(
         velocity: v(z_TZ, t).
         times: falling, e.g. `TimeDistribution.grid(50)`.
         solver: "euler" (order 1, one evaluation a step), "heun" (order 2, two a step but the last) or "multistep" (order 2, one a
-            step): DPM-Solver++(2M) (arXiv 2211.01095) for this path, whose first-order step is exact for a constant estimate of z.
+            step): exact for an estimate of z that is linear in t. It goes ahead with the slope of the step before; the evaluation
+            there gives the slope of this step, with which the step is done over (predictor and corrector, as in UniPC, arXiv 2302.04867).
         on_step: called with (step, t, one-step estimate of z) in every step.
 
     Raises: ValueError for an unknown solver or times that do not fall.
@@ -41,7 +42,8 @@ def integrate(
     if any(late <= early for late, early in itertools.pairwise(times)):
         raise ValueError(f"times must fall from noise to data, found {[round(t, 4) for t in times[:6]]} ...")
     z_TZ = noise_TZ
-    earlier: tuple[torch.Tensor, float] | None = None
+    earlier: tuple[torch.Tensor, torch.Tensor, float] | None = None
+    trend_TZ = torch.zeros_like(noise_TZ)
     for step, (t, s) in enumerate(itertools.pairwise(times)):
         v_TZ = velocity(z_TZ, t)
         if on_step is not None:
@@ -54,19 +56,20 @@ def integrate(
             z_TZ = z_TZ + (s - t) * slope_TZ
         else:
             data_TZ = z_TZ - t * v_TZ
-            extrapolated_TZ = data_TZ
-            if earlier is not None and s > 0:
-                earlier_TZ, earlier_t = earlier
-                share = 0.5 * (_log_snr(s) - _log_snr(t)) / (_log_snr(t) - _log_snr(earlier_t))
-                extrapolated_TZ = data_TZ + share * (data_TZ - earlier_TZ)
-            z_TZ = (s / t) * z_TZ + (1 - s / t) * extrapolated_TZ
-            earlier = data_TZ, t
+            if earlier is not None:
+                earlier_z_TZ, earlier_data_TZ, earlier_t = earlier
+                trend_TZ = (data_TZ - earlier_data_TZ) / (t - earlier_t)
+                z_TZ = _follow(earlier_z_TZ, earlier_data_TZ, trend_TZ, earlier_t, t)
+            earlier = z_TZ, data_TZ, t
+            z_TZ = _follow(z_TZ, data_TZ, trend_TZ, t, s)
     return z_TZ
 
 
-def _log_snr(t: float) -> float:
-    """log((1 - t) / t), half the logarithm of the signal-to-noise ratio; minus infinity at t = 1."""
-    return -math.inf if t >= 1 else math.log((1 - t) / t)
+def _follow(z_TZ: torch.Tensor, data_TZ: torch.Tensor, trend_TZ: torch.Tensor, t: float, s: float) -> torch.Tensor:
+    """z_s of dz/dtau = (z - x) / tau for the estimate x = data + (tau - t) trend; at s = 0, where no trend would be safe, data itself."""
+    if s == 0:
+        return data_TZ
+    return (s / t) * z_TZ + (1 - s / t) * data_TZ + (s * math.log(t / s) - (t - s)) * trend_TZ
 
 
 class GuidedVelocity:

@@ -97,7 +97,7 @@ class TextLDM(PreTrainedModel):
             input_ids: token ids of each prompt, a list of 1-D tensors or lists (or a [batch, tokens] tensor without padding);
                 an empty prompt generates unconditionally.
             max_new_tokens: tokens that are drawn together; the number of network evaluations does not depend on it.
-            num_steps, guidance_scale, solver, grid, belief_scale: the config's when None; grid is "training" or "uniform" (flow.GRIDS).
+            num_steps, guidance_scale, solver, grid, belief_scale: the config's when None; grid is one of flow.GRIDS.
             guidance_interval: times between which guidance is applied.
             seed: of the noise; prompt i draws from (seed, i), whatever else is in the batch.
             noise: instead, one [max_new_tokens, Z] tensor a prompt.

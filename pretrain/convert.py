@@ -123,6 +123,12 @@ def convert(
     return output
 
 
+def _even_times(run: Path) -> list[float]:
+    """The times that the run's diagnosis measured for the even grid; none without one."""
+    path = run / "diagnosis.json"
+    return json.loads(path.read_text()).get("even_times", []) if path.is_file() else []
+
+
 def load_run(
     run: Path, *, weights: str, step: int | None, sampling: Sampling, data: str | None = None, vae: str | None = None
 ) -> Export:
@@ -155,7 +161,7 @@ def load_run(
     model_config = TextLDMConfig(
         vae=dataclasses.asdict(frozen.config),
         dit=shape,
-        times=dataclasses.asdict(times),
+        times=dataclasses.asdict(times) | {"path": _even_times(run)},
         max_window=manifest.max_window,
         eos_token_id=manifest.tokenizer.eos_id,
         auto_map={"AutoConfig": "textldm.TextLDMConfig", "AutoModel": "textldm.TextLDM"},

@@ -26,6 +26,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.errors import UserError, cli
 from data_pipeline.manifest import Manifest
 from data_pipeline.storage import atomic_write
+from modeling.flow import EstimatePath
 from pretrain import checkpoint, checks, text_checks
 from pretrain.config import DiTRun, RunConfig, VAERun, load_config, parse_config
 from pretrain.diagnosis_page import draw
@@ -168,12 +169,16 @@ def text_figures(stage: DiTStage, device: torch.device) -> Figures:
         say("  no held-out window has a context: generated text is not measured")
         return {}
     scale, num_steps = settings.guidance_scale, settings.num_steps
+    path = EstimatePath()
     with phase(f"text: {num_steps} steps at guidance {scale:g}", num_steps) as tick:
-        sample_TZ, generated = text_checks.sample(stage, prompts, scale, num_steps, settings.solver, tick=tick)
+        sample_TZ, generated = text_checks.sample(
+            stage, prompts, scale, num_steps, settings.solver, tick=tick, path=path
+        )
     truth = [prompt.target_T.tolist() for prompt in prompts]
     figures: Figures = {
         "guidance_scale": scale, "belief_scale": settings.belief_scale, "num_steps": num_steps, "solver": settings.solver,
         "generated_tokens": sum(map(len, generated)), "latent_rms": text_checks.rms(sample_TZ),
+        "even_times": path.even_times(),
     }  # fmt: skip
     for name, texts in (("", generated), ("true_", truth)):
         for n in (1, 2):

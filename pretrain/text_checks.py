@@ -22,6 +22,7 @@ from data_pipeline.order import Span
 from data_pipeline.stream import TokenRows
 from data_pipeline.tokenization import load_tokenizer
 from modeling.attention import Segments
+from modeling.flow import EstimatePath
 from modeling.sampler import GuidedVelocity, integrate
 from pretrain.stages import DiTStage
 
@@ -68,8 +69,9 @@ def sample(
     seed: int = 0,
     grid: str = "training",
     tick: Callable[[], None] = lambda: None,
+    path: EstimatePath | None = None,
 ) -> tuple[Tensor, list[list[int]]]:
-    """Generate a target of the true length for each prompt, at the run's diagnose.belief_scale.
+    """Generate a target of the true length for each prompt, at the run's diagnose.belief_scale; `path` is told of the estimates.
 
     Returns: latents of all targets [T, Z] and the tokens of each.
     """
@@ -99,7 +101,13 @@ def sample(
         belief_scale=stage.config.diagnose.belief_scale,
     )
     times = stage.times.grid(num_steps, grid).tolist()
-    sample_TZ = integrate(velocity, noise_TZ, times, solver, on_step=lambda *_: tick())[is_target_T]
+
+    def on_step(step: int, t: float, estimate_TZ: Tensor) -> None:
+        tick()
+        if path is not None:
+            path.add(t, estimate_TZ[is_target_T])
+
+    sample_TZ = integrate(velocity, noise_TZ, times, solver, on_step)[is_target_T]
     targets = [len(prompt.target_T) for prompt in prompts]
     decoded_T = stage.vae.decode_tokens(sample_TZ, Segments.from_lengths(targets, device)).cpu()
     return sample_TZ, [part.tolist() for part in decoded_T.split(targets)]

@@ -1,6 +1,7 @@
 """The benchmarks of models and kernels run, and say what the documents quote; in miniature."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -105,14 +106,22 @@ def test_attention(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_sampling_is_scored_against_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right tokens are 0 to 9; each run of a solver gets as many of them right as it has steps, up to all."""
+    """Right tokens are 0 to 9, in two prompts; each run gets as many right as it has tens of steps, twice on the even grid."""
 
-    def sample(stage: object, prompts: object, scale: float, num_steps: int, solver: str, **_: object) -> tuple:
-        return None, [[i if i < num_steps // 10 else -1 for i in range(10)]]
+    def sample(
+        stage: object, prompts: object, scale: float, num_steps: int, solver: str, grid: str = "training", **_: object
+    ) -> tuple:
+        right = num_steps // 10 * (2 if grid == "even" else 1)
+        tokens = [i if i < right else -1 for i in range(10)]
+        return None, [tokens[:4], tokens[4:]]
 
     monkeypatch.setattr(sampling, "sample", sample)
     figures = sampling.measure(None, [], 1.0, [16, 50], 100, 0)  # type: ignore[arg-type]
-    assert (figures["agreement_16"], figures["agreement_euler50"]) == (0.1, 0.5)
+    assert (figures["agreement_16"], figures["agreement_euler50"], figures["reference_agreement"]) == (0.2, 0.5, 0.5)
+    # 2 of 4 less in the first prompt, 1 of 6 in the second: of the sum, sqrt(2) standard deviations of 1 / 2.
+    assert figures["difference_error"] == pytest.approx(math.sqrt(2) * 0.5 / 10)
+    assert figures["best_16"] == "multistep, even grid"  # as good as Heun's method, with fewer evaluations
+    assert (figures["evaluations_16"], figures["evaluations_euler50"]) == (16, 50)
     evaluations = {(row["solver"], row["steps"]): row["evaluations"] for row in figures["table"]}
     assert (evaluations["heun", 16], evaluations["multistep", 16]) == (31, 16)
 

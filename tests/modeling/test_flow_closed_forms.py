@@ -7,7 +7,7 @@ import torch
 
 from modeling import flow
 from modeling.floors import TokenMixture
-from modeling.flow import TimeDistribution, shift_for_dimension
+from modeling.flow import EstimatePath, TimeDistribution, shift_for_dimension
 from modeling.sampler import integrate
 
 double = {"dtype": torch.float64}
@@ -69,7 +69,7 @@ def test_orders_on_a_mixture(solver: str, order: float, kind: str) -> None:
         return integrate(lambda z, t: velocity(mixture(), z, t), noise_MZ, times.tolist(), solver)
 
     fine_MZ = end("heun", 4000)
-    errors = [float((end(solver, n) - fine_MZ).square().mean().sqrt()) for n in (200, 400)]
+    errors = [float((end(solver, n) - fine_MZ).square().mean().sqrt()) for n in (400, 800)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.3)
 
 
@@ -101,10 +101,26 @@ def test_the_endpoint_of_a_mixture_has_its_moments() -> None:
     torch.testing.assert_close(torch.cov(found_MZ.T), covariance_ZZ, rtol=0, atol=0.08)
 
 
+def test_the_even_grid_steps_between_equal_changes_of_the_estimate() -> None:
+    """An estimate that moves along (1 - t)^2: its even times are 1 - sqrt(share), as far as it was followed."""
+    path = EstimatePath()
+    for t in torch.linspace(1, 0.0, 4001, **double).tolist():
+        path.add(t, torch.full((5, 3), (1 - t) ** 2, **double))
+    times = TimeDistribution(path=path.even_times())
+    expected = 1 - torch.linspace(0, 1, 17, **double).sqrt()
+    torch.testing.assert_close(times.grid(16, "even"), expected, rtol=0, atol=1e-6)
+    # Between the measured times, which here are finer by two, it is linear.
+    middle = times.grid(64, "even")
+    torch.testing.assert_close(middle[1::2], (middle[:-1:2] + middle[2::2]) / 2)
+    with pytest.raises(ValueError, match='"even" needs the times measured on the trained model'):
+        TimeDistribution().grid(16, "even")
+    assert EstimatePath().even_times() == ()
+
+
 def test_the_uniform_grid_falls_in_equal_steps_whatever_the_training_times() -> None:
     grid = TimeDistribution(std=0.3, shift=4.0).grid(10, "uniform")
     torch.testing.assert_close(grid, torch.linspace(1, 0, 11, **double))
-    with pytest.raises(ValueError, match="time grid 'cosine' is unknown; expected one of training, uniform"):
+    with pytest.raises(ValueError, match="time grid 'cosine' is unknown; expected one of training, even, uniform"):
         TimeDistribution().grid(10, "cosine")
 
 

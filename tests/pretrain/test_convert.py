@@ -175,6 +175,17 @@ def test_generate_does_by_default_what_the_diagnosis_did() -> None:
     assert Sampling(guidance_scale=1.0).settings(diagnose) == expected
 
 
+def test_the_even_grid_is_the_one_that_the_diagnosis_measured(trained: Trained, tmp_path: Path) -> None:
+    run = tmp_path / "dit"
+    shutil.copytree(trained.dit, run)
+    (run / "diagnosis.json").write_text(json.dumps({"even_times": [1.0, 0.8, 0.7, 0.0]}))
+    assert main(["--run", str(run), "--output", str(tmp_path / "export")]) == 0
+    seen: list[float] = []
+    model = TextLDM.from_pretrained(tmp_path / "export")
+    model.generate(PROMPTS, NEW_TOKENS, 6, grid="even", on_step=lambda step, t, tokens: seen.append(t))
+    assert seen == pytest.approx([1.0, 0.9, 0.8, 0.75, 0.7, 0.35])
+
+
 def test_options_reach_the_folder(trained: Trained, tmp_path: Path) -> None:
     output = tmp_path / "half"
     flags = ["--weights", "weight", "--dtype", "bf16", "--num-steps", "9", "--guidance-scale", "2", "--solver", "heun"]
