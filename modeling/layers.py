@@ -108,6 +108,17 @@ def _given(condition_TD: torch.Tensor | None) -> torch.Tensor:
     return condition_TD
 
 
+class Gain(nn.Module):
+    """x times a learned number per channel, none at the start."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return x_TD * self.weight
+
+
 class Transformer(nn.Module):
     """A stack of blocks and a final LayerNorm over one packed axis.
 
@@ -158,7 +169,7 @@ def initialize(module: nn.Module) -> None:
     | Block.modulation                                | 0 (adaLN-Zero)                                       |
     | Embedding                                       | N(0, 0.02^2)                                         |
     | LayerNorm                                       | weight 1, bias 0                                     |
-    | every Linear's bias                             | 0                                                    |
+    | every Linear's bias, Gain                       | 0                                                    |
     | Attention.qkv of a stack's neighbour heads      | `look_at`: a quarter of the heads (at least one) at  |
     |                                                 | offset -1, as many at +1                             |
     | Linear with attribute `zero_init`               | 0: the DiT's output head and the VAE's log-variance  |
@@ -178,6 +189,8 @@ def initialize(module: nn.Module) -> None:
                 nn.init.ones_(child.weight)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
+        elif isinstance(child, Gain):
+            nn.init.zeros_(child.weight)
         elif any(True for _ in child.parameters(recurse=False)):
             raise TypeError(f"initialize() has no rule for the parameters of {type(child).__name__}")
     for stack in module.modules():

@@ -146,20 +146,18 @@ class TextDiT(nn.Module):
             # A dropped context is all zeros, in every input.
             dropped_T1 = (latents_TZ == 0).all(-1, keepdim=True)
             alone = alone._replace(deviation_TZ=alone.deviation_TZ.masked_fill(dropped_T1, 0))
-            # An encoder's attention moves the latents of all that it sees at once together: the targets', and apart from them the context's.
-            common_2WZ = alone.common(2 * windows.ids_T + is_target_T, 2 * len(windows.lengths))
+            # An encoder's attention moves the latents of all that it sees at once together: a target's, and apart from them its context's.
+            context_T, target_T = 2 * windows.ids_T, 2 * windows.ids_T + 1
+            common_2WZ, open_2WZ = alone.common(context_T + is_target_T, 2 * len(windows.lengths))
             if estimate_TZ is None:
                 estimate_TZ = alone.latents_TZ
-            inputs = [
-                latents_TZ,
-                torch.where(is_target_T[:, None], estimate_TZ, latents_TZ),
-                alone.deviation_TZ,
-                common_2WZ[2 * windows.ids_T],
-                common_2WZ[2 * windows.ids_T + 1],
-            ]
+            inputs = [latents_TZ, torch.where(is_target_T[:, None], estimate_TZ, latents_TZ), alone.deviation_TZ]
+            inputs += [common_2WZ[context_T], common_2WZ[target_T]]
         hidden_TD = self._hidden(inputs, is_target_T, own_time_T, windows)
+        # What the target leaves open of its own, the context may tell.
+        offset_TZ = common_2WZ[target_T] + open_2WZ[target_T] * self.posterior.from_context(common_2WZ[context_T])
         velocity_TZ, logits_TV = self.posterior(
-            hidden_TD, unigram_TV, latents_TZ, time_T1, belief_scale, begins_target(is_target_T, windows)
+            hidden_TD, unigram_TV, latents_TZ, time_T1, belief_scale, offset_TZ, begins_target(is_target_T, windows)
         )
         return DiTOutput(velocity_TZ, hidden_TD, logits_TV)
 

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .layers import Gain
+
 MIN_VARIANCE = 1e-5
 UNSEEN_COUNT = 0.5
 PRIOR_COUNT = 4
@@ -40,15 +42,15 @@ class Estimate(NamedTuple):
     deviation_TZ: torch.Tensor
     certainty_TZ: torch.Tensor
 
-    def common(self, group_T: torch.Tensor, num_groups: int) -> torch.Tensor:
-        """The deviation that the tokens of each group have in common [num_groups, Z], zero for a group without tokens.
+    def common(self, group_T: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The deviation that the tokens of each group have in common, and the share of its variance that stays open, [num_groups, Z] each.
 
-        Where an offset of variance d is added to all of a group's latents, beside each one's own deviation, this is its posterior mean
-        in units of sqrt(d).
+        Where an offset of variance d is added to all of a group's latents, beside each one's own deviation, the first is its posterior
+        mean in units of sqrt(d). A group without tokens has 0 and 1.
         """
         sums_GZ = self.deviation_TZ.new_zeros(num_groups, self.deviation_TZ.shape[1])
-        certainty_GZ = sums_GZ.index_add(0, group_T, self.certainty_TZ)
-        return sums_GZ.index_add(0, group_T, self.deviation_TZ) / (certainty_GZ + 1)
+        open_GZ = 1 / (1 + sums_GZ.index_add(0, group_T, self.certainty_TZ))
+        return sums_GZ.index_add(0, group_T, self.deviation_TZ) * open_GZ, open_GZ
 
 
 class TokenPosterior(nn.Module):
@@ -66,6 +68,7 @@ class TokenPosterior(nn.Module):
         self.to_logits.zero_init = True  # type: ignore[assignment]
         self.to_shift = nn.Linear(width, latent_dim)
         self.to_shift.zero_init = True  # type: ignore[assignment]
+        self.from_context = Gain(latent_dim)
         # The eigenbasis' vectors are the columns of `basis`.
         self.register_buffer("log_frequencies", torch.zeros(vocab_size))
         self.register_buffer("means", torch.zeros(vocab_size, latent_dim))
@@ -97,7 +100,8 @@ class TokenPosterior(nn.Module):
         noisy_TZ: torch.Tensor,
         time_T1: torch.Tensor,
         belief_scale: float = 1.0,
-        no_shift_T: torch.Tensor | None = None,
+        offset_TZ: torch.Tensor | None = None,
+        alone_T: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(velocity fp32 [T, Z], logits of the tokens fp32 [T, V]).
 
@@ -105,13 +109,16 @@ class TokenPosterior(nn.Module):
             hidden_TD: the Transformer's output; unigram_TV: `unigram_logits` of the same positions.
             noisy_TZ: z_t, standardised; time_T1: t, fp32.
             belief_scale: factor of the network's logits; above 1, sampling is guided away from the predictor without context.
-            no_shift_T: bool [T], tokens whose shift counts as zero.
+            offset_TZ: a shift that is known without the network.
+            alone_T: bool [T], tokens whose shift is that offset and nothing of the network's.
         """
         logits_TV = unigram_TV + belief_scale * self.to_logits(hidden_TD).float()
         means_TZ, variances_TZ = self._expected(logits_TV)
         shift_TZ = self.to_shift(hidden_TD).float()
-        if no_shift_T is not None:
-            shift_TZ = shift_TZ.masked_fill(no_shift_T[:, None], 0)
+        if alone_T is not None:
+            shift_TZ = shift_TZ.masked_fill(alone_T[:, None], 0)
+        if offset_TZ is not None:
+            shift_TZ = shift_TZ + offset_TZ
         means_TZ = means_TZ + variances_TZ.sqrt() * shift_TZ
         spread_TZ = (1 - time_T1).square() * variances_TZ + time_T1.square()
         slope_TZ = time_T1 - (1 - time_T1) * variances_TZ

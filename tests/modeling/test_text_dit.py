@@ -161,6 +161,28 @@ def test_the_first_token_of_a_target_takes_no_shift() -> None:
     assert same_T[is_target_T].nonzero().flatten().tolist() == [0, 5, 8]
 
 
+def test_a_context_tells_what_the_target_leaves_open_of_their_common_deviation() -> None:
+    """With a network that says nothing: the gain's effect on the velocity, against the formula."""
+    dit, (latents_TZ, is_target_T, time_T, windows) = make_dit(prediction="posterior", vocab_size=7), inputs()
+    assert dit.posterior is not None
+    for weights in (*dit.posterior.to_logits.parameters(), *dit.posterior.to_shift.parameters()):
+        weights.zero_()
+    dit.posterior.from_context.weight.copy_(torch.tensor([0.0, 0.5, 0.5]))
+    with_context_TZ = dit(latents_TZ, is_target_T, time_T, windows)
+    dit.posterior.from_context.weight.zero_()
+    moved_TZ = with_context_TZ - dit(latents_TZ, is_target_T, time_T, windows)
+    assert not moved_TZ[15:].any(), "there is no context in the last window"
+    for context, target, t in ((slice(0, 4), slice(4, 9), 0.2), (slice(9, 12), slice(12, 15), 0.5)):
+        common_Z = dit.posterior.estimate(
+            dit.posterior.unigram_logits(latents_TZ[context], torch.zeros(1, 1)), latents_TZ[context], torch.zeros(1, 1)
+        ).deviation_TZ.sum(0) / (1 + context.stop - context.start)
+        # The variances within tokens are 1, in the basis of the channels.
+        spread = (1 - t) ** 2 + t**2
+        open_share = 1 / (1 + (target.stop - target.start) * (1 - t) ** 2 / spread)
+        expected_Z = -t / spread * open_share * torch.tensor([0.0, 0.5, 0.5]) * common_Z
+        torch.testing.assert_close(moved_TZ[target], expected_Z.expand(target.stop - target.start, 3), rtol=1e-3, atol=1e-5)
+
+
 def test_self_conditioning_reads_targets_only_and_zeros_when_there_is_none() -> None:
     dit, (latents_TZ, is_target_T, time_T, windows) = make_dit(self_conditioning=True), inputs()
     none_TZ = dit(latents_TZ, is_target_T, time_T, windows)

@@ -104,8 +104,9 @@ def test_what_a_group_has_in_common_is_the_mean_of_a_gaussian(time: float) -> No
     noisy_MZ = (1 - time) * m_Z + torch.randn(size, LATENT, generator=generator, dtype=torch.float64)
     logits_MV = torch.full((size, VOCAB), -1e9).index_fill(1, torch.tensor([token]), 0.0)
     alone = posterior.estimate(logits_MV, (noisy_MZ @ posterior.basis.double().T).float(), torch.full((size, 1), time))
-    found_GZ = alone.common(torch.tensor([0, 2, 2, 2, 2, 2]), 3)
-    assert not found_GZ[1].any()
+    found_GZ, open_GZ = alone.common(torch.tensor([0, 2, 2, 2, 2, 2]), 3)
+    assert found_GZ[1].tolist() == [0, 0]
+    assert open_GZ[1].tolist() == [1, 1]
     for group, rows in ((0, [0]), (2, [1, 2, 3, 4, 5])):
         for channel in range(LATENT):
             d, n = float(d_Z[channel]), len(rows)
@@ -114,6 +115,8 @@ def test_what_a_group_has_in_common_is_the_mean_of_a_gaussian(time: float) -> No
             rest = noisy_MZ[rows, channel] - signal * m_Z[channel]
             offset = signal * d * torch.ones(n).double() @ torch.linalg.solve(covariance, rest)
             assert float(found_GZ[group, channel]) == pytest.approx(float(offset) / d**0.5, rel=1e-3, abs=1e-4)
+            told = signal**2 * d * torch.ones(n).double() @ torch.linalg.solve(covariance, torch.ones(n).double())
+            assert float(open_GZ[group, channel]) == pytest.approx(1 - float(told), rel=1e-3, abs=1e-4)
 
 
 def test_a_network_that_knows_the_token_and_its_deviation_leaves_only_noise() -> None:
