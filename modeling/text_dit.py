@@ -76,7 +76,7 @@ class TextDiT(nn.Module):
         self.posterior = None
         if config.prediction == "posterior":
             self.posterior = TokenPosterior(config.width, config.latent_dim, config.vocab_size)
-        num_inputs = 5 if self.posterior is not None else 2 if config.self_conditioning else 1
+        num_inputs = 3 if self.posterior is not None else 2 if config.self_conditioning else 1
         self.from_latent = nn.Linear(num_inputs * config.latent_dim, config.width)
         self.role = nn.Embedding(2, config.width) if config.role_embedding else None
         self.time_mlp = None
@@ -152,7 +152,6 @@ class TextDiT(nn.Module):
             if estimate_TZ is None:
                 estimate_TZ = alone.latents_TZ
             inputs = [latents_TZ, torch.where(is_target_T[:, None], estimate_TZ, latents_TZ), alone.deviation_TZ]
-            inputs += [common_2WZ[context_T], common_2WZ[target_T]]
         hidden_TD = self._hidden(inputs, is_target_T, own_time_T, windows)
         # What the target leaves open of its own, the context may tell.
         offset_TZ = common_2WZ[target_T] + open_2WZ[target_T] * self.posterior.from_context(common_2WZ[context_T])

@@ -2,17 +2,17 @@
 
 Latents of one token are close to a Gaussian of their own: mean m_k, variances c_k in the eigenbasis of the covariance within tokens,
 in which all of this is written. Given z_t alone, the probability of each token and the best velocity are known in closed form: the
-denoiser behind the unigram floor (floors.py). The network adds its belief from the context: a number per token to the logits, and
-within the token a shift of the Gaussian's mean:
+denoiser behind the strict unigram floor (floors.py). The network adds its belief from the context: a number per token to the logits, and
+within the token a shift of the Gaussian's mean, beside the offset that all latents of a segment have in common (`Estimate.common`):
 
     p_k = softmax_k(log f_k + log N(z_t; (1-t) m_k, (1-t)^2 c + t^2) + logits_k)         c: the variances of all tokens pooled
-    d   = sum_k p_k c_k,   m = sum_k p_k m_k + sqrt(d) shift,   s = (1-t)^2 d + t^2
+    d   = sum_k p_k c_k,   m = sum_k p_k m_k + sqrt(d) (offset + shift),   s = (1-t)^2 d + t^2
     v   = ((t - (1-t) d) z_t - t m) / s
 
-With zeros from the network the loss is the unigram floor, up to the pooling. Averaging embeddings by a softmax is the score
-interpolation of CDCD (arXiv 2211.15089).
+With zeros from the network and no offset the loss is the strict unigram floor, up to the pooling. Averaging embeddings by a softmax is the
+score interpolation of CDCD (arXiv 2211.15089).
 
-Shape letters: T packed tokens, M sampled tokens, D width, Z latent dim, V vocabulary.
+Shape letters: T packed tokens, M sampled tokens, G groups of tokens, D width, Z latent dim, V vocabulary.
 """
 
 from typing import NamedTuple
