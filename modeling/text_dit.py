@@ -76,8 +76,8 @@ class TextDiT(nn.Module):
         self.posterior = None
         if config.prediction == "posterior":
             self.posterior = TokenPosterior(config.width, config.latent_dim, config.vocab_size)
-        num_inputs = 3 if self.posterior is not None else 2 if config.self_conditioning else 1
-        self.from_latent = nn.Linear(num_inputs * config.latent_dim, config.width)
+        self.reads_estimate = config.self_conditioning or self.posterior is not None
+        self.from_latent = nn.Linear(config.latent_dim * (2 if self.reads_estimate else 1), config.width)
         self.role = nn.Embedding(2, config.width) if config.role_embedding else None
         self.time_mlp = None
         if config.time_conditioning != "none":
@@ -134,25 +134,20 @@ class TextDiT(nn.Module):
         # A context token is clean: its own time is 0, whatever the time of the targets beside it.
         own_time_T = time_T * is_target_T
         if self.posterior is None:
-            inputs = [latents_TZ]
-            if self.config.self_conditioning:
-                inputs.append(_estimate_or_context(estimate_TZ, latents_TZ, is_target_T))
-            hidden_TD = self._hidden(inputs, is_target_T, own_time_T, windows)
+            hidden_TD = self._hidden(latents_TZ, is_target_T, own_time_T, windows, estimate_TZ)
             return DiTOutput(self._velocity(hidden_TD, latents_TZ, time_T), hidden_TD)
         time_T1 = own_time_T[:, None].float()
         with torch.no_grad():
             unigram_TV = self.posterior.unigram_logits(latents_TZ, time_T1)
             alone = self.posterior.estimate(unigram_TV, latents_TZ, time_T1)
-            # A dropped context is all zeros, in every input.
+            # A dropped context, all zeros, tells nothing.
             dropped_T1 = (latents_TZ == 0).all(-1, keepdim=True)
             alone = alone._replace(deviation_TZ=alone.deviation_TZ.masked_fill(dropped_T1, 0))
             # An encoder's attention moves the latents of all that it sees at once together: a target's, and apart from them its context's.
             context_T, target_T = 2 * windows.ids_T, 2 * windows.ids_T + 1
             common_2WZ, open_2WZ = alone.common(context_T + is_target_T, 2 * len(windows.lengths))
-            if estimate_TZ is None:
-                estimate_TZ = alone.latents_TZ
-            inputs = [latents_TZ, torch.where(is_target_T[:, None], estimate_TZ, latents_TZ), alone.deviation_TZ]
-        hidden_TD = self._hidden(inputs, is_target_T, own_time_T, windows)
+        given_TZ = alone.latents_TZ if estimate_TZ is None else estimate_TZ
+        hidden_TD = self._hidden(latents_TZ, is_target_T, own_time_T, windows, given_TZ)
         # What the target leaves open of its own, the context may tell.
         offset_TZ = common_2WZ[target_T] + open_2WZ[target_T] * self.posterior.from_context(common_2WZ[context_T])
         velocity_TZ, logits_TV = self.posterior(
@@ -161,10 +156,20 @@ class TextDiT(nn.Module):
         return DiTOutput(velocity_TZ, hidden_TD, logits_TV)
 
     def _hidden(
-        self, inputs: list[torch.Tensor], is_target_T: torch.Tensor, own_time_T: torch.Tensor, windows: Segments
+        self,
+        latents_TZ: torch.Tensor,
+        is_target_T: torch.Tensor,
+        own_time_T: torch.Tensor,
+        windows: Segments,
+        estimate_TZ: torch.Tensor | None,
     ) -> torch.Tensor:
+        inputs_TZ = latents_TZ
+        if self.reads_estimate:
+            # A context is its own estimate.
+            estimate_TZ = torch.zeros_like(latents_TZ) if estimate_TZ is None else estimate_TZ
+            inputs_TZ = torch.cat((latents_TZ, torch.where(is_target_T[:, None], estimate_TZ, latents_TZ)), dim=-1)
         dtype = self.from_latent.weight.dtype
-        x_TD = self.from_latent(torch.cat(inputs, dim=-1).to(dtype))
+        x_TD = self.from_latent(inputs_TZ.to(dtype))
         if self.role is not None:
             x_TD = x_TD + self.role(is_target_T.long())
         condition_TD = None
@@ -187,14 +192,6 @@ class TextDiT(nn.Module):
     def estimate(self, velocity_TZ: torch.Tensor, noisy_TZ: torch.Tensor, time_T: torch.Tensor) -> torch.Tensor:
         """The one-step estimate of z that a velocity implies, with the same clamp of t as in data prediction."""
         return data_from_velocity(noisy_TZ.float(), velocity_TZ, time_T[:, None].float().clamp_min(MIN_TIME))
-
-
-def _estimate_or_context(
-    estimate_TZ: torch.Tensor | None, latents_TZ: torch.Tensor, is_target_T: torch.Tensor
-) -> torch.Tensor:
-    """The estimate of z at targets, zeros without one; a context is its own estimate."""
-    given_TZ = torch.zeros_like(latents_TZ) if estimate_TZ is None else estimate_TZ
-    return torch.where(is_target_T[:, None], given_TZ, latents_TZ)
 
 
 def begins_target(is_target_T: torch.Tensor, windows: Segments) -> torch.Tensor:

@@ -259,7 +259,7 @@ class DiTStage(Stage):
         shape, vae = self.config.model, self.vae.config
         weights = 12 * shape.width**2 * shape.num_layers + 2 * shape.width * shape.latent_dim
         if shape.prediction == "posterior":
-            weights += vae.vocab_size * (shape.width + 3 * shape.latent_dim) + 2 * shape.width * shape.latent_dim
+            weights += vae.vocab_size * (shape.width + 3 * shape.latent_dim)
         own = transformer_flops(
             weights,
             shape.num_layers,
