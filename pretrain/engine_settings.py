@@ -107,8 +107,8 @@ def deepspeed_config(settings: EngineSettings, num_parameters: int) -> dict[str,
     for section, key in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
         if merged["zero_optimization"].get(section, {}).get("device") == "nvme":
             raise UserError(
-                f"deepspeed.zero_optimization.{section}.device is nvme: DeepSpeed would keep these states where checkpoints and the"
-                f" EMA cannot reach them; set train.{key}=nvme and train.offload_folder, a folder on a local disk"
+                f"deepspeed.zero_optimization.{section}.device is nvme, with which DeepSpeed trains on wrong gradients (docs/engine.md):"
+                f" set train.{key}=nvme and train.offload_folder, a folder on a local disk"
             )
     return merged
 

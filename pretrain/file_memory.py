@@ -1,8 +1,7 @@
 """Tensors whose memory is a file: what train.offload_optimizer=nvme and train.offload_parameters=nvme keep on a local disk.
 
 They are used like any others: the kernel reads their pages when they are touched, and writes them and takes their memory
-back when it runs short. DeepSpeed's own NVMe offload would have every user of a state bring it in and write it back, and
-compiles an operation for minutes first; docs/engine.md says what else speaks against it.
+back when it runs short. docs/engine.md says why this is not left to DeepSpeed.
 """
 
 import mmap

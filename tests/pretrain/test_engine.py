@@ -298,8 +298,14 @@ def test_overrides_are_merged_deeply():
         ({"gradient_clipping": 1.0}, "optimizer.grad_clip"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "train.precision"),
         ({"zero_optimization": {"stage": 3}}, "train.zero_stage 1"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "train.offload_optimizer=nvme"),
-        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "train.offload_parameters=nvme"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            "wrong gradients.*train.offload_optimizer=nvme",
+        ),
+        (
+            {"zero_optimization": {"offload_param": {"device": "nvme"}}},
+            "wrong gradients.*train.offload_parameters=nvme",
+        ),
     ],
 )
 def test_overrides_that_would_be_ignored_or_contradict_are_refused(overrides, message):
