@@ -315,7 +315,7 @@ def out_of_memory_advice() -> str:
         resident = "host memory is used up"
     return (
         f"out of memory: {resident}. Lower data.micro_batch_rows (gradients stay the same); then"
-        " train.activation_checkpointing=1, a higher train.zero_stage, train.offload_optimizer=cpu"
+        " train.activation_checkpointing=1, a higher train.zero_stage, train.offload_optimizer=cpu or nvme"
     )
 
 

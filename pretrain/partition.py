@@ -208,6 +208,7 @@ class FlatGroups(Partition):
                 if mapping is not None:  # holds a view of the master, and with it the memory that it had
                     piece = mapping.hp_fragment_address
                     mapping.hp_fragment = master.data.narrow(0, piece.start, piece.numel)
+        self.optimizer._get_offload_gradient_dict()  # views of the masters' gradients, likewise
 
     def _flats(self) -> list[Tensor]:
         if self._is_bf16_stage_1:
