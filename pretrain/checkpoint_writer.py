@@ -22,6 +22,7 @@ from torch import Tensor
 
 from data_pipeline.errors import UserError
 from pretrain.distributed import Topology, all_reduce_sum, any_rank
+from pretrain.file_memory import empty_in_file
 from pretrain.optim import STATES
 from pretrain.slices import (
     BUFFER,
@@ -209,7 +210,8 @@ class CheckpointWriter:
 
 
 class HostCopy:
-    """Host memory for a snapshot of this rank's slices, reused from save to save; pinned if the states are on a GPU."""
+    """Host memory for a snapshot of this rank's slices, reused from save to save; pinned if the states are on a GPU, in
+    files if they are."""
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
@@ -222,7 +224,11 @@ class HostCopy:
         for state in STATES:
             memory = self._memory.get(state)
             if memory is None or memory.numel() != total:
-                memory = self._memory[state] = torch.empty(total, pin_memory=on_gpu)
+                memory = self._memory[state] = (
+                    torch.empty(total, pin_memory=on_gpu)
+                    if partition.files is None
+                    else empty_in_file(total, torch.float32, partition.files)
+                )
             position = 0
             for flat, offset, numel, members in _runs(partition.owned):
                 target = memory[position : position + numel]

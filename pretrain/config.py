@@ -48,7 +48,7 @@ HARMLESS = (
     "data.path", "data.micro_batch_rows", "data.verify", "data.workers", "data.prefetch_steps", "data.cache_dir",
     "data.cache_gigabytes",
     "repa.features", "model.vae",
-    "train.run", "train.zero_stage", "train.offload_optimizer", "train.offload_parameters",
+    "train.run", "train.zero_stage", "train.offload_optimizer", "train.offload_parameters", "train.offload_folder",
     "train.activation_checkpointing", "train.compile", "train.deterministic",
     "train.checkpoint_every", "train.checkpoint_async", "train.keep_last", "train.keep_every", "train.eval_every",
     "train.eval_rows", "train.eval_samples", "train.log_every", "train.watchdog_s", "train.timeout_s", "train.grace_s", "train.max_skips",

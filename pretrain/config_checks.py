@@ -65,6 +65,8 @@ def check_sharding(train: "Train") -> None:
             f"train.offload_optimizer is {train.offload_optimizer} at train.zero_stage 0, where the optimizer is"
             " torch's own; set train.zero_stage to 1, 2 or 3, or train.offload_optimizer=none"
         )
+    if "nvme" in (train.offload_optimizer, train.offload_parameters) and not train.offload_folder:
+        raise ValueError("train.offload_folder is empty; offloading to nvme needs a folder on a local disk there")
 
 
 def check_faults(train: "Train") -> None:

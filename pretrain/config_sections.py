@@ -115,10 +115,12 @@ class Train(Section):
     """Of forward and backward; masters and sums are fp32 always. auto: bf16 where the device multiplies it (GPUs, CPUs with AMX)."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What ranks share out: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters."""
-    offload_optimizer: Literal["none", "cpu"] = "none"
-    """Where masters, moments and EMA live. (Not on NVMe: checkpoints could not reach them.)"""
-    offload_parameters: Literal["none", "cpu"] = "none"
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where masters, moments and EMA live: on the device, in the host's memory, or in files in offload_folder."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     """Where parameters live between uses (ZeRO 3)."""
+    offload_folder: str = ""
+    """For nvme: a folder on every host's local disk; 36 bytes per parameter that a rank holds, freed when the job ends."""
     activation_checkpointing: NonNegativeInt = 0
     """Recompute every n-th block in backward (1: all, about a third more work, least memory); 0: none."""
     compile: bool = False

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.errors import UserError
+from pretrain.launcher import free_port
 from pretrain.peers import LINK_TIMEOUT_S, Hub, Spoke, watch_peers
 
 LOCK_AGE_S = 900
@@ -187,13 +188,6 @@ def _interfaces() -> dict[str, str]:
     return {
         e.address.partition("%")[0]: name for name, entries in held.items() for e in entries if e.family in families
     }
-
-
-def free_port() -> int:
-    """A TCP port that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def remove_stale_build_locks() -> list[Path]:

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -112,7 +113,13 @@ class Engine:
         # In bf16 DeepSpeed rounds buffers too; statistics keep their precision.
         for name, buffer in self.buffers().items():
             buffer.data = statistics[name].to(buffer.device)
-        self.partition: Partition = partition_of(names, decays, wrapped, base, topology.rank, topology.world_size)
+        folder = Path(settings.offload_folder)
+        files = folder if settings.offload_optimizer == "nvme" else None
+        self.partition: Partition = partition_of(
+            names, decays, wrapped, base, topology.rank, topology.world_size, files
+        )
+        if settings.offload_parameters == "nvme":
+            self.partition.keep_parameters_in_files(folder)
         self._base = base
         self._losses: list[Tensor] = []
         self._measured: Measured | None = None
@@ -233,11 +240,11 @@ class Engine:
         """Parameter groups with their dtypes, sizes, and bytes of this rank; printed at start."""
         parameters = self.partition.parameters
         settings, model_bytes = self.settings, 2 if self.settings.precision == "bf16" else 4
-        where = "host" if settings.offload_optimizer == "cpu" else "device"
+        where = {"none": "on the device", "cpu": "on the host", "nvme": f"in files in {settings.offload_folder}"}
         columns = ("group", "tensors", "parameters", "model", "states", "model MB/rank", "states MB/rank")
         lines = [
             f"ZeRO-{settings.zero_stage} on {self.topology.world_size} rank(s), computes in {settings.precision}; "
-            f"fp32 masters, moments and EMA on the {where}, gradients accumulated and reduced in fp32",
+            f"fp32 masters, moments and EMA {where[settings.offload_optimizer]}, gradients accumulated and reduced in fp32",
             "{:<10} {:>8} {:>15} {:>6} {:>7} {:>14} {:>15}".format(*columns),
         ]
         for label, decays in (("decay", True), ("no decay", False)):

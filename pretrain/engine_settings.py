@@ -31,14 +31,16 @@ MAX_BUCKET = 200_000_000
 class EngineSettings:
     """How to shard, and in what precision to compute.
 
-    `accumulation_steps`: micro-batches of each rank per step. `overrides`: the config's section `deepspeed`.
+    `accumulation_steps`: micro-batches of each rank per step. `offload_folder`: on a local disk, for what is offloaded to
+    nvme. `overrides`: the config's section `deepspeed`.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     accumulation_steps: int = 1
-    offload_optimizer: Literal["none", "cpu"] = "none"
-    offload_parameters: Literal["none", "cpu"] = "none"
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    offload_folder: str = ""
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
@@ -58,6 +60,8 @@ def check_settings(settings: EngineSettings) -> None:
         raise UserError("train.offload_optimizer needs train.zero_stage of 1, 2 or 3, found 0")
     if settings.offload_parameters != "none" and stage != 3:
         raise UserError(f"train.offload_parameters needs train.zero_stage=3, found {stage}")
+    if "nvme" in (settings.offload_optimizer, settings.offload_parameters) and not settings.offload_folder:
+        raise UserError("offloading to nvme needs train.offload_folder, a folder on a local disk; found none")
 
 
 def deepspeed_config(settings: EngineSettings, num_parameters: int) -> dict[str, Any]:
@@ -68,11 +72,11 @@ def deepspeed_config(settings: EngineSettings, num_parameters: int) -> dict[str,
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     if settings.zero_stage > 0:  # by default a buffer of 2 GB, however small the model
         zero["reduce_bucket_size"] = max(1, min(num_parameters, MAX_BUCKET))
-    if settings.offload_optimizer == "cpu":
+    if settings.offload_optimizer != "none":  # to DeepSpeed, what is in files is on the host too (file_memory.py)
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     elif settings.zero_stage in (1, 2) and not (settings.precision == "bf16" and settings.zero_stage == 1):
         zero["compute_grad_norm"] = False  # measure() has it already
-    if settings.offload_parameters == "cpu":
+    if settings.offload_parameters != "none":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: a micro-batch is whatever the loader gives
@@ -100,11 +104,11 @@ def deepspeed_config(settings: EngineSettings, num_parameters: int) -> dict[str,
             f"deepspeed.zero_optimization.stage is {stage}, train.zero_stage {settings.zero_stage}: set the latter only"
         )
     merged = _merged(config, settings.overrides)
-    for section in ("offload_optimizer", "offload_param"):
+    for section, key in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
         if merged["zero_optimization"].get(section, {}).get("device") == "nvme":
             raise UserError(
-                f"deepspeed.zero_optimization.{section}.device is nvme: DeepSpeed would keep these states in files of its own,"
-                " which checkpoints and the EMA cannot reach; set train.offload_optimizer=cpu (and train.offload_parameters=cpu)"
+                f"deepspeed.zero_optimization.{section}.device is nvme, with which DeepSpeed trains on wrong gradients (docs/engine.md):"
+                f" set train.{key}=nvme and train.offload_folder, a folder on a local disk"
             )
     return merged
 

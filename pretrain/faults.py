@@ -4,7 +4,6 @@ A process ends with one of the codes of `EXIT_CODES`, promptly: a rank that ling
 collective operation. What all ranks must decide alike is decided from numbers that all of them have.
 """
 
-import contextlib
 import faulthandler
 import json
 import math
@@ -20,11 +19,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from data_pipeline.errors import UserError
 from pretrain.distributed import await_cause, barrier, goodbye
+from pretrain.launcher import first_launchers, launchers
 from pretrain.peers import EXIT_LOST
 
 EXIT_OK, EXIT_FAILED, EXIT_USER, EXIT_REQUEUE, EXIT_HUNG, EXIT_SKIPS = 0, 1, 2, 85, 86, 87
@@ -57,7 +56,7 @@ class Signals:
 
     def __init__(self) -> None:
         self._received: str | None = None
-        self._launchers = launchers()
+        self._launchers = first_launchers()
         self.on_first: Callable[[], None] = lambda: None
         self._previous: dict[int, Any] = {}
 
@@ -84,15 +83,6 @@ class Signals:
         if self._received is None:
             self._received = reason
             self.on_first()
-
-
-def launchers() -> tuple[int, int] | None:
-    """Process ids of deepspeed's launcher on this host and of what started that; None where there is none."""
-    with contextlib.suppress(psutil.Error):
-        parent = psutil.Process(os.getppid())
-        if "deepspeed.launcher.launch" in parent.cmdline():
-            return parent.pid, parent.ppid()
-    return None
 
 
 class Watchdog:
@@ -325,7 +315,7 @@ def out_of_memory_advice() -> str:
         resident = "host memory is used up"
     return (
         f"out of memory: {resident}. Lower data.micro_batch_rows (gradients stay the same); then"
-        " train.activation_checkpointing=1, a higher train.zero_stage, train.offload_optimizer=cpu"
+        " train.activation_checkpointing=1, a higher train.zero_stage, train.offload_optimizer=cpu or nvme"
     )
 
 

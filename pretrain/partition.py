@@ -16,12 +16,14 @@ Written against DeepSpeed 0.19.8 and checked by tests/pretrain/test_engine.py, s
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
+from pretrain.file_memory import in_file
 from pretrain.optim import AdamWithEMA
 
 SWAP_CHUNK = 1 << 22
@@ -57,20 +59,37 @@ class Partition:
 
     Attributes: `parameters` name -> Parameter, the whole model's; `flats` the fp32 masters; `held` the ranges that this
     rank keeps; `owned` those that it writes and counts, which over all ranks cover every parameter exactly once.
+    `files`: a folder in whose files masters, their gradients and all states are kept, or None.
     """
 
     def __init__(
-        self, names: dict[nn.Parameter, str], decays: dict[str, bool], optimizer: Any, base: AdamWithEMA
+        self,
+        names: dict[nn.Parameter, str],
+        decays: dict[str, bool],
+        optimizer: Any,
+        base: AdamWithEMA,
+        files: Path | None = None,
     ) -> None:
         self.parameters = {
             name: Parameter(tuple(getattr(p, "ds_shape", p.shape)), decays[name]) for p, name in names.items()
         }
         self.optimizer = optimizer
         self.base = base
+        self.files = files
         self.flats = self._flats()
         self.held = list(self._held(names))
         self.owned = self.held
-        self.base.create_state(self.flats)
+        for master in self.flats:
+            self.base.create_state([master])
+            if files is not None:
+                self._keep_in_files(master, files)
+
+    def _keep_in_files(self, master: Tensor, folder: Path) -> None:
+        state = self.base.state[master]
+        state |= {name: in_file(tensor, folder) for name, tensor in state.items() if tensor.shape == master.shape}
+        master.data = in_file(master.data, folder)
+        if master.grad is not None:
+            master.grad.data = in_file(master.grad.data, folder)
 
     def flat(self, state: str, index: int) -> Tensor:
         """Flat tensor number `index` of a state ("weight", "exp_avg", "exp_avg_sq" or "ema"), one-dimensional, live."""
@@ -110,6 +129,10 @@ class Partition:
 
     def publish(self) -> None:
         """Make the model compute with the masters as they are now. Collective."""
+        raise NotImplementedError
+
+    def keep_parameters_in_files(self, folder: Path) -> None:
+        """Move the parameters that the host holds between uses (stage 3) into files in this folder."""
         raise NotImplementedError
 
     def forget_gradients(self) -> None:
@@ -177,6 +200,16 @@ class FlatGroups(Partition):
         if getattr(self.optimizer, "cpu_offload", False):
             self._zero_masters_gradients()
 
+    def _keep_in_files(self, master: Tensor, folder: Path) -> None:
+        super()._keep_in_files(master, folder)
+        for group, flat in zip(self._model_groups, self.flats, strict=True):
+            for p in group if flat is master else ():
+                mapping = p._hp_mapping  # type: ignore[attr-defined]
+                if mapping is not None:  # holds a view of the master, and with it the memory that it had
+                    piece = mapping.hp_fragment_address
+                    mapping.hp_fragment = master.data.narrow(0, piece.start, piece.numel)
+        self.optimizer._get_offload_gradient_dict()  # views of the masters' gradients, likewise
+
     def _flats(self) -> list[Tensor]:
         if self._is_bf16_stage_1:
             return self.optimizer.fp32_groups_flat_partition
@@ -216,12 +249,14 @@ class Stage3(Partition):
         if self.optimizer.offload_optimizer:
             self._zero_masters_gradients()
 
+    def keep_parameters_in_files(self, folder: Path) -> None:
+        flats = self.optimizer.fp16_partitioned_groups_flat
+        for index in range(len(flats)):
+            flats[index] = in_file(flats[index], folder)
+            self.optimizer._unflatten_partitioned_parameters(index)
+        self.optimizer.param_groups_fp16_flat_cpu_memory.clear()
+
     def _flats(self) -> list[Tensor]:
-        if self.optimizer.swap_optimizer:
-            raise UserError(
-                "the optimizer's states are offloaded to NVMe, where checkpoints and the EMA cannot reach them; "
-                "set train.offload_optimizer=cpu"
-            )
         return self.optimizer.fp32_partitioned_groups_flat
 
     def _held(self, names: dict[nn.Parameter, str]) -> Iterator[Held]:
@@ -256,14 +291,15 @@ def partition_of(
     base: AdamWithEMA,
     rank: int,
     world_size: int,
+    files: Path | None = None,
 ) -> Partition:
     """The partition of a DeepSpeed engine's optimizer (`engine.optimizer`; `base` is the AdamW inside it)."""
     if optimizer is base:
         return Replicated(names, decays, optimizer, base, rank=rank, world_size=world_size)
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        return Stage3(names, decays, optimizer, base)
+        return Stage3(names, decays, optimizer, base, files)
     if hasattr(optimizer, "single_partition_of_fp32_groups") or hasattr(optimizer, "fp32_groups_flat_partition"):
-        return FlatGroups(names, decays, optimizer, base)
+        return FlatGroups(names, decays, optimizer, base, files)
     raise UserError(
         f"DeepSpeed chose {type(optimizer).__name__}, whose partitions are not known here: change train.zero_stage"
     )

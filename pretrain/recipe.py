@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError, cli
+from pretrain.launcher import free_port
 from pretrain.recipe_plan import RANKS, Ledger, Plan, Step
 
 PROMPTS = 3
@@ -49,7 +50,7 @@ def execute(steps: Sequence[Step], ledger: Ledger, shared: bool = False) -> None
         )
         ledger.begin(step, behind)
         started = time.perf_counter()
-        code = subprocess.run(step.command, env=environment(), check=False).returncode
+        code = subprocess.run(on_free_port(step.command), env=environment(), check=False).returncode
         # A diagnosis that says no-go is a figure for the summary, not a failure of the recipe.
         if code and not (step.name.startswith("diagnose") and code == 1):
             raise UserError(
@@ -58,6 +59,11 @@ def execute(steps: Sequence[Step], ledger: Ledger, shared: bool = False) -> None
         # Of all descendants so far, the largest: the kernel's own count, so no sampling misses a peak.
         peak_gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
         ledger.finish(step, time.perf_counter() - started, peak_gib)
+
+
+def on_free_port(command: list[str]) -> list[str]:
+    """By itself `deepspeed` takes the same port for all jobs of a machine, and recipes side by side would collide."""
+    return [command[0], "--master_port", str(free_port()), *command[1:]] if command[0] == "deepspeed" else command
 
 
 def environment() -> dict[str, str]:

@@ -256,6 +256,7 @@ def engine_settings(config: RunConfig, topology: Topology) -> EngineSettings:
         accumulation_steps=config.data.rows_per_step // topology.world_size // config.data.micro_batch_rows,
         offload_optimizer=train.offload_optimizer,
         offload_parameters=train.offload_parameters,
+        offload_folder=train.offload_folder,
         overrides=config.deepspeed,
     )
 

@@ -7,8 +7,10 @@ is left out as long as the ranks that remain can share the data's streams. Exit 
 
     0        finished: so does this command
     2, 87    a restart would end the same way: given up, with that code
-    85       asked to stop by a signal: started again at once, unless the signal came to this command, which then ends with 85
+    85       asked to stop by a signal: started again at once
     others   started again after a pause; given up after --max-failures starts in a row without a new checkpoint
+
+A signal to this command stops the job, and this command ends with the job's code: 85, unless something else went wrong.
 """
 
 import argparse
@@ -39,6 +41,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 120.0
 DEAD_S = 120.0
 """A launcher whose ranks have written no heartbeat for so long waits in vain (faults.HEARTBEAT_S is much shorter)."""
 POLL_S = 2.0
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
+"""What may end a job that is being stopped, from its scheduler or from here."""
 
 
 @dataclass
@@ -85,14 +89,18 @@ class Supervisor:
             code = self._run_job(hosts, arguments)
             self._end_leftovers(hosts)
             after = self.plan.newest_step()
-            if code == EXIT_OK and after < self.plan.config.train.steps:
+            unfinished = after < self.plan.config.train.steps
+            # deepspeed says 0 when a signal ended its pdsh.
+            if self._stop and unfinished and (code == EXIT_OK or ended_by(code) in STOPPING):
+                code = EXIT_REQUEUE
+            if code == EXIT_OK and unfinished:
                 say(f"the launcher says all is well, but the run is at step {after} of {self.plan.config.train.steps}")
                 code = EXIT_FAILED
             say(f"the job ended with exit code {code} ({meaning(code)}) at step {after}")
             if code in (EXIT_OK, EXIT_USER, EXIT_SKIPS):
                 return code
             if self._stop:
-                return EXIT_REQUEUE
+                return code
             if after > before:
                 failures, pause_s = 0, FIRST_PAUSE_S
             failures += after <= before
@@ -234,11 +242,16 @@ def usable(config: RunConfig, alive: Mapping[str, int]) -> tuple[dict[str, int],
 
 def meaning(code: int) -> str:
     """In words, of a rank's or a launcher's exit code."""
-    if code > 128 and code not in EXIT_CODES:  # a launcher's way to say that a signal ended a rank: 128 + n, or 256 - n
-        number = code - 128 if code < 160 else 256 - code
+    ended = ended_by(code)
+    return f"ended by {ended.name}" if ended else EXIT_CODES.get(code, "unknown")
+
+
+def ended_by(code: int) -> signal.Signals | None:
+    """The signal that ended a rank, as launchers say it: 128 + n, or 256 - n."""
+    if code > 128:
         with contextlib.suppress(ValueError):
-            return f"ended by {signal.Signals(number).name}"
-    return EXIT_CODES.get(code, "unknown")
+            return signal.Signals(code - 128 if code < 160 else 256 - code)
+    return None
 
 
 def say(message: str) -> None:

@@ -20,6 +20,9 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: os._exit(85))
+    from pretrain.launcher import first_launchers
+
+    first_launchers()
 
 import torch
 

@@ -29,6 +29,7 @@ class Case:
     precision: str = "fp32"
     offload: str = "none"
     offload_parameters: str = "none"
+    offload_folder: str = ""
     steps: tuple[int, int] = (0, 3)
     skip: tuple[int, ...] = ()
     poison: tuple[int, ...] = ()
@@ -44,8 +45,9 @@ class Case:
 def run_case(case: Case, topology, output: Path) -> None:
     """Train as the case says and write every state, losses and norms to `output`/<name>.safetensors and .json."""
     settings = EngineSettings(
-        case.zero_stage, case.precision, case.accumulation, case.offload, case.offload_parameters, case.overrides
-    )
+        case.zero_stage, case.precision, case.accumulation, case.offload, case.offload_parameters, case.offload_folder,
+        case.overrides,
+    )  # fmt: skip
     stage = toy.ToyStage(case.autocast, case.recompute)
     engine = Engine(stage, settings, toy.OPTIMIZER, topology)
     notes: dict[str, Any] = {
@@ -79,11 +81,24 @@ def run_case(case: Case, topology, output: Path) -> None:
         writer.close()
     tensors = {f"{state}/{name}": t for state in STATES for name, t in engine.gather_full(state).items()}
     notes["adam_step"] = engine.partition.adam_step
+    notes["bytes_in_files"] = bytes_in_files(case.offload_folder) if case.offload_folder else 0
+    notes["bytes_of_masters"] = sum(flat.numel() * 4 for flat in engine.partition.flats)
     notes["dtypes"] = sorted({str(p.dtype) for p in stage.parameters()})
     engine.close()
     if topology.is_main:
         save_file(tensors, output / f"{case.name}.safetensors")
         (output / f"{case.name}.json").write_text(json.dumps(notes))
+
+
+def bytes_in_files(folder: str) -> int:
+    """Bytes of this process's memory that are files in `folder` without a name."""
+    total = 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, path = line.split(maxsplit=5)
+        if path.startswith(folder) and path.endswith("(deleted)"):
+            begin, end = (int(address, 16) for address in addresses.split("-"))
+            total += end - begin
+    return total
 
 
 def check_evaluation(engine: Engine, counts: dict[str, int], checks: dict[str, bool]) -> None:

@@ -103,6 +103,7 @@ def test_big_configs_run_on_whole_nodes_without_changes(name: str, ranks: int) -
         ("optimizer.ema_decay=1", "keeps the first weights for ever"),
         ("schedule.warmup_steps=300000", "more than train.steps 200000"),
         ("train.offload_parameters=cpu", "set train.zero_stage=3"),
+        ("train.offload_optimizer=nvme", "train.offload_folder is empty"),
         ("train.grace_s=1e9", "make watchdog_s the larger"),
         ("repa.online_teacher=x", "drop one"),
         ("repa.features=null", "set repa.features"),

@@ -3,6 +3,7 @@
 Starting ranks costs seconds, so each start runs many cases (engine_worker.py), and the tests read what came out.
 """
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from engine_toy import Reference, plain_training
 
 from data_pipeline.errors import UserError
 from pretrain.engine_settings import EngineSettings, deepspeed_config
+from pretrain.file_memory import in_file
 from pretrain.optim import STATES
 
 STAGES = (0, 1, 2, 3)
@@ -72,6 +74,18 @@ def two_ranks(folder: Path) -> dict[str, Result]:
             {"name": f"bf16-zero{stage}-resumed", "steps": (SAVED_AT, STEPS), "restore": saved} | base,
         ]
     cases += [{"name": f"zero{s}-recompute", "zero_stage": s, "recompute": True, "steps": (0, STEPS)} for s in (1, 3)]
+    in_files = {
+        "zero_stage": 3,
+        "offload": "nvme",
+        "offload_parameters": "nvme",
+        "offload_folder": str(folder / "nvme"),
+    }
+    saving = {"run": str(folder / "ranks2-nvme"), "save": (SAVED_AT,), "evaluate": True}
+    saved = checkpoint_of(folder, "ranks2-nvme", SAVED_AT)
+    cases += [
+        {"name": "nvme", "steps": (0, STEPS)} | saving | in_files,
+        {"name": "nvme-resumed", "steps": (SAVED_AT, STEPS), "restore": saved} | in_files,
+    ]
     return launch(folder / "two", 2, cases)
 
 
@@ -205,6 +219,31 @@ def test_a_run_over_2_1_and_3_ranks_and_three_zero_stages_ends_as_the_plain_loop
     assert result.notes["losses"] == pytest.approx(reference.losses[SAVED_AT + 1 :], rel=1e-6)
 
 
+def test_offloading_to_files_changes_no_bit(folder, two_ranks):
+    offloaded = two_ranks["nvme"]
+    assert_same_bits(offloaded, two_ranks["zero3-accumulate1"])
+    assert_same_bits(offloaded, two_ranks["nvme-resumed"])
+    assert all(offloaded.notes["checks"].values())
+    # Masters, their gradients, two moments, EMA and parameters, and four copies for the checkpoint.
+    assert offloaded.notes["bytes_in_files"] >= 10 * offloaded.notes["bytes_of_masters"]
+    assert not list((folder / "nvme").iterdir()), "swap files are left"
+
+
+def test_a_folder_that_cannot_hold_what_is_offloaded_is_named(tmp_path):
+    not_a_folder = tmp_path / "file"
+    not_a_folder.touch()
+    with pytest.raises(UserError, match=r"train.offload_folder .*file cannot take another"):
+        in_file(torch.zeros(3), not_a_folder)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot take another 0.004 GB: .*36 bytes"):
+            in_file(torch.zeros(1_000_000), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert torch.equal(in_file(torch.arange(6.0).view(2, 3), tmp_path), torch.arange(6.0).view(2, 3))
+
+
 @pytest.mark.slow
 def test_offload_sub_groups_and_persistent_parameters(folder, reference):
     sub_groups = {"zero_optimization": {"sub_group_size": 500, "stage3_param_persistence_threshold": 0}}
@@ -216,10 +255,13 @@ def test_offload_sub_groups_and_persistent_parameters(folder, reference):
     cases += [
         {"name": "offload-parameters", "zero_stage": 3, "offload": "cpu", "offload_parameters": "cpu"},
         {"name": "sub-groups", "zero_stage": 3, "overrides": sub_groups},
+        *({"name": f"files{stage}", "zero_stage": stage, "offload": "nvme", "accumulation": 3} for stage in (1, 2)),
+        {"name": "sub-groups-files", "zero_stage": 3, "overrides": sub_groups, "offload": "nvme"},
         {"name": "sub-groups-offload", "zero_stage": 3, "overrides": sub_groups, "offload": "cpu"},
     ]
     for case in cases:
         case |= {"steps": (0, STEPS), "evaluate": True, "save": (SAVED_AT,), "run": str(folder / case["name"])}
+        case["offload_folder"] = str(folder / f"files-{case['name']}")
     resumed = [
         case | {
             "name": case["name"] + "-resumed", "save": (), "steps": (SAVED_AT, STEPS),
@@ -233,6 +275,8 @@ def test_offload_sub_groups_and_persistent_parameters(folder, reference):
             assert_equal_to(reference, results[case["name"]])
             assert_same_bits(results[case["name"]], results[case["name"] + "-resumed"])
             assert all(results[case["name"]].notes["checks"].values()), case["name"]
+            notes = results[case["name"]].notes
+            assert notes["bytes_in_files"] >= 9 * notes["bytes_of_masters"] * (case.get("offload") == "nvme")
 
 
 def test_the_table_names_both_groups(two_ranks):
@@ -254,8 +298,14 @@ def test_overrides_are_merged_deeply():
         ({"gradient_clipping": 1.0}, "optimizer.grad_clip"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "train.precision"),
         ({"zero_optimization": {"stage": 3}}, "train.zero_stage 1"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "train.offload_optimizer=cpu"),
-        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "train.offload_parameters=cpu"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            "wrong gradients.*train.offload_optimizer=nvme",
+        ),
+        (
+            {"zero_optimization": {"offload_param": {"device": "nvme"}}},
+            "wrong gradients.*train.offload_parameters=nvme",
+        ),
     ],
 )
 def test_overrides_that_would_be_ignored_or_contradict_are_refused(overrides, message):

@@ -85,6 +85,19 @@ def test_a_no_go_is_a_figure_and_not_a_failure(tmp_path):
     assert ran(tmp_path) == ["diagnose-vae", "next"]
 
 
+def test_recipes_side_by_side_start_their_ranks_on_different_ports(tmp_path, monkeypatch):
+    fake = tmp_path / "deepspeed"
+    fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/log\ntouch {tmp_path}/"$4"\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in "ab":
+        recipe.execute([Step(name, "a test", ["deepspeed", "script.py", name], tmp_path / name)], Ledger(tmp_path))
+    (first, port, *rest), (_, other, *_) = (line.split() for line in (tmp_path / "log").read_text().splitlines())
+    assert (first, rest) == ("--master_port", ["script.py", "a"])
+    assert port != other
+    assert Ledger(tmp_path).entries["a"]["command"] == ["deepspeed", "script.py", "a"]
+
+
 def test_what_the_user_brings_is_not_made():
     plan = Plan(Path("runs/x"), "text.jsonl", "my/tokenizer", "my/teacher", long=False)
     names = [step.name for step in plan.before_dit()]

@@ -13,7 +13,7 @@ import tiny_run
 
 from data_pipeline.errors import UserError
 from pretrain import supervise
-from pretrain.faults import EXIT_LOST, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
+from pretrain.faults import EXIT_FAILED, EXIT_LOST, EXIT_OK, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
 from pretrain.supervise import Supervisor, make_plan, meaning, usable
 
 LAUNCHER = """
@@ -35,7 +35,7 @@ elif step == "die":
     subprocess.Popen([sys.executable, "-c", saving], start_new_session=True)
     os.kill(os.getpid(), signal.SIGTERM)
 elif step == "obey":
-    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(85))
+    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), -code) if code < 0 else os._exit(code))
     (folder / "run" / "heartbeats").mkdir(parents=True)
     beat = {"host": __import__("socket").gethostname(), "pid": os.getpid()}
     (folder / "run" / "heartbeats" / "rank-00000.json").write_text(json.dumps(beat))
@@ -159,9 +159,20 @@ def test_the_jobs_variables_reach_the_hosts_by_deepspeeds_file(folder: Path, mon
     assert not any("secret" in line for line in lines)
 
 
-@pytest.mark.parametrize("hostfile", [True, False])
-def test_a_signal_stops_the_job_through_its_main_rank(folder: Path, hostfile: bool) -> None:
-    supervisor = Supervisor(plan(folder, [(0, "obey")], hostfile=hostfile))
+@pytest.mark.parametrize(
+    ("hostfile", "ended", "code"),
+    [
+        (True, EXIT_REQUEUE, EXIT_REQUEUE),
+        (False, EXIT_REQUEUE, EXIT_REQUEUE),
+        (False, -signal.SIGTERM, EXIT_REQUEUE),  # a scheduler signals the launcher too
+        (True, EXIT_OK, EXIT_REQUEUE),  # so does deepspeed end without pdsh, and this run is not finished
+        (False, -signal.SIGSEGV, 128 + signal.SIGSEGV),
+        (True, EXIT_FAILED, EXIT_FAILED),
+        (False, EXIT_LOST, EXIT_LOST),
+    ],
+)
+def test_a_signal_stops_the_job_through_its_main_rank(folder: Path, hostfile: bool, ended: int, code: int) -> None:
+    supervisor = Supervisor(plan(folder, [(ended, "obey")], hostfile=hostfile))
 
     def stop() -> None:
         while not (folder / "run" / "heartbeats" / "rank-00000.json").exists():
@@ -170,7 +181,7 @@ def test_a_signal_stops_the_job_through_its_main_rank(folder: Path, hostfile: bo
 
     thread = threading.Thread(target=stop)
     thread.start()
-    assert supervisor.run() == EXIT_REQUEUE
+    assert supervisor.run() == code
     thread.join()
     assert len((folder / "starts").read_text().splitlines()) == 1
 

@@ -1,9 +1,12 @@
 """The loop, with a stage in miniature: resuming is exact, faults are agreed on, mistakes refused."""
 
+import contextlib
 import inspect
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -127,6 +130,29 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(
     assert start(config) == 0
     assert_same(everything(tmp_path / "run"), everything(straight))
     assert losses(tmp_path / "run") == losses(straight)
+
+
+def test_a_launcher_that_is_killed_while_its_rank_imports_is_missed(tmp_path: Path, data: Path) -> None:
+    config, log = make_config(tmp_path, data), tmp_path / "rank.log"
+    rank = [sys.executable, "-u", "pretrain/train.py", "--config", str(config)]
+    script = (
+        f"import subprocess, sys, time; print(subprocess.Popen({rank}, stdout=open({str(log)!r}, 'w'), stderr=-2).pid)"
+    )
+    command = [sys.executable, "-u", "-c", f"{script}; time.sleep(600)", "deepspeed.launcher.launch"]
+    with subprocess.Popen(command, cwd=Path(train.__file__).parents[1], stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        process = psutil.Process(int(launcher.stdout.readline()))
+        try:
+            while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+                assert process.is_running(), log.read_text()
+                time.sleep(0.002)
+            launcher.kill()
+            process.wait(300)
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+            launcher.kill()
+    assert "the launcher's end: writing a checkpoint after step 0" in log.read_text()
 
 
 @pytest.mark.parametrize("phase", faults.Watchdog.PHASES[:-1])
