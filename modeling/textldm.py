@@ -49,6 +49,7 @@ class TextLDMConfig(PretrainedConfig):
         self.vae = vae or dataclasses.asdict(TextVAEConfig(vocab_size=256, latent_dim=8, width=64, head_dim=64))
         self.dit = dit or dataclasses.asdict(TextDiTConfig(latent_dim=8, width=64, head_dim=64))
         self.times = times or dataclasses.asdict(TimeDistribution())
+        self.times["path"] = list(self.times.get("path", ()))  # as JSON gives it back
         self.num_steps, self.guidance_scale, self.solver, self.grid = num_steps, guidance_scale, solver, grid
         self.belief_scale, self.max_window = belief_scale, max_window
         super().__init__(**kwargs)
