@@ -13,6 +13,8 @@ from .flow import MIN_TIME, blind_floor, blind_velocity, data_from_velocity, tim
 from .layers import Transformer, initialize
 from .token_posterior import TokenPosterior
 
+MIN_PRIOR = 1e-9
+
 
 @dataclass(kw_only=True)
 class TextDiTConfig:
@@ -144,14 +146,23 @@ class TextDiT(nn.Module):
             dropped_T1 = (latents_TZ == 0).all(-1, keepdim=True)
             alone = alone._replace(deviation_TZ=alone.deviation_TZ.masked_fill(dropped_T1, 0))
             # An encoder's attention moves the latents of all that it sees at once together: a target's, and apart from them its context's.
-            context_T, target_T = 2 * windows.ids_T, 2 * windows.ids_T + 1
-            common_2WZ, open_2WZ = alone.common(context_T + is_target_T, 2 * len(windows.lengths))
+            groups_T, num_groups = 2 * windows.ids_T + is_target_T, 2 * len(windows.lengths)
+            context, target = self.posterior.offset(alone, groups_T, num_groups).alternate()
         given_TZ = alone.latents_TZ if estimate_TZ is None else estimate_TZ
         hidden_TD = self._hidden(latents_TZ, is_target_T, own_time_T, windows, given_TZ)
         # What the target leaves open of its own, the context may tell.
-        offset_TZ = common_2WZ[target_T] + open_2WZ[target_T] * self.posterior.from_context(common_2WZ[context_T])
+        hint_WZ = context.mean_GZ * (target.prior_GZ / context.prior_GZ.clamp_min(MIN_PRIOR)).sqrt()
+        offset_WZ = target.mean_GZ + target.open_GZ * self.posterior.from_context(hint_WZ)
+        rest_WZ = self.posterior.own_variance.float() + target.open_GZ * target.prior_GZ
         velocity_TZ, logits_TV = self.posterior(
-            hidden_TD, unigram_TV, latents_TZ, time_T1, belief_scale, offset_TZ, begins_target(is_target_T, windows)
+            hidden_TD,
+            unigram_TV,
+            latents_TZ,
+            time_T1,
+            belief_scale,
+            offset_WZ[windows.ids_T],
+            rest_WZ[windows.ids_T],
+            begins_target(is_target_T, windows),
         )
         return DiTOutput(velocity_TZ, hidden_TD, logits_TV)
 

@@ -3,14 +3,14 @@
 Latents of one token are close to a Gaussian of their own: mean m_k, variances c_k in the eigenbasis of the covariance within tokens,
 in which all of this is written. Given z_t alone, the probability of each token and the best velocity are known in closed form: the
 denoiser behind the strict unigram floor (floors.py). The network adds its belief from the context: a number per token to the logits, and
-within the token a shift of the Gaussian's mean, beside the offset that all latents of a segment have in common (`Estimate.common`):
+within the token a shift of the Gaussian's mean, beside the offset that all latents of a segment have in common (`offset`):
 
     p_k = softmax_k(log f_k + log N(z_t; (1-t) m_k, (1-t)^2 c + t^2) + logits_k)         c: the variances of all tokens pooled
-    d   = sum_k p_k c_k,   m = sum_k p_k m_k + sqrt(d) (offset + shift),   s = (1-t)^2 d + t^2
-    v   = ((t - (1-t) d) z_t - t m) / s
+    d   = sum_k p_k c_k,   m = sum_k p_k m_k + sqrt(d) (offset + shift),   s = (1-t)^2 r d + t^2
+    v   = ((t - (1-t) r d) z_t - t m) / s            r: the share of d that the offset leaves
 
-With zeros from the network and no offset the loss is the strict unigram floor, up to the pooling. Averaging embeddings by a softmax is the
-score interpolation of CDCD (arXiv 2211.15089).
+With zeros from the network the loss lies at the strict unigram floor, up to the pooling, and below it by the offset. Averaging embeddings
+by a softmax is the score interpolation of CDCD (arXiv 2211.15089).
 
 Shape letters: T packed tokens, M sampled tokens, G groups of tokens, D width, Z latent dim, V vocabulary.
 """
@@ -24,6 +24,7 @@ from .layers import Gain
 
 MIN_VARIANCE = 1e-5
 UNSEEN_COUNT = 0.5
+MIN_OWN = 0.05
 PRIOR_COUNT = 4
 """Occurrences that the pooled variance counts for, beside a token's own: seen five times, it would else look sharper than it is."""
 
@@ -42,15 +43,23 @@ class Estimate(NamedTuple):
     deviation_TZ: torch.Tensor
     certainty_TZ: torch.Tensor
 
-    def common(self, group_T: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The deviation that the tokens of each group have in common, and the share of its variance that stays open, [num_groups, Z] each.
 
-        Where an offset of variance d is added to all of a group's latents, beside each one's own deviation, the first is its posterior
-        mean in units of sqrt(d). A group without tokens has 0 and 1.
-        """
-        sums_GZ = self.deviation_TZ.new_zeros(num_groups, self.deviation_TZ.shape[1])
-        open_GZ = 1 / (1 + sums_GZ.index_add(0, group_T, self.certainty_TZ))
-        return sums_GZ.index_add(0, group_T, self.deviation_TZ) * open_GZ, open_GZ
+class Offset(NamedTuple):
+    """What the deviations of each group of tokens have in common, fp32 [G, Z] each, in units of sqrt(d) and d.
+
+    Attributes:
+        mean_GZ: its posterior mean from the group's noisy latents.
+        prior_GZ: its variance before.
+        open_GZ: the share of that which stays open.
+    """
+
+    mean_GZ: torch.Tensor
+    prior_GZ: torch.Tensor
+    open_GZ: torch.Tensor
+
+    def alternate(self) -> tuple["Offset", "Offset"]:
+        """Of the even groups and of the odd ones."""
+        return Offset(*(x_GZ[0::2] for x_GZ in self)), Offset(*(x_GZ[1::2] for x_GZ in self))
 
 
 class TokenPosterior(nn.Module):
@@ -59,6 +68,8 @@ class TokenPosterior(nn.Module):
     log_frequencies: torch.Tensor
     means: torch.Tensor
     basis: torch.Tensor
+    shared_variance: torch.Tensor
+    own_variance: torch.Tensor
     variances: torch.Tensor
     pooled_variances: torch.Tensor
 
@@ -75,6 +86,8 @@ class TokenPosterior(nn.Module):
         self.register_buffer("variances", torch.ones(vocab_size, latent_dim))
         self.register_buffer("pooled_variances", torch.ones(latent_dim))
         self.register_buffer("basis", torch.eye(latent_dim))
+        self.register_buffer("shared_variance", torch.zeros(latent_dim))
+        self.register_buffer("own_variance", torch.ones(latent_dim))
 
     def unigram_logits(self, noisy_TZ: torch.Tensor, time_T1: torch.Tensor) -> torch.Tensor:
         """log f_k + log N(z_t; ...) up to a constant per position, fp32 [T, V]."""
@@ -93,15 +106,27 @@ class TokenPosterior(nn.Module):
         latents_TZ = (means_TZ + variances_TZ.sqrt() * deviation_TZ) @ self.basis.float().T
         return Estimate(latents_TZ, deviation_TZ, (1 - time_T1).square() * variances_TZ / spread_TZ)
 
+    def offset(self, alone: Estimate, group_T: torch.Tensor, num_groups: int) -> Offset:
+        """What each group's tokens have in common, by Bayes' rule; a group without tokens has the mean 0."""
+        own_Z = self.own_variance.float()
+        weight_TZ = 1 / (1 - (1 - own_Z) * alone.certainty_TZ)
+        sums_GZ = weight_TZ.new_zeros(num_groups, weight_TZ.shape[1])
+        counts_G1 = torch.bincount(group_T, minlength=num_groups).clamp_min(1)[:, None]
+        prior_GZ = self.shared_variance.float() / counts_G1
+        open_GZ = 1 / (1 + prior_GZ * sums_GZ.index_add(0, group_T, weight_TZ * alone.certainty_TZ))
+        mean_GZ = prior_GZ * open_GZ * sums_GZ.index_add(0, group_T, weight_TZ * alone.deviation_TZ)
+        return Offset(mean_GZ, prior_GZ, open_GZ)
+
     def forward(
         self,
         hidden_TD: torch.Tensor,
         unigram_TV: torch.Tensor,
         noisy_TZ: torch.Tensor,
         time_T1: torch.Tensor,
-        belief_scale: float = 1.0,
-        offset_TZ: torch.Tensor | None = None,
-        alone_T: torch.Tensor | None = None,
+        belief_scale: float,
+        offset_TZ: torch.Tensor,
+        rest_TZ: torch.Tensor,
+        alone_T: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(velocity fp32 [T, Z], logits of the tokens fp32 [T, V]).
 
@@ -109,17 +134,14 @@ class TokenPosterior(nn.Module):
             hidden_TD: the Transformer's output; unigram_TV: `unigram_logits` of the same positions.
             noisy_TZ: z_t, standardised; time_T1: t, fp32.
             belief_scale: factor of the network's logits; above 1, sampling is guided away from the predictor without context.
-            offset_TZ: a shift that is known without the network.
+            offset_TZ: a shift that is known without the network; rest_TZ: the share of d that remains beside it.
             alone_T: bool [T], tokens whose shift is that offset and nothing of the network's.
         """
         logits_TV = unigram_TV + belief_scale * self.to_logits(hidden_TD).float()
         means_TZ, variances_TZ = self._expected(logits_TV)
-        shift_TZ = self.to_shift(hidden_TD).float()
-        if alone_T is not None:
-            shift_TZ = shift_TZ.masked_fill(alone_T[:, None], 0)
-        if offset_TZ is not None:
-            shift_TZ = shift_TZ + offset_TZ
-        means_TZ = means_TZ + variances_TZ.sqrt() * shift_TZ
+        shift_TZ = self.to_shift(hidden_TD).float().masked_fill(alone_T[:, None], 0)
+        means_TZ = means_TZ + variances_TZ.sqrt() * (offset_TZ + shift_TZ)
+        variances_TZ = variances_TZ * rest_TZ
         spread_TZ = (1 - time_T1).square() * variances_TZ + time_T1.square()
         slope_TZ = time_T1 - (1 - time_T1) * variances_TZ
         velocity_TZ = (slope_TZ * self._rotate(noisy_TZ) - time_T1 * means_TZ) / spread_TZ
@@ -148,10 +170,27 @@ def within_token_moments(
     return counts_V, means_VZ, within_MZ.T @ within_MZ / freedom
 
 
-def token_statistics(latents_MZ: torch.Tensor, tokens_M: torch.Tensor, vocab_size: int) -> dict[str, torch.Tensor]:
+def offset_variance(deviations_MZ: torch.Tensor, segments_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(a, o), [Z] each: deviations of a segment of n tokens have the variance a / n of an offset common to all, and o of their own.
+
+    An encoder's attention adds a mean over its n tokens, whose variance falls as 1 / n. By moments: products of pairs, and squares.
+    """
+    counts_S = torch.bincount(segments_M).to(deviations_MZ)
+    sums_SZ = deviations_MZ.new_zeros(len(counts_S), deviations_MZ.shape[1]).index_add(0, segments_M, deviations_MZ)
+    squares_Z = deviations_MZ.square().sum(0)
+    shared_Z = (sums_SZ.square().sum(0) - squares_Z) / (counts_S - 1).clamp_min(0).sum().clamp_min(1)
+    shared_Z = shared_Z.clamp_min(0)
+    own_Z = (squares_Z - shared_Z * (counts_S > 0).sum()) / len(deviations_MZ)
+    return shared_Z, own_Z.clamp_min(MIN_OWN)
+
+
+def token_statistics(
+    latents_MZ: torch.Tensor, tokens_M: torch.Tensor, segments_M: torch.Tensor, vocab_size: int
+) -> dict[str, torch.Tensor]:
     """The buffers of a `TokenPosterior`, by name, from standardised latents of the training text; double precision inside.
 
-    A token that the sample lacks gets the mean zero, the pooled variances and the frequency of half an occurrence.
+    segments_M: the segment of each latent, from 0. A token that the sample lacks gets the mean zero, the pooled variances and the frequency
+    of half an occurrence.
     """
     latents_MZ = latents_MZ.double()
     counts_V, means_VZ, covariance_ZZ = within_token_moments(latents_MZ, tokens_M, vocab_size)
@@ -160,10 +199,15 @@ def token_statistics(latents_MZ: torch.Tensor, tokens_M: torch.Tensor, vocab_siz
     squares_MZ = ((latents_MZ - means_VZ[tokens_M]) @ basis_ZZ).square()
     squares_VZ = torch.zeros_like(means_VZ).index_add(0, tokens_M, squares_MZ)
     weights_V = counts_V + UNSEEN_COUNT
+    variances_VZ = (squares_VZ + PRIOR_COUNT * pooled_Z) / (counts_V[:, None] + PRIOR_COUNT)
+    deviations_MZ = (latents_MZ - means_VZ[tokens_M]) @ basis_ZZ / variances_VZ[tokens_M].sqrt()
+    shared_Z, own_Z = offset_variance(deviations_MZ, segments_M)
     statistics = {
+        "shared_variance": shared_Z,
+        "own_variance": own_Z,
         "log_frequencies": (weights_V / weights_V.sum()).log(),
         "means": means_VZ @ basis_ZZ,
-        "variances": (squares_VZ + PRIOR_COUNT * pooled_Z) / (counts_V[:, None] + PRIOR_COUNT),
+        "variances": variances_VZ,
         "pooled_variances": pooled_Z,
         "basis": basis_ZZ,
     }

@@ -96,14 +96,17 @@ def posterior_mean(vae: TextVAE, batch: Batch) -> Tensor:
         return vae.encode(batch.tokens_T, Segments.from_lengths(batch.segment_lengths, device))[0]
 
 
-def target_latents(vae: TextVAE, batches: Iterable[Batch], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Posterior means [M, Z] and tokens [M] of the target segments, on the CPU."""
-    latents, tokens = [], []
+def target_latents(vae: TextVAE, batches: Iterable[Batch], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Posterior means [M, Z], tokens [M] and segments [M] (numbered from 0) of the target segments, on the CPU."""
+    latents, tokens, segments, num_segments = [], [], [], 0
     for batch in batches:
         is_target_T = batch.roles_T == SUFFIX
         latents.append(posterior_mean(vae, batch.to(device)).cpu()[is_target_T])
         tokens.append(batch.tokens_T[is_target_T])
-    return torch.cat(latents), torch.cat(tokens)
+        lengths_S = torch.tensor([n for n, role in zip(batch.segment_lengths, batch.segment_roles) if role == SUFFIX])
+        segments.append(num_segments + torch.arange(len(lengths_S)).repeat_interleave(lengths_S.long()))
+        num_segments += len(lengths_S)
+    return torch.cat(latents), torch.cat(tokens), torch.cat(segments)
 
 
 def set_statistics(vae: TextVAE, latents_MZ: Tensor) -> Tensor:
@@ -176,12 +179,14 @@ def measured_latents(vae: TextVAE, config: DiTRun, manifest: Manifest, device: t
             if saved_steps(config.run_folder / FOLDER):
                 raise
             path.unlink()
-    latents_MZ, tokens_M = target_latents(vae, training_batches(config, config.flow.statistics_rows), device)
+    latents_MZ, tokens_M, segments_M = target_latents(
+        vae, training_batches(config, config.flow.statistics_rows), device
+    )
     standardised_MZ = set_statistics(vae, latents_MZ)
     if manifest.splits["heldout"]:
         # Fitted to training rows, measured on held-out ones, as the DiT is.
         rows = min(config.train.eval_rows, max(config.flow.statistics_rows // 4, 1))
-        held_NZ, held_tokens_N = target_latents(vae, heldout_rows(config, rows), device)
+        held_NZ, held_tokens_N, _ = target_latents(vae, heldout_rows(config, rows), device)
         stride = max(len(held_NZ) // FLOOR_SAMPLES, 1)
         held_NZ, held_tokens_N = standardised(vae, held_NZ[::stride]), held_tokens_N[::stride]
         floors = measure_floors(
@@ -193,7 +198,7 @@ def measured_latents(vae: TextVAE, config: DiTRun, manifest: Manifest, device: t
     tensors |= {"latents_mean": vae.latents_mean.cpu(), "latents_std": vae.latents_std.cpu()}
     tensors |= {"within_token_variance": torch.tensor(floors.within_token_variance, dtype=torch.float64)}
     if config.model.prediction == "posterior":
-        statistics = token_statistics(standardised_MZ, tokens_M, vae.config.vocab_size)
+        statistics = token_statistics(standardised_MZ, tokens_M, segments_M, vae.config.vocab_size)
         tensors |= {f"{POSTERIOR_PREFIX}{name}": tensor for name, tensor in statistics.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

@@ -31,6 +31,8 @@ def make_dit(**options: object) -> TextDiT:
         torch.nn.init.normal_(p, std=0.3)
     if dit.posterior is not None:
         torch.nn.init.normal_(dit.posterior.means)
+        dit.posterior.shared_variance.fill_(2.0)
+        dit.posterior.own_variance.fill_(0.5)
     return dit.requires_grad_(False)
 
 
@@ -149,17 +151,20 @@ def test_a_context_tells_what_the_target_leaves_open_of_their_common_deviation()
     assert torch.equal(dit(latents_TZ, is_target_T, time_T, windows)[:9], dropped_TZ[:9]), (
         "a dropped context tells something"
     )
+    shared, own = 2.0, 0.5
     for context, target, t in ((slice(0, 4), slice(4, 9), 0.2), (slice(9, 12), slice(12, 15), 0.5)):
-        common_Z = dit.posterior.estimate(
+        k, n = context.stop - context.start, target.stop - target.start
+        alone = dit.posterior.estimate(
             dit.posterior.unigram_logits(kept_TZ[context], torch.zeros(1, 1)), kept_TZ[context], torch.zeros(1, 1)
-        ).deviation_TZ.sum(0) / (1 + context.stop - context.start)
-        # The variances within tokens are 1, in the basis of the channels.
-        spread = (1 - t) ** 2 + t**2
-        open_share = 1 / (1 + (target.stop - target.start) * (1 - t) ** 2 / spread)
-        expected_Z = -t / spread * open_share * torch.tensor([0.0, 0.5, 0.5]) * common_Z
-        torch.testing.assert_close(
-            moved_TZ[target], expected_Z.expand(target.stop - target.start, 3), rtol=1e-3, atol=1e-5
         )
+        of_context_Z = shared / k * alone.deviation_TZ.sum(0) / (own + shared)
+        # The variances within tokens are 1, in the basis of the channels.
+        precision = n * (1 - t) ** 2 / (own * (1 - t) ** 2 + t**2)
+        open_share = 1 / (1 + shared / n * precision)
+        rest = own + open_share * shared / n
+        gain = -t / ((1 - t) ** 2 * rest + t**2) * open_share * (k / n) ** 0.5
+        expected_Z = gain * torch.tensor([0.0, 0.5, 0.5]) * of_context_Z
+        torch.testing.assert_close(moved_TZ[target], expected_Z.expand(n, 3), rtol=1e-3, atol=1e-5)
 
 
 def test_self_conditioning_reads_targets_only_and_zeros_when_there_is_none() -> None:

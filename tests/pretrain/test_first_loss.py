@@ -51,12 +51,6 @@ def test_a_dit_starts_at_the_loss_of_what_it_predicts_without_weights(name: str)
         expected = float(((1 - time_T) ** 2 + time_T**2).div(time_T.clamp_min(flow.MIN_TIME) ** 2).mean())
     else:  # residual: the blind floor; posterior: one Gaussian N(0, 1) before statistics are read, the same
         expected = float(flow.blind_floor(time_T).mean())
-    if shape.prediction == "posterior":
-        # And the offset that it finds in each segment, where there is none: independent of the error that is left.
-        spread_T = (1 - time_T) ** 2 + time_T**2
-        certainty_S8 = ((1 - time_T) ** 2 / spread_T).view(8, -1).sum(1)
-        variance_T = (certainty_S8 / (1 + certainty_S8) ** 2).repeat_interleave(TOKENS // 8)
-        expected += float(((time_T / spread_T) ** 2 * variance_T).mean())
     assert loss == pytest.approx(expected, rel=0.02)
 
 
