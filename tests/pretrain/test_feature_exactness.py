@@ -116,7 +116,7 @@ def test_chosen_codec_keeps_the_repa_loss_within_a_percent(folder):
     """Of a trained VAE: an untrained one's loss is near 0, so that a relative difference says nothing."""
     stage, exact = stage_of(folder, "chosen"), stage_of(folder, "exact")
     optimizer = torch.optim.AdamW(stage.parameters(), lr=1e-2)
-    for batch in batches_of(folder, stage, 60):
+    for batch in batches_of(folder, stage, 400):
         stage(batch, stage.token_counts(batch)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -129,6 +129,6 @@ def test_chosen_codec_keeps_the_repa_loss_within_a_percent(folder):
             with torch.no_grad():
                 total += judge(batch, judge.token_counts(batch)).metrics["repa_cosine"].double()
         losses[name] = -float(total[0] / total[1])
-    assert losses["exact"] < -0.4
+    assert losses["exact"] < -0.45
     assert losses["chosen"] != losses["exact"]
     assert abs(losses["chosen"] / losses["exact"] - 1) <= 0.01
