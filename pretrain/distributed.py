@@ -80,6 +80,8 @@ def init_distributed(timeout_s: float = 1800.0) -> Topology:
             rank=rank,
             world_size=world_size,
             timeout=timeout,
+            # One process has nobody to meet: no port that another program could take meanwhile.
+            store=dist.HashStore() if world_size == 1 else None,
             device_id=device if device.type == "cuda" else None,
         )
     host = socket.gethostname()
