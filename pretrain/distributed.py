@@ -266,7 +266,7 @@ def goodbye(code: int, linger_s: float = 0.0) -> None:
 
 def await_cause() -> None:
     """After a failed collective operation: give the watch time to name the lost rank or host, and to end this process."""
-    if _peers is not None and not _peers.done:
+    if _peers is not None:  # one that is done may be about to say so: to go on would be to end before its message
         time.sleep(LINK_TIMEOUT_S + 3)
 
 
