@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import os
 import socket
 
@@ -23,8 +24,21 @@ def first_launchers() -> tuple[int, int] | None:
     return launchers()
 
 
+# Below those that the kernel gives away by itself, so that no connection takes one between here and its use, and from a
+# beginning of each process's own, so that jobs begun side by side do not.
+_FIRST, _LAST = 10_000, 29_000
+_BEGINNING = _FIRST + os.getpid() * 97 % (_LAST - _FIRST)
+_ports = itertools.cycle([*range(_BEGINNING, _LAST), *range(_FIRST, _BEGINNING)])
+
+
 def free_port() -> int:
-    """A TCP port that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port on which nobody listens, another one at every call."""
+    for port in _ports:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("cycle() ends")

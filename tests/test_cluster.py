@@ -42,8 +42,8 @@ def test_slurm_requeues_what_a_restart_brings_on(code: int, again: bool, tmp_pat
 @pytest.mark.slow
 def test_a_pod_that_is_told_to_go_saves_and_says_so(tmp_path: Path) -> None:
     import tiny_run
-    from ports import job_port
 
+    from pretrain.launcher import free_port
     from pretrain.slices import saved_steps
 
     job = list(yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text()))[1]["spec"]
@@ -52,7 +52,7 @@ def test_a_pod_that_is_told_to_go_saves_and_says_so(tmp_path: Path) -> None:
     assert int(variables["NODES"]) == job["completions"] == job["parallelism"]
     values = tiny_run.config_values(tiny_run.write_data(tmp_path / "data"), tmp_path / "run", steps=100_000)
     variables |= {"CONFIG": str(tiny_run.write_config(tmp_path / "c.json", values)), "NODES": "1", "GPUS": "2"}
-    variables |= {"JOB_COMPLETION_INDEX": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job_port())}
+    variables |= {"JOB_COMPLETION_INDEX": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     variables |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("w") as log:
         pod = subprocess.Popen(container["command"], cwd=ROOT, env=os.environ | variables, stdout=log, stderr=log)

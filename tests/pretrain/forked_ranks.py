@@ -11,7 +11,7 @@ import traceback
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from ports import job_port
+from pretrain.launcher import free_port
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "pretrain.train"])
@@ -30,7 +30,7 @@ def start(
 
 def start_module(module: str, arguments: list[str], log: Path, ranks: int, **environment: str) -> list[BaseProcess]:
     """`main(arguments)` of a module, on every rank."""
-    port, processes = job_port(), []
+    port, processes = free_port(), []
     for rank in range(ranks):
         launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_PORT": port}
         variables = {name: str(value) for name, value in launcher.items()} | {"MASTER_ADDR": "127.0.0.1", **environment}

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from engine_launch import rank_environment
-from ports import job_port
 
 from data_pipeline.errors import UserError
 from pretrain import distributed
 from pretrain.distributed import first_slurm_host, launch_environment, remove_stale_build_locks
+from pretrain.launcher import free_port
 
 
 def test_alone_without_a_launcher():
@@ -109,7 +109,7 @@ else:
 
 
 def test_collectives_and_the_timeout_of_groups_made_later(tmp_path: Path):
-    port = job_port()
+    port = free_port()
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(tmp_path)],

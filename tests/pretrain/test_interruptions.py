@@ -20,11 +20,11 @@ import pytest
 import tiny_pipeline
 import tiny_run
 import torch
-from ports import job_port
 from torch import Tensor
 
 from pretrain.checkpoint import read_tensors
 from pretrain.faults import EXIT_REQUEUE
+from pretrain.launcher import free_port
 from pretrain.optim import STATES
 from pretrain.slices import saved_steps
 from pretrain.telemetry_sinks import read_metrics
@@ -184,7 +184,13 @@ def test_sigterm_through_the_launcher(quickstart: Quickstart, tmp_path: Path, re
     config, run = quickstart.config(tmp_path), tmp_path / "run"
     request.addfinalizer(lambda: [process.kill() for process in of_job(config)])
     launcher, training = (
-        [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", str(job_port())],
+        [
+            str(Path(sys.executable).with_name("deepspeed")),
+            "--num_accelerators",
+            "2",
+            "--master_port",
+            str(free_port()),
+        ],
         ["--config", str(config)],
     )
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIGS.parent)}
