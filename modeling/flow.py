@@ -5,6 +5,7 @@
 Shape letters: T packed tokens, Z latent dim, G grid of times, L eigenvalues.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -68,6 +69,9 @@ class TimeDistribution:
             raise ValueError(f"time distribution {self.kind!r} is unknown; expected logit_normal or uniform")
         if self.std <= 0 or self.shift <= 0:
             raise ValueError(f"time std and shift must be positive, found {self.std} and {self.shift}")
+        falls = all(late < early for early, late in itertools.pairwise(self.path))
+        if self.path and not (falls and self.path[0] == 1 and self.path[-1] == 0):
+            raise ValueError(f"the times of the even grid must fall from 1 to 0, found {self.path}")
 
     def quantile(self, uniform: torch.Tensor) -> torch.Tensor:
         """The time below which the share `uniform` of training times lies; in double precision, 0 -> 0 and 1 -> 1."""

@@ -28,6 +28,7 @@ from data_pipeline import storage
 from data_pipeline.errors import UserError, cli
 from data_pipeline.manifest import Manifest
 from data_pipeline.tokenization import tokenizer_hash
+from modeling.flow import TimeDistribution
 from modeling.sampler import SOLVERS
 from modeling.text_dit import TextDiTConfig
 from modeling.text_vae import TextVAE
@@ -123,10 +124,15 @@ def convert(
     return output
 
 
-def _even_times(run: Path) -> list[float]:
-    """The times that the run's diagnosis measured for the even grid; none without one."""
+def with_even_times(times: TimeDistribution, run: Path) -> TimeDistribution:
+    """With the times that the run's diagnosis measured for the even grid, if there is one. Raises: UserError."""
     path = run / "diagnosis.json"
-    return json.loads(path.read_text()).get("even_times", []) if path.is_file() else []
+    if not path.is_file():
+        return times
+    try:
+        return dataclasses.replace(times, path=tuple(json.loads(path.read_text()).get("even_times", ())))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not what pretrain.diagnose writes ({error}): run it on {run} again") from None
 
 
 def load_run(
@@ -161,7 +167,7 @@ def load_run(
     model_config = TextLDMConfig(
         vae=dataclasses.asdict(frozen.config),
         dit=shape,
-        times=dataclasses.asdict(times) | {"path": _even_times(run)},
+        times=dataclasses.asdict(with_even_times(times, run)),
         max_window=manifest.max_window,
         eos_token_id=manifest.tokenizer.eos_id,
         auto_map={"AutoConfig": "textldm.TextLDMConfig", "AutoModel": "textldm.TextLDM"},

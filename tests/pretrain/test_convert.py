@@ -186,6 +186,18 @@ def test_the_even_grid_is_the_one_that_the_diagnosis_measured(trained: Trained, 
     assert seen == pytest.approx([1.0, 0.9, 0.8, 0.75, 0.7, 0.35])
 
 
+@pytest.mark.parametrize("found", ['{"even_times": [1.0, 0.2, 0.6, 0.0]}', '{"even_times": 3}', "[]", '{"even_ti'])
+def test_a_diagnosis_that_is_none_is_one_message(
+    trained: Trained, tmp_path: Path, found: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "dit"
+    shutil.copytree(trained.dit, run)
+    (run / "diagnosis.json").write_text(found)
+    assert main(["--run", str(run), "--output", str(tmp_path / "export")]) == 2
+    assert f"{run / 'diagnosis.json'} is not what pretrain.diagnose writes" in capsys.readouterr().err
+    assert not (tmp_path / "export").exists()
+
+
 def test_options_reach_the_folder(trained: Trained, tmp_path: Path) -> None:
     output = tmp_path / "half"
     flags = ["--weights", "weight", "--dtype", "bf16", "--num-steps", "9", "--guidance-scale", "2", "--solver", "heun"]
