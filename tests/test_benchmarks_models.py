@@ -116,7 +116,7 @@ def test_sampling_is_scored_against_its_reference(monkeypatch: pytest.MonkeyPatc
         return None, [tokens[:4], tokens[4:]]
 
     monkeypatch.setattr(sampling, "sample", sample)
-    figures = sampling.measure(None, [], 1.0, [16, 50], 100, 0)  # type: ignore[arg-type]
+    figures = sampling.measure(None, [], 1.0, [16], 100, 0)  # type: ignore[arg-type]
     assert (figures["agreement_16"], figures["agreement_euler50"], figures["reference_agreement"]) == (0.2, 0.5, 0.5)
     # 2 of 4 less in the first prompt, 1 of 6 in the second: of the sum, sqrt(2) standard deviations of 1 / 2.
     assert figures["difference_error"] == pytest.approx(math.sqrt(2) * 0.5 / 10)
