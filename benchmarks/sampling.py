@@ -6,7 +6,7 @@ Prompts are the first held-out windows of the run; weights are the EMA of its ne
 1,000 steps on the training schedule's quantiles. Agreement: share of generated tokens equal to the reference's.
 
 By default the velocity is the one that was trained (belief_scale 1), under the run's guidance: a larger belief bends each token's path
-the more sharply where it is decided, and no solver follows that in 16 evaluations (docs/log.md).
+the more sharply where it is decided, and none of these solvers follows that in 16 evaluations (docs/log.md).
 
 `agreement_16`: the best of the second-order solvers and grids at 16 steps, `best_16`; the even grid is measured on as many training
 tokens. `agreement_euler50`: Euler at 50 on the training grid, the paper's setting. `evaluations_*`: of the network.
@@ -99,7 +99,7 @@ def main_parser() -> argparse.ArgumentParser:
         help="1 is the flow that was trained, with any prediction (%(default)s)",
     )
     parser.add_argument("--tokens", type=int, default=1536, help="of the windows, contexts included (%(default)s)")
-    parser.add_argument("--steps", type=int, nargs="+", default=[8, 32], help="beside 16 (%(default)s)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[8, 32], help="beside 16, and 50 of Euler's (%(default)s)")
     parser.add_argument("--reference-steps", type=int, default=1000, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")

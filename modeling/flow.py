@@ -69,7 +69,7 @@ class TimeDistribution:
             raise ValueError(f"time distribution {self.kind!r} is unknown; expected logit_normal or uniform")
         if self.std <= 0 or self.shift <= 0:
             raise ValueError(f"time std and shift must be positive, found {self.std} and {self.shift}")
-        falls = all(late < early for early, late in itertools.pairwise(self.path))
+        falls = all(late > early for late, early in itertools.pairwise(self.path))
         if self.path and not (falls and self.path[0] == 1 and self.path[-1] == 0):
             raise ValueError(f"the times of the even grid must fall from 1 to 0, found {self.path}")
 
