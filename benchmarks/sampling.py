@@ -99,7 +99,9 @@ def main_parser() -> argparse.ArgumentParser:
         help="1 is the flow that was trained, with any prediction (%(default)s)",
     )
     parser.add_argument("--tokens", type=int, default=1536, help="of the windows, contexts included (%(default)s)")
-    parser.add_argument("--steps", type=int, nargs="+", default=[8, 32], help="beside 16, and 50 of Euler's (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[8, 32], help="beside 16, and 50 of Euler's (%(default)s)"
+    )
     parser.add_argument("--reference-steps", type=int, default=1000, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
