@@ -36,8 +36,8 @@ from pretrain.latents import LATENTS_NAME, load_vae, measured_latents, posterior
 from pretrain.telemetry import transformer_flops
 
 QUARTERS = 4
-TIME_NOISE = 1
-"""Purpose of the noise that spreads the times of a window's tokens."""
+TIME_NOISE, POSTERIOR_NOISE = 1, 2
+"""Purposes of keyed noise beside the flow's own: the spread of times over a window's tokens, and draws from the VAE's posterior."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ class DiTStage(Stage):
             segments = Segments.from_lengths(batch.segment_lengths, mean_TZ.device)
             with torch.no_grad():
                 log_variance_TZ = self.vae.encode(batch.tokens_T, segments)[1]
-            noise_TZ = row_noise(batch, 2 * mean_TZ.shape[1])[:, mean_TZ.shape[1] :]
+            noise_TZ = row_noise(batch, mean_TZ.shape[1], purpose=POSTERIOR_NOISE)
             mean_TZ = mean_TZ + (0.5 * log_variance_TZ).exp() * noise_TZ
         return self.vae.standardize(mean_TZ)
 
