@@ -11,7 +11,6 @@ that in the backward pass, which recomputes the scores. Pairs are those within s
 """
 
 import argparse
-import importlib.util
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 
 from benchmarks.measuring import interleaved, print_figures
 from data_pipeline.errors import cli
-from modeling.attention import IMPLEMENTATIONS, Segments, varlen_attention
+from modeling.attention import Segments, implementations, varlen_attention
 
 LAYOUTS: dict[str, list[int]] = {
     "one": [512],
@@ -33,14 +32,6 @@ LAYOUTS: dict[str, list[int]] = {
 PASSES = 3.5
 
 Tensors = Sequence[torch.Tensor]
-
-
-def available(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """The implementations that run on this device in this precision."""
-    if device.type != "cuda" or dtype.itemsize > 2:
-        return ["sdpa"]
-    wanted = {"flash_attn": ("flash_attn_interface", "flash_attn"), "torch_varlen": ("torch.nn.attention.varlen",)}
-    return [name for name in IMPLEMENTATIONS if any(map(importlib.util.find_spec, wanted.get(name, ("torch",))))]
 
 
 def errors(
@@ -108,7 +99,7 @@ def measure(
     device: torch.device, dtype: torch.dtype, head_dims: Sequence[int], width: int, lengths: list[int], repetitions: int
 ) -> dict[str, Any]:
     """`errors`, `tflops` and `dense_over_packed` of all implementations and head dimensions."""
-    names = available(device, dtype)
+    names = implementations(device.type, dtype)
     found: dict[str, Any] = {"errors": {}, "tflops": {}, "dense_over_packed": {}}
     for name, head_dim in itertools.product(names, head_dims):
         found["errors"][f"{name} {head_dim}"] = {

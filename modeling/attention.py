@@ -4,10 +4,11 @@ Shape letters: T packed tokens, H heads, K head dim, N segments.
 """
 
 import functools
+import importlib
 import importlib.util
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,16 +119,23 @@ def varlen_attention(
 
 
 @functools.cache
+def implementations(device_type: str, dtype: torch.dtype) -> list[str]:
+    """Those of `IMPLEMENTATIONS` that run on this device in this dtype, the fastest first."""
+    half = device_type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    if not half or torch.cuda.get_device_capability() < (8, 0):  # the other kernels begin with Ampere
+        return ["sdpa"]
+    runs = {
+        "flash_attn": _flash_attention()[0] is not None,
+        "torch_varlen": importlib.util.find_spec("torch.nn.attention.varlen") is not None,
+        "sdpa": True,
+    }
+    return [name for name in IMPLEMENTATIONS if runs[name]]
+
+
+@functools.cache
 def choose_implementation(device_type: str, dtype: torch.dtype) -> str:
     """The fastest implementation for this device and dtype; logged once per combination."""
-    if device_type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        choice = "sdpa"
-    elif importlib.util.find_spec("flash_attn_interface") or importlib.util.find_spec("flash_attn"):
-        choice = "flash_attn"
-    elif importlib.util.find_spec("torch.nn.attention.varlen"):
-        choice = "torch_varlen"
-    else:
-        choice = "sdpa"
+    choice = implementations(device_type, dtype)[0]
     logger.info("attention on %s in %s: %s", device_type, dtype, choice)
     return choice
 
@@ -155,14 +163,22 @@ def _torch_varlen(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor,
     return varlen_attn(q_THK, k_THK, v_THK, offsets, offsets, longest, longest)  # type: ignore[return-value]
 
 
-def _flash_attn(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, segments: Segments) -> torch.Tensor:
-    try:
-        from flash_attn_interface import flash_attn_varlen_func  # FlashAttention 3
-    except ImportError:
+@functools.cache
+def _flash_attention() -> tuple[Callable[..., Any] | None, str]:
+    """The function of FlashAttention 3 (Hopper alone) or 2, or None and why neither imports: one built for another torch does not."""
+    reasons = []
+    for name in ["flash_attn_interface"] * (torch.cuda.get_device_capability()[0] == 9) + ["flash_attn"]:
         try:
-            from flash_attn import flash_attn_varlen_func
-        except ImportError as error:
-            raise ValueError(f"attention flash_attn is not installed ({error}); pip install -e '.[cuda]'") from None
+            return importlib.import_module(name).flash_attn_varlen_func, ""
+        except (AttributeError, ImportError, OSError) as error:
+            reasons.append(f"{name}: {error}")
+    return None, "; ".join(reasons)
+
+
+def _flash_attn(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, segments: Segments) -> torch.Tensor:
+    function, why_not = _flash_attention()
+    if function is None:
+        raise ValueError(f"attention flash_attn is not to be had ({why_not}); pip install -e '.[cuda]'")
     offsets, longest = segments.cu_seqlens, segments.max_length
-    out: Any = flash_attn_varlen_func(q_THK, k_THK, v_THK, offsets, offsets, longest, longest)
+    out: Any = function(q_THK, k_THK, v_THK, offsets, offsets, longest, longest)
     return out[0] if isinstance(out, tuple) else out

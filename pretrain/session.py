@@ -264,7 +264,7 @@ def engine_settings(config: RunConfig, topology: Topology) -> EngineSettings:
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether bf16 is the device's fast precision: GPUs that have it, CPUs with AMX. Others only emulate it."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 

@@ -1,6 +1,9 @@
 """Attention over packed segments equals a dense float64 reference, forward and backward, at a cost without the zeros."""
 
-import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,9 +57,8 @@ def test_sdpa_equals_the_dense_reference(lengths: list[int], dtype: torch.dtype,
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("implementation", ["torch_varlen", "flash_attn", "sdpa"])
 def test_cuda_kernels_equal_the_dense_reference(implementation: str, head_dim: int, lengths: list[int]) -> None:
-    needed = {"torch_varlen": ["torch.nn.attention.varlen"], "flash_attn": ["flash_attn", "flash_attn_interface"]}
-    if implementation in needed and not any(map(importlib.util.find_spec, needed[implementation])):
-        pytest.skip(f"{implementation} is not installed")
+    if implementation not in attention.implementations("cuda", torch.bfloat16):
+        pytest.skip(f"{implementation} does not run here")
     compare(lengths, implementation, torch.bfloat16, "cuda", head_dim, 3e-2)
 
 
@@ -110,5 +112,41 @@ def test_mistakes() -> None:
         varlen_attention(q_THK, q_THK, q_THK, Segments.from_lengths([4]), "fast")
 
 
-def test_a_kernel_is_chosen_that_runs_here() -> None:
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[tuple[int, int], dict[str, object]], list[str]]]:
+    """(compute capability, what each package's import gives) -> the implementations in bf16 on such a GPU."""
+    caches = (attention.implementations, attention._flash_attention, choose_implementation)
+
+    def found(capability: tuple[int, int], packages: dict[str, object]) -> list[str]:
+        for name in ("flash_attn_interface", "flash_attn"):
+            package = packages.get(name)
+            monkeypatch.setitem(sys.modules, name, package)  # None: its import fails
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        for cache in caches:
+            cache.cache_clear()
+        return attention.implementations("cuda", torch.bfloat16)
+
+    yield found
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_only_kernels_that_run_are_chosen(gpu: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = SimpleNamespace(flash_attn_varlen_func=print)
     assert choose_implementation("cpu", torch.bfloat16) == choose_implementation("cuda", torch.float32) == "sdpa"
+    assert gpu((7, 5), {"flash_attn": package}) == ["sdpa"]
+    assert gpu((8, 0), {"flash_attn": package}) == ["flash_attn", "torch_varlen", "sdpa"]
+    assert gpu((9, 0), {}) == ["torch_varlen", "sdpa"]
+    assert gpu((8, 0), {"flash_attn_interface": package}) == ["torch_varlen", "sdpa"]  # FlashAttention 3 is Hopper's
+    assert gpu((9, 0), {"flash_attn_interface": package})[0] == choose_implementation("cuda", torch.float16)
+    # Built for another torch: there, and not to be imported.
+    gpu((9, 0), {})
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn")
+    attention._flash_attention.cache_clear()
+    attention.implementations.cache_clear()
+    assert attention.implementations("cuda", torch.bfloat16) == ["torch_varlen", "sdpa"]
+    q_THK = torch.zeros(4, 1, 8)
+    with pytest.raises(ValueError, match=r"flash_attn is not to be had.*undefined symbol"):
+        varlen_attention(q_THK, q_THK, q_THK, Segments.from_lengths([4]), "flash_attn")
