@@ -36,6 +36,8 @@ class _Rotation(torch.autograd.Function):
 
 def _rotate(x_THK: torch.Tensor, cos_T1P: torch.Tensor, sin_T1P: torch.Tensor) -> torch.Tensor:
     first_THP, second_THP = x_THK.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():  # which fuses it, and refuses to write into a part of a tensor
+        return torch.cat((first_THP * cos_T1P - second_THP * sin_T1P, second_THP * cos_T1P + first_THP * sin_T1P), -1)
     rotated_THK = torch.empty_like(x_THK, memory_format=torch.contiguous_format)
     left_THP, right_THP = rotated_THK.chunk(2, dim=-1)
     torch.mul(first_THP, cos_T1P, out=left_THP)

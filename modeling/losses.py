@@ -66,7 +66,13 @@ def loss_of_chunk(
     totals_C = scores_CV.sum(-1)
     loss = (weights_C * (totals_C.log() - target_scores_C)).sum()
     scores_CV.mul_((weights_C / totals_C)[:, None])
-    scores_CV.scatter_add_(1, targets_C[:, None], -weights_C[:, None])
+    if (
+        torch.compiler.is_compiling()
+    ):  # a comparison fuses, so that the scores of fp32 are never written; a scatter does not
+        is_target_CV = torch.arange(scores_CV.shape[1], device=scores_CV.device) == targets_C[:, None]
+        scores_CV = scores_CV - weights_C[:, None] * is_target_CV
+    else:
+        scores_CV.scatter_add_(1, targets_C[:, None], -weights_C[:, None])
     return loss, guesses_C == targets_C, scores_CV.to(logits_CV.dtype)
 
 
@@ -93,6 +99,8 @@ def linear_cross_entropy(
     Returns: the weighted sum of cross-entropies in nats (fp32 scalar), and bool [T]: is the most likely token the target.
     """
     chunk = chunk or (2048 if hidden_TD.is_cuda else 512)
+    if not torch.is_grad_enabled():  # inside the function it never is, and the gradients would be made for nothing
+        hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
     return _ChunkedLinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, weights_T, chunk)
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from modeling.losses import kl_to_standard_normal, linear_cross_entropy, squared_error
 
@@ -75,12 +77,35 @@ def test_gradients_only_where_they_are_wanted(frozen: str) -> None:
         assert (x.grad is None) if not x.requires_grad else torch.equal(x.grad, grad)
 
 
-def test_the_logits_never_exist_in_full() -> None:
+class Made(TorchDispatchMode):
+    """Notes the name and the size of every tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        self.sizes += [(func.overloadpacket.__name__, x.numel()) for x in tree_leaves(result) if torch.is_tensor(x)]
+        return result
+
+
+@pytest.mark.parametrize("chunk", [4, 10])
+def test_the_logits_never_exist_in_full(chunk: int) -> None:
     hidden_TD, weight_VD, targets_T, weights_T = inputs(torch.float32)
-    kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        linear_cross_entropy(hidden_TD, weight_VD, targets_T, weights_T, 4)
-    assert max(kept, default=0) < T * V
+    with Made() as made:
+        linear_cross_entropy(hidden_TD, weight_VD, targets_T, weights_T, chunk)[0].backward()
+    assert max(size for _, size in made.sizes) == max(chunk * V, V * D)
+
+
+def test_no_gradients_are_made_where_none_are_wanted() -> None:
+    hidden_TD, weight_VD, targets_T, weights_T = inputs(torch.float32)
+    expected, right_T = linear_cross_entropy(hidden_TD, weight_VD, targets_T, weights_T, 10)
+    with torch.no_grad(), Made() as made:
+        loss, correct_T = linear_cross_entropy(hidden_TD, weight_VD, targets_T, weights_T, 10)
+    assert torch.equal(loss, expected)
+    assert torch.equal(correct_T, right_T)
+    assert [size for name, size in made.sizes if name in ("mm", "addmm_")] == [10 * V, 10 * V, 10 * V, 7 * V]
 
 
 def test_kl_is_that_of_torch() -> None:

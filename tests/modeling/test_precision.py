@@ -6,7 +6,7 @@ from torch import nn
 
 from modeling import losses
 from modeling.attention import Segments, varlen_attention
-from modeling.layers import Transformer
+from modeling.layers import Block, Transformer, rope_tables
 from modeling.text_dit import TextDiT, TextDiTConfig
 from modeling.text_vae import TextVAE, TextVAEConfig
 
@@ -98,6 +98,20 @@ def test_blocks_are_compiled_once_and_compute_the_same(checkpoint_every: int) ->
         compiled.append(counters["unique_graphs"])
     assert compiled[0] > 0
     assert compiled[1:] == [compiled[1]] * 3, f"graphs after each step: {compiled}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}], ids=["plain", "qk norm"])
+def test_a_compiled_block_breaks_at_attention_alone(options: dict[str, bool]) -> None:
+    """Every further break would be kernels of a value each, forward and backward."""
+    torch._dynamo.reset()
+    block = Block(32, 16, **options)
+    rope = rope_tables(torch.arange(24), 16, 10_000.0)
+    x_TD = torch.randn(24, 32, requires_grad=True)
+    found = torch._dynamo.explain(block)(x_TD, rope, Segments.from_lengths([9, 15]))
+    reasons = [str(break_.reason) for break_ in found.break_reasons]
+    assert reasons
+    assert all("varlen_attention" in reason for reason in reasons), reasons
 
 
 @pytest.mark.slow
