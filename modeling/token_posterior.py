@@ -15,7 +15,9 @@ by a softmax is the score interpolation of CDCD (arXiv 2211.15089).
 Shape letters: T packed tokens, M sampled tokens, G groups of tokens, D width, Z latent dim, V vocabulary.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -62,8 +64,22 @@ class Offset(NamedTuple):
         return Offset(*(x_GZ[0::2] for x_GZ in self)), Offset(*(x_GZ[1::2] for x_GZ in self))
 
 
+def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that computes in its inputs' precision: near t = 0, log N(z_t; ...) is a difference of large numbers."""
+
+    @functools.wraps(method)
+    def exact(self: nn.Module, first: torch.Tensor, *others: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return method(self, first, *others)
+
+    return exact
+
+
 class TokenPosterior(nn.Module):
-    """Head of a TextDiT: from hidden states and z_t to a velocity and the logits of each token. All arithmetic is fp32, [T, V] exists."""
+    """Head of a TextDiT: from hidden states and z_t to a velocity and the logits of each token. [T, V] exists.
+
+    All arithmetic is fp32, also under autocast; only the two layers that read the hidden states compute in their weights' precision.
+    """
 
     log_frequencies: torch.Tensor
     means: torch.Tensor
@@ -89,6 +105,7 @@ class TokenPosterior(nn.Module):
         self.register_buffer("shared_variance", torch.zeros(latent_dim))
         self.register_buffer("own_variance", torch.ones(latent_dim))
 
+    @without_autocast
     def unigram_logits(self, noisy_TZ: torch.Tensor, time_T1: torch.Tensor) -> torch.Tensor:
         """log f_k + log N(z_t; ...) up to a constant per position, fp32 [T, V]."""
         signal_T1, means_VZ = 1 - time_T1, self.means.float()
@@ -97,6 +114,7 @@ class TokenPosterior(nn.Module):
         square_TV = (signal_T1.square() * precision_TZ) @ means_VZ.square().T
         return self.log_frequencies.float() + cross_TV - 0.5 * square_TV
 
+    @without_autocast
     def estimate(self, logits_TV: torch.Tensor, noisy_TZ: torch.Tensor, time_T1: torch.Tensor) -> "Estimate":
         """The best estimates from z_t alone, under the token probabilities softmax(logits)."""
         means_TZ, variances_TZ = self._expected(logits_TV)
@@ -117,6 +135,7 @@ class TokenPosterior(nn.Module):
         mean_GZ = prior_GZ * open_GZ * sums_GZ.index_add(0, group_T, weight_TZ * alone.deviation_TZ)
         return Offset(mean_GZ, prior_GZ, open_GZ)
 
+    @without_autocast
     def forward(
         self,
         hidden_TD: torch.Tensor,
@@ -137,6 +156,7 @@ class TokenPosterior(nn.Module):
             offset_TZ: a shift that is known without the network; rest_TZ: the share of d that remains beside it.
             alone_T: bool [T], tokens whose shift is that offset and nothing of the network's.
         """
+        hidden_TD = hidden_TD.to(self.to_logits.weight.dtype)
         logits_TV = unigram_TV + belief_scale * self.to_logits(hidden_TD).float()
         means_TZ, variances_TZ = self._expected(logits_TV)
         shift_TZ = self.to_shift(hidden_TD).float().masked_fill(alone_T[:, None], 0)

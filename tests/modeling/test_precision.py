@@ -9,6 +9,7 @@ from modeling.attention import Segments, varlen_attention
 from modeling.layers import Block, Transformer, rope_tables
 from modeling.text_dit import TextDiT, TextDiTConfig
 from modeling.text_vae import TextVAE, TextVAEConfig
+from modeling.token_posterior import TokenPosterior
 
 LENGTHS = [9, 1, 14]
 
@@ -42,6 +43,29 @@ def test_a_dit_in_bf16_returns_a_velocity_in_fp32(prediction: str) -> None:
     assert output.velocity_TZ.dtype == torch.float32
     assert output.hidden_TD.dtype == torch.bfloat16
     assert output.logits_TV is None or output.logits_TV.dtype == torch.float32
+
+
+def test_a_token_posterior_is_the_same_under_autocast() -> None:
+    """Its logits near t = 0 are differences of large numbers, of which bf16 would leave nothing."""
+    torch.manual_seed(0)
+    head = TokenPosterior(16, 4, 9)
+    for tensor in (head.means, head.to_logits.weight, head.to_shift.weight):
+        nn.init.normal_(tensor)
+    hidden_TD, noisy_TZ, time_T1 = torch.randn(12, 16), torch.randn(12, 4), torch.linspace(0.02, 1, 12)[:, None]
+
+    def results() -> list[torch.Tensor]:
+        logits_TV = head.unigram_logits(noisy_TZ, time_T1)
+        alone = head.estimate(logits_TV, noisy_TZ, time_T1)
+        zeros_TZ, ones_TZ = torch.zeros(12, 4), torch.ones(12, 4)
+        given = (hidden_TD, logits_TV, noisy_TZ, time_T1, 2.0, zeros_TZ, ones_TZ, torch.zeros(12, dtype=torch.bool))
+        return [logits_TV, *alone, *head(*given)]
+
+    expected = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results()
+    for one, other in zip(found, expected):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)
 
 
 def test_a_vae_in_bf16_returns_its_posterior_in_fp32_and_its_losses_too() -> None:
