@@ -3,11 +3,14 @@
     python -m benchmarks.gpu --output figures.json
     python -m benchmarks.gpu --dry
 
-`attention`: see attention.py. `matmul_peak_tflops`: the fastest of some large bf16 products. Per model (dit_xl, vae_base), training in
-bf16 through the engine as a single ZeRO-1 rank, blocks compiled as configured, rows filled with windows of mixed lengths:
+`attention`: see attention.py, at segments of 4,096 tokens, where published figures are, and at 1,024, the longest window in training
+(`attention_of_windows`). `matmul_peak_tflops`: the fastest of some large bf16 products. `head`: see lm_head.py. Per model (dit_xl,
+vae_base), training in bf16 through the engine as a single ZeRO-1 rank, blocks compiled as configured, rows filled with windows of mixed
+lengths, their layout made anew for every step, and for a DiT the frozen VAE's encoder before it:
 `tokens_per_s`, `peak_memory_gb`, `step_s`; `mfu`, model FLOPs a second (attention by true segment lengths, no recomputation) over the
 measured peak, and `mfu_of_data_sheet` over 989 TFLOP/s; `split`: seconds of a step in attention, GEMM, head, optimizer and rest. The
-first three are timed alone on the step's own shapes, the optimizer within the step, rest is what remains.
+first three are timed alone on the step's own shapes, the optimizer within the step, rest is what remains. Left out against
+pretrain/train.py: the loader, metrics, and REPA (vae_base).
 """
 
 import argparse
@@ -32,7 +35,7 @@ from modeling import flow, losses
 from modeling.attention import Segments
 from modeling.text_dit import TextDiT, TextDiTConfig
 from modeling.text_vae import TextVAE, TextVAEConfig
-from pretrain.config import load_config
+from pretrain.config import RunConfig, load_config
 from pretrain.config_schema import DiTRun, VAERun
 from pretrain.distributed import init_distributed, shutdown
 from pretrain.engine import Engine, EngineSettings
@@ -52,6 +55,9 @@ class Size:
     product: int = 8192
     lengths: tuple[int, ...] = tuple(ROW_LENGTHS)
     attention_lengths: tuple[int, ...] = (4096,) * 4
+    window_lengths: tuple[int, ...] = (1024,) * 16
+    head: tuple[int, int, int] = (4096, 768, 151_936)
+    """Tokens, width, vocabulary."""
     attention_width: int = 2048
     steps: int = 10
     shape: tuple[tuple[str, int], ...] = ()
@@ -59,23 +65,31 @@ class Size:
     @classmethod
     def dry(cls) -> "Size":
         """Seconds on a CPU."""
-        return cls(64, (20, 12, 1), (16, 8), 256, 2, (("width", 128), ("num_layers", 2)))
+        return cls(64, (20, 12, 1), (16, 8), (8, 8, 8), (256, 32, 16_384), 256, 2, (("width", 128), ("num_layers", 2)))
 
 
 class SyntheticDiT(nn.Module):
-    """Flow matching on random latents: a stage for the engine."""
+    """Flow matching on a frozen VAE's latents of random tokens: a stage for the engine."""
 
-    def __init__(self, config: TextDiTConfig):
+    def __init__(self, config: TextDiTConfig, vae: TextVAE):
         super().__init__()
         self.dit = TextDiT(config)
-        self.layers, self.width, self.vocab_size = config.num_layers, config.width, 0
+        self._frozen = [vae.requires_grad_(False)]  # in a list it is no part of the stage
+        self.layers, self.width, self.head_dim, self.vocab_size = config.num_layers, config.width, config.head_dim, 0
 
     def flops(self, lengths: list[int]) -> float:
         weights = 12 * self.width**2 * self.layers + 2 * self.width * self.dit.config.latent_dim
-        return transformer_flops(weights, self.layers, self.width, lengths)
+        vae = self._frozen[0].config
+        encoder = 12 * vae.width**2 * vae.num_encoder_layers
+        own = transformer_flops(weights, self.layers, self.width, lengths)
+        return own + transformer_flops(encoder, vae.num_encoder_layers, vae.width, lengths, passes=1)
 
     def forward(self, segments: Segments, _: dict[str, int]) -> StageOutput:
-        data_TZ, noise_TZ = torch.randn(2, segments.num_tokens, self.dit.config.latent_dim, device=segments.device)
+        vae = self._frozen[0]
+        tokens_T = torch.randint(vae.config.vocab_size, (segments.num_tokens,), device=segments.device)
+        with torch.no_grad(), torch.autocast(segments.device.type, torch.bfloat16):
+            data_TZ = vae.standardize(vae.encode(tokens_T, segments)[0])
+        noise_TZ = torch.randn_like(data_TZ)
         time_T = torch.rand(len(segments.lengths), device=segments.device)[segments.ids_T]
         is_target_T = segments.positions_T >= 8
         noisy_TZ = flow.interpolate(data_TZ, noise_TZ, time_T[:, None])
@@ -91,7 +105,7 @@ class SyntheticVAE(nn.Module):
         super().__init__()
         self.vae = TextVAE(config)
         self.layers, self.width = config.num_encoder_layers + config.num_decoder_layers, config.width
-        self.vocab_size = config.vocab_size
+        self.vocab_size, self.head_dim = config.vocab_size, config.head_dim
 
     def flops(self, lengths: list[int]) -> float:
         shape = self.vae.config
@@ -134,8 +148,8 @@ def matmul_peak(device: torch.device, size: Size) -> float:
     return best
 
 
-def train_figures(name: str, peak: float, device: torch.device, size: Size) -> dict[str, Any]:
-    """Speed, memory and the step's split of one shipped configuration."""
+def sized(name: str, size: Size) -> RunConfig:
+    """A shipped configuration, or its miniature."""
     config = load_config(name, [])
     for key, value in size.shape:
         keys = [key] if key != "num_layers" or config.stage == "dit" else ["num_encoder_layers", "num_decoder_layers"]
@@ -143,16 +157,25 @@ def train_figures(name: str, peak: float, device: torch.device, size: Size) -> d
             setattr(config.model, one, value)  # type: ignore[attr-defined]
     if size.shape and isinstance(config, VAERun):
         config.model.vocab_size = 512
+    return config
+
+
+def train_figures(name: str, peak: float, device: torch.device, size: Size) -> dict[str, Any]:
+    """Speed, memory and the step's split of one shipped configuration."""
+    config = sized(name, size)
     config.train.compile = config.train.compile and device.type == "cuda"
     stage: SyntheticDiT | SyntheticVAE
     if isinstance(config, DiTRun):
-        stage = SyntheticDiT(config.model.architecture())
+        vae = sized("vae_base", size)
+        assert isinstance(vae, VAERun)
+        vae.model.latent_dim = config.model.latent_dim
+        stage = SyntheticDiT(config.model.architecture(), TextVAE(vae.model.architecture()).to(device))
     else:
         assert isinstance(config, VAERun)
         stage = SyntheticVAE(config.model.architecture())
     prepare_blocks(stage.to(device), config.train)
     lengths = list(size.lengths) * (config.data.micro_batch_rows if not size.shape else 1)
-    segments, repetitions = Segments.from_lengths(lengths, device), size.steps
+    repetitions = size.steps
     engine = Engine(stage, EngineSettings(1, "bf16"), OptimizerSettings(lr=1e-4), init_distributed())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -160,7 +183,7 @@ def train_figures(name: str, peak: float, device: torch.device, size: Size) -> d
     update_s: list[float] = []
 
     def step() -> None:
-        engine.forward_backward(segments, {}, last=True)
+        engine.forward_backward(Segments.from_lengths(lengths, device), {}, last=True)
         engine.measure()  # waits for the device
         started = time.perf_counter()
         engine.step(next(number), 1e-4)
@@ -170,11 +193,11 @@ def train_figures(name: str, peak: float, device: torch.device, size: Size) -> d
     step_s = seconds(step, device, repetitions)
     memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
     engine.close()
-    split = {"optimizer": statistics.median(update_s[1:])} | parts(stage, segments, device, repetitions)
+    split = {"optimizer": statistics.median(update_s[1:])} | parts(stage, lengths, device, repetitions)
     speed = stage.flops(lengths) / step_s
     return {
         "parameters": sum(p.numel() for p in stage.parameters()),
-        "tokens_per_s": segments.num_tokens / step_s,
+        "tokens_per_s": sum(lengths) / step_s,
         "tflops": speed / 1e12,
         "mfu": speed / peak,
         "mfu_of_data_sheet": speed / (DATA_SHEET_TFLOPS * 1e12),
@@ -185,11 +208,12 @@ def train_figures(name: str, peak: float, device: torch.device, size: Size) -> d
 
 
 def parts(
-    stage: SyntheticDiT | SyntheticVAE, segments: Segments, device: torch.device, repetitions: int
+    stage: SyntheticDiT | SyntheticVAE, lengths: list[int], device: torch.device, repetitions: int
 ) -> dict[str, float]:
     """Seconds that a step's attention, block GEMMs and LM head take alone, in bf16."""
-    tokens, bf16 = segments.num_tokens, torch.bfloat16
-    one_pass = attention.Pass("auto", list(segments.lengths), stage.width // 64, 64, device, bf16)
+    tokens, bf16 = sum(lengths), torch.bfloat16
+    heads = stage.width // stage.head_dim
+    one_pass = attention.Pass("auto", lengths, heads, stage.head_dim, device, bf16)
     products = Products(tokens, stage.width, stage.layers, device, bf16)
     found = {"attention": stage.layers * seconds(one_pass, device, repetitions)}
     found["gemm"] = seconds(products, device, repetitions)
@@ -219,12 +243,16 @@ def main(argv: list[str] | None = None) -> int | None:
     topology = init_distributed()
     device, size = (torch.device("cpu"), Size.dry()) if args.dry else (topology.device, Size())
     peak = matmul_peak(device, size)
-    lengths = list(size.attention_lengths)
+    heads, width = [64, 128], size.attention_width
     figures: dict[str, Any] = {
         "device": "cpu" if args.dry else torch.cuda.get_device_name(device),
         "dry": args.dry,
         "matmul_peak_tflops": peak / 1e12,
-        "attention": attention.measure(device, torch.bfloat16, [64, 128], size.attention_width, lengths, size.steps),
+        "attention": attention.measure(device, torch.bfloat16, heads, width, list(size.attention_lengths), size.steps),
+        "attention_of_windows": attention.measure(
+            device, torch.bfloat16, heads, width, list(size.window_lengths), size.steps
+        ),
+        "head": Head(*size.head, device, torch.bfloat16).figures(size.steps),
     }
     for name in args.models:
         figures[name] = train_figures(name, peak, device, size)

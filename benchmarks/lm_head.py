@@ -4,6 +4,7 @@ Shape letters: T packed tokens, D width, V vocabulary.
 """
 
 import gc
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,13 @@ class Head:
         logits_TV = F.linear(self.hidden_TD, self.weight_VD)
         self._backward(F.cross_entropy(logits_TV.float(), self.targets_T, reduction="sum"))
 
+    def liger(self) -> None:
+        """liger-kernel's, of the extra `cuda`: Triton kernels for the part between the matrix products."""
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        loss = liger_fused_linear_cross_entropy(self.hidden_TD, self.weight_VD, self.targets_T, reduction="sum")
+        self._backward(loss)
+
     def _backward(self, loss: torch.Tensor) -> None:
         loss.backward()
         self.hidden_TD.grad = self.weight_VD.grad = None
@@ -44,14 +52,26 @@ class Head:
             torch.cuda.synchronize()
 
     def figures(self, repetitions: int) -> dict[str, float]:
-        """`head_memory_ratio` and `head_time_ratio`, ours over the naive, and what they are made of."""
-        peaks = {run.__name__: peak_bytes(run, self.hidden_TD.device) for run in (self.chunked, self.naive)}
+        """`head_memory_ratio` and `head_time_ratio`, ours over the naive, and what they are made of.
+
+        On GPUs with liger-kernel also ours over liger's: `head_memory_over_liger`, `head_time_over_liger`.
+        """
+        runs = {"chunked": self.chunked, "naive": self.naive}
+        if self.hidden_TD.is_cuda and importlib.util.find_spec("liger_kernel"):
+            runs["liger"] = self.liger
+        for run in runs.values():
+            run()  # compiles what it compiles
+        peaks = {name: peak_bytes(run, self.hidden_TD.device) for name, run in runs.items()}
         if not peaks["naive"]:
             logits = (len(self.targets_T), len(self.weight_VD))
             raise UserError(
                 f"logits of {logits} are too small to show in this process's size; expected megabytes: raise --head-tokens"
             )
-        spent = interleaved({"chunked": self.chunked, "naive": self.naive}, repetitions, "LM head")
+        spent = interleaved(runs, repetitions, "LM head")
+        liger = {}
+        if "liger" in runs:
+            liger["head_memory_over_liger"] = peaks["chunked"] / peaks["liger"]
+            liger["head_time_over_liger"] = spent["chunked"].wall_s / spent["liger"].wall_s
         return {
             "head_memory_ratio": peaks["chunked"] / peaks["naive"],
             "head_time_ratio": spent["chunked"].wall_s / spent["naive"].wall_s,
@@ -59,6 +79,7 @@ class Head:
             "head_peak_gb": peaks["chunked"] / 1e9,
             "head_naive_peak_gb": peaks["naive"] / 1e9,
             "head_s": spent["chunked"].wall_s,
+            **liger,
         }
 
 

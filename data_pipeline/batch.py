@@ -91,7 +91,7 @@ class Batch:
     segment_roles: list[int]  # FILLER, PREFIX or SUFFIX
     segment_windows: list[int]  # index of the segment's window
     window_uniforms_W2: Tensor  # float64 in [0, 1); column 0 for the time t, column 1 for dropping the context
-    row_keys_B: Tensor  # int64, non-negative: seeds of the rows' noise
+    row_keys_B: Tensor  # int64, non-negative: seeds of the rows' noise; always on the host, which seeds the generators
     row_tokens: int  # R
     rows: list[RowId]
     features: CodedFeatures | None = None
@@ -111,7 +111,6 @@ class Batch:
             self,
             tokens_T=self.tokens_T.to(device, non_blocking=non_blocking),
             window_uniforms_W2=self.window_uniforms_W2.to(device, non_blocking=non_blocking),
-            row_keys_B=self.row_keys_B.to(device, non_blocking=non_blocking),
             features=self.features and self.features.to(device, non_blocking),
         )
 

@@ -58,7 +58,7 @@ class Segments:
     def cu_seqlens(self) -> torch.Tensor:
         """Int32 [N + 1] offsets of the segments, as variable-length kernels want them."""
         offsets = [0, *itertools.accumulate(self.lengths)]
-        return torch.tensor(offsets, dtype=torch.int32, device=self.device)
+        return self._on_device(torch.tensor(offsets, dtype=torch.int32))
 
     @functools.cached_property
     def positions_T(self) -> torch.Tensor:
@@ -66,12 +66,12 @@ class Segments:
         lengths_N = torch.tensor(self.lengths)
         starts_N = torch.cumsum(lengths_N, 0) - lengths_N
         positions_T = torch.arange(self.num_tokens) - torch.repeat_interleave(starts_N, lengths_N)
-        return positions_T.to(self.device)
+        return self._on_device(positions_T)
 
     @functools.cached_property
     def ids_T(self) -> torch.Tensor:
         """Int64 [T]: the index of each token's segment."""
-        return torch.repeat_interleave(torch.tensor(self.lengths)).to(self.device)
+        return self._on_device(torch.repeat_interleave(torch.tensor(self.lengths)))
 
     @functools.cached_property
     def blocks(self) -> list[tuple[int, torch.Tensor | None]]:
@@ -87,8 +87,12 @@ class Segments:
     def _block_mask(self, group: list[int]) -> torch.Tensor | None:
         if len(group) == 1:
             return None
-        ids = torch.repeat_interleave(torch.tensor(group)).to(self.device)
+        ids = self._on_device(torch.repeat_interleave(torch.tensor(group)))
         return ids[:, None] == ids[None, :]
+
+    def _on_device(self, layout: torch.Tensor) -> torch.Tensor:
+        """Copied without waiting for what the device computes: each micro-batch has a layout of its own."""
+        return layout.to(self.device, non_blocking=True)
 
 
 @torch.compiler.disable  # segment layouts change with every batch: what is compiled around it sees static shapes only

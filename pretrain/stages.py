@@ -131,7 +131,7 @@ class VAEStage(Stage):
 
     def forward(self, batch: Batch, counts: dict[str, int]) -> StageOutput:
         vae, segments = self.vae, Segments.from_lengths(batch.segment_lengths, batch.tokens_T.device)
-        roles_T = batch.roles_T.to(batch.tokens_T.device)
+        roles_T = batch.roles_T.to(batch.tokens_T.device, non_blocking=True)
         real_T = (roles_T != FILLER).float()
         mean_TZ, log_variance_TZ, hidden_TD = vae.encode(batch.tokens_T, segments)
         latents_TZ = mean_TZ
@@ -226,7 +226,7 @@ class DiTStage(Stage):
         if not dist.is_initialized() or dist.get_rank() == 0:
             measured_latents(vae, config, manifest, device)
         barrier()
-        floors = read_latents(config.run_folder / LATENTS_NAME, vae)
+        floors = read_latents(config.run_folder / LATENTS_NAME, vae).to(device)
         self._frozen: dict[str, Any] = {"vae": vae, "floors": floors}
         shape = config.model.architecture()
         shape.vocab_size = vae.config.vocab_size
@@ -343,7 +343,7 @@ class DiTStage(Stage):
             spread_T = self.config.flow.time_spread * row_noise(batch, 1, purpose=TIME_NOISE)[:, 0]
             time_T = flow.move_logit(time_T, spread_T)
         time_T = time_T.float()
-        roles_T = batch.roles_T.to(device)
+        roles_T = batch.roles_T.to(device, non_blocking=True)
         is_target_T = roles_T == SUFFIX
         noise_TZ = row_noise(batch, latents_TZ.shape[1])
         noisy_TZ = flow.interpolate(latents_TZ, noise_TZ, time_T[:, None])

@@ -135,8 +135,10 @@ def test_the_gpu_script_runs_dry(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "gpu.json").read_text())
     assert figures["matmul_peak_tflops"] > 0
-    assert figures["attention"]["errors"]
-    assert figures["attention"]["tflops"]
+    for name in ("attention", "attention_of_windows"):
+        assert figures[name]["errors"]
+        assert figures[name]["tflops"]
+    assert figures["head"]["head_time_ratio"] > 0
     for name, pieces in (("dit_xl", set()), ("vae_base", {"head"})):
         model = figures[name]
         assert {"tokens_per_s", "mfu", "mfu_of_data_sheet", "peak_memory_gb"} <= model.keys()
