@@ -259,18 +259,16 @@ def heldout_batches(
     rank: int = 0,
     world_size: int = 1,
     max_rows: int | None = None,
-    verify: bool = True,
-    cache_dir: str | None = None,
+    **options: Any,
 ) -> Iterator[Batch]:
     """The rank's batches of the held-out split, the same at every call; a row's ticket is its index in the split.
 
-    Every rank gets the same number of batches of micro_batch_rows rows; places behind the last row are filler.
+    Every rank gets the same number of batches of micro_batch_rows rows; places behind the last row are filler. `options`: of `TokenRows`.
     """
     manifest, feature_manifest = load_manifests(data, features)
     infos = manifest.splits["heldout"]
     if not infos:
         raise UserError(f"{data} has no held-out split: prepare the data again with --heldout-fraction 0.005")
-    options: dict[str, Any] = {"verify": verify, "cache_dir": cache_dir}
     tokens = TokenRows(str(data), manifest, "heldout", **options)
     cached = _feature_rows(features, feature_manifest, "heldout", options)
     ends = np.cumsum([info.rows for info in infos])

@@ -54,17 +54,6 @@ def open_file(path: Path) -> IO[bytes]:
     return file
 
 
-def local_path(folder: str, name: str) -> Path:
-    """Local path of a small file of the folder; a URL's is copied to the user's cache at every call."""
-    if not is_url(folder):
-        return Path(folder) / name
-    data = read_bytes(folder, name)
-    path = user_cache() / "files" / hashlib.sha256(data).hexdigest()[:32] / Path(name).name
-    with atomic_write(path) as file:
-        file.write(data)
-    return path
-
-
 class ShardFiles:
     """Shard files of a folder as local paths; those of a URL are kept in a cache of bounded size, named by their SHA-256.
 

@@ -19,11 +19,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_pipeline.errors import UserError, cli
 from data_pipeline.manifest import TokenizerInfo
-from data_pipeline.storage import atomic_write
+from data_pipeline.storage import atomic_write, read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 END_OF_TEXT = "<|endoftext|>"
 # Marks between documents in the tokenizers' own pretraining. They go before the configured eos_token, which in chat
 # models ends a turn instead.
@@ -42,9 +43,10 @@ class LoadedTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write a folder that AutoTokenizer.from_pretrained and `load_tokenizer` read."""
-        with atomic_write(folder / "tokenizer.json") as file:
+        definition, config = TOKENIZER_FILES
+        with atomic_write(folder / definition) as file:
             file.write(self.definition)
-        with atomic_write(folder / "tokenizer_config.json") as file:
+        with atomic_write(folder / config) as file:
             file.write(json.dumps(self.config, indent=2, ensure_ascii=False).encode())
 
 
@@ -62,6 +64,19 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> LoadedTok
     if path.suffix == ".json" or path.is_absolute() or str(source).startswith("."):
         raise UserError(f"tokenizer {source}: no such file or folder")
     return _download(str(source), revision)
+
+
+def load_prepared_tokenizer(data: str) -> LoadedTokenizer:
+    """The tokenizer beside the shards of a prepared folder, which may be a URL. Raises: UserError."""
+    folder, files = f"{data}/tokenizer", []
+    for name in TOKENIZER_FILES:
+        try:
+            files.append(read_bytes(folder, name))
+        except FileNotFoundError:
+            raise UserError(f"{folder} has no {name}; expected the folder that data_pipeline.prepare wrote") from None
+        except OSError as error:
+            raise UserError(f"{folder}/{name}: cannot be read ({error.strerror}); copy the folder again") from None
+    return _describe("tokenizer", None, files[0], _settings(f"{folder}/{TOKENIZER_FILES[1]}", files[1]))
 
 
 def load_transformers_tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
@@ -118,15 +133,24 @@ def tokenizer_hash(definition: bytes) -> str:
 def _load_files(name: str, revision: str | None, definition: Path, config: Path) -> LoadedTokenizer:
     try:
         data = definition.read_bytes()
-        settings = json.loads(config.read_text()) if config.is_file() else {}
+        settings = _settings(config, config.read_bytes()) if config.is_file() else {}
     except OSError as error:
         raise UserError(
             f"tokenizer {definition}: cannot be read ({error.strerror}); expected the tokenizer.json of a fast "
             "tokenizer"
         ) from None
+    return _describe(name, revision, data, settings)
+
+
+def _settings(config: Path | str, data: bytes) -> dict[str, Any]:
+    """A tokenizer_config.json."""
+    try:
+        found = json.loads(data)
     except ValueError as error:
         raise UserError(f"tokenizer {config}: not valid JSON ({error})") from None
-    return _describe(name, revision, data, settings)
+    if not isinstance(found, dict):
+        raise UserError(f"tokenizer {config}: found {type(found).__name__}, expected a JSON object")
+    return found
 
 
 def _describe(name: str, revision: str | None, definition: bytes, config: dict[str, Any]) -> LoadedTokenizer:

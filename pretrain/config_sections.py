@@ -3,7 +3,7 @@
 Marks: [paper] is stated by TextLDM (arXiv 2605.07748). The stages' own sections: config_schema.py.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -68,6 +68,10 @@ class Data(Section):
     """Folder for copies of remote shards (a URL in data.path); none: textldm/shards in the user's cache folder."""
     cache_gigabytes: PositiveFloat = 100.0
     """When the copies take more, those not used for longest are removed."""
+
+    def reading(self) -> dict[str, Any]:
+        """How shards are opened: what loaders and `TokenRows` take beside the folder."""
+        return self.model_dump(include={"verify", "cache_dir", "cache_gigabytes"})
 
 
 class Optimizer(Section):

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 import modeling
-from data_pipeline import storage
 from data_pipeline.errors import UserError, cli
 from data_pipeline.manifest import Manifest
-from data_pipeline.tokenization import tokenizer_hash
+from data_pipeline.tokenization import LoadedTokenizer, load_prepared_tokenizer
 from modeling.flow import TimeDistribution
 from modeling.sampler import SOLVERS
 from modeling.text_dit import TextDiTConfig
@@ -42,7 +41,6 @@ from pretrain.model_card import model_card
 from pretrain.slices import FOLDER, folder_name, saved_steps
 
 ENTRY = "textldm.py"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -71,7 +69,7 @@ class Export:
 
     model: TextLDM
     manifest: Manifest
-    tokenizer: dict[str, bytes]
+    tokenizer: LoadedTokenizer
     saved: checkpoint.Manifest
     weights: str
 
@@ -113,8 +111,7 @@ def convert(
         export.model.save_pretrained(partial)
         for source in modeling_files():
             shutil.copyfile(source, partial / source.name)
-        for name, content in export.tokenizer.items():
-            (partial / name).write_bytes(content)
+        export.tokenizer.save(partial)
         card = model_card(export.model, export.manifest, export.saved, export.weights, output.name, license_id)
         (partial / "README.md").write_text(card, encoding="utf-8")
         make_room(output)
@@ -151,7 +148,7 @@ def load_run(
             f"{run} was trained on data with fingerprint {saved.extra['data_fingerprint'][:16]}, {data} has"
             f" {manifest.fingerprint[:16]}: name the right folder with --data"
         )
-    tokenizer = _tokenizer_files(data, manifest)
+    tokenizer = _tokenizer_of(data, manifest)
     frozen = load_vae(vae or config["model"]["vae"], manifest)
     names = {field.name for field in dataclasses.fields(TextDiTConfig)}
     shape = dataclasses.asdict(
@@ -242,22 +239,14 @@ def _checkpoint(run: Path, step: int | None) -> Path:
     return path
 
 
-def _tokenizer_files(data: str, manifest: Manifest) -> dict[str, bytes]:
-    files = {}
-    for name in TOKENIZER_FILES:
-        try:
-            files[name] = storage.read_bytes(f"{data}/tokenizer", name)
-        except FileNotFoundError:
-            raise UserError(
-                f"{data}/tokenizer has no {name}; expected the folder that data_pipeline.prepare wrote: name it with --data"
-            ) from None
-    found = tokenizer_hash(files["tokenizer.json"])
-    if found != manifest.tokenizer.sha256:
+def _tokenizer_of(data: str, manifest: Manifest) -> LoadedTokenizer:
+    tokenizer = load_prepared_tokenizer(data)
+    if tokenizer.info.sha256 != manifest.tokenizer.sha256:
         raise UserError(
-            f"{data}/tokenizer is tokenizer {found[:16]}, the shards beside it were made with"
+            f"{data}/tokenizer is tokenizer {tokenizer.info.sha256[:16]}, the shards beside it were made with"
             f" {manifest.tokenizer.sha256[:16]} ({manifest.tokenizer.name}): put that one there"
         )
-    return files
+    return tokenizer
 
 
 @cli

@@ -208,7 +208,7 @@ def word_figures(
     rows = min(sum(shard.rows for shard in manifest.splits["train"]), config.diagnose.training_rows)
     with phase("text: words of the training rows", rows) as tick:
         training_text = text_checks.TrainingText.read(
-            config.data.path, manifest, reader, wanted, rows, config.data.verify, config.data.cache_dir, tick
+            config.data.path, manifest, reader, wanted, rows, tick, **config.data.reading()
         )
     contexts = reader.texts([prompt.context_T.tolist() for prompt in prompts[:SHOWN_SAMPLES]])
     samples = [

@@ -137,9 +137,8 @@ def training_batches(config: RunConfig, num_rows: int, micro_batch_rows: int = 1
         features_folder(config),
         split=split,
         workers=0,
-        verify=data.verify,
-        cache_dir=data.cache_dir,
         **arguments,
+        **data.reading(),
     ) as loader:
         return [batch for _ in range(steps) for batch in loader.next_step()]
 
@@ -158,8 +157,7 @@ def heldout_rows(
         rank=rank,
         world_size=world_size,
         max_rows=max_rows,
-        verify=data.verify,
-        cache_dir=data.cache_dir,
+        **data.reading(),
     )
 
 

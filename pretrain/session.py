@@ -239,9 +239,7 @@ def open_loader(config: RunConfig, topology: Topology, start_step: int) -> Train
         start_step=start_step,
         prefetch_steps=data.prefetch_steps,
         workers=data.workers,
-        verify=data.verify,
-        cache_dir=data.cache_dir,
-        cache_gigabytes=data.cache_gigabytes,
+        **data.reading(),
     )
 
 

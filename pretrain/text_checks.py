@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from data_pipeline.batch import PREFIX, SUFFIX, Batch
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Span
 from data_pipeline.stream import TokenRows
-from data_pipeline.tokenization import load_tokenizer
+from data_pipeline.tokenization import load_prepared_tokenizer
 from modeling.attention import Segments
 from modeling.flow import EstimatePath
 from modeling.sampler import GuidedVelocity, integrate
@@ -161,8 +161,8 @@ def words(text: str, whole: bool = True) -> list[str]:
 class Reader:
     """Token ids to text by the tokenizer that the data was made with. Raises: UserError when its folder is not there."""
 
-    def __init__(self, data: str | Path, manifest: Manifest):
-        self._backend = load_tokenizer(Path(data) / "tokenizer").backend
+    def __init__(self, data: str, manifest: Manifest):
+        self._backend = load_prepared_tokenizer(data).backend
         self._eos = manifest.tokenizer.eos_id
         self._special = set(manifest.tokenizer.special_ids.values())
 
@@ -200,33 +200,46 @@ class TrainingText:
         reader: Reader,
         wanted: set[tuple[str, ...]],
         max_rows: int,
-        verify: bool,
-        cache_dir: str | None,
         tick: Callable[[int], None] = lambda rows: None,
+        **options: Any,
     ) -> "TrainingText":
-        """Read the train split's first `max_rows` rows, spread evenly over its shards; keeps no n-gram that is not wanted."""
-        rows = TokenRows(folder, manifest, "train", verify=verify, cache_dir=cache_dir)
+        """Read `max_rows` rows of the train split, in pieces spread evenly over it; keeps no n-gram that is not wanted.
+
+        options: of `TokenRows`.
+        """
+        rows = TokenRows(folder, manifest, "train", **options)
         result = cls(set(), set(), 0)
-        shards = manifest.splits["train"]
-        share = min(1.0, max_rows / max(sum(shard.rows for shard in shards), 1))
-        for index, shard in enumerate(shards):
-            last = min(math.ceil(shard.rows * share), max_rows - result.rows)
-            for start in range(0, last, READ_ROWS):
-                span = Span(0, index, start, min(start + READ_ROWS, last))
-                tokens_BR, lengths = rows.read(span)
-                windows = [
-                    piece.tolist()
-                    for row, row_lengths in zip(tokens_BR, lengths)
-                    for piece in _split(row, row_lengths.tolist())
-                ]
-                for text in reader.texts(windows):
-                    found = words(text, whole=False)  # a window may begin or end inside a word, and that is none
-                    result.words.update(found)
-                    if wanted:
-                        result.found.update(wanted.intersection(ngrams(found, COPY_WORDS)))
-                result.rows += span.stop - span.start
-                tick(span.stop - span.start)
+        for span in spread_spans([shard.rows for shard in manifest.splits["train"]], max_rows):
+            tokens_BR, lengths = rows.read(span)
+            windows = [
+                piece.tolist()
+                for row, row_lengths in zip(tokens_BR, lengths)
+                for piece in _split(row, row_lengths.tolist())
+            ]
+            for text in reader.texts(windows):
+                found = words(text, whole=False)  # a window may begin or end inside a word, and that is none
+                result.words.update(found)
+                if wanted:
+                    result.found.update(wanted.intersection(ngrams(found, COPY_WORDS)))
+            result.rows += span.stop - span.start
+            tick(span.stop - span.start)
         return result
+
+
+def spread_spans(shard_rows: Sequence[int], max_rows: int) -> list[Span]:
+    """Spans of at most `READ_ROWS` rows with at most `max_rows` in all, evenly spaced over the shards; every row if there are no more."""
+    spans = [
+        Span(0, shard, start, min(start + READ_ROWS, rows))
+        for shard, rows in enumerate(shard_rows)
+        for start in range(0, rows, READ_ROWS)
+    ]
+    count = min(len(spans), -(-max_rows // READ_ROWS))
+    chosen, left = [], max_rows
+    for i in range(count):
+        span = spans[i * len(spans) // count]
+        chosen.append(span._replace(stop=min(span.stop, span.start + left)))
+        left -= chosen[-1].stop - span.start
+    return chosen
 
 
 def _split(row, lengths: Sequence[int]) -> Iterator:  # type: ignore[no-untyped-def]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -222,3 +223,21 @@ def test_distinct_and_entropy() -> None:
     assert text_checks.distinct([[1]], 2) == 0
     assert text_checks.entropy([[1, 2], [3, 4]]) == pytest.approx(math.log(4))
     assert text_checks.entropy([[7, 7, 7]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("shard_rows", "max_rows"), [([100, 70, 130], 1000), ([100, 70, 130], 64), ([500] * 20, 700), ([5], 3)]
+)
+def test_training_rows_are_read_from_the_whole_split(shard_rows: list[int], max_rows: int) -> None:
+    spans = text_checks.spread_spans(shard_rows, max_rows)
+    rows = [(span.shard, row) for span in spans for row in range(span.start, span.stop)]
+    assert len(rows) == len(set(rows))
+    assert all(row < shard_rows[shard] for shard, row in rows)
+    assert len(rows) <= max_rows
+    assert len(rows) >= min(sum(shard_rows), max_rows) - len(shard_rows) * text_checks.READ_ROWS
+    if max_rows >= sum(shard_rows):
+        assert len(rows) == sum(shard_rows)
+    elif max_rows >= text_checks.READ_ROWS * 10:
+        gaps = [later.shard - earlier.shard for earlier, later in pairwise(spans)]
+        assert spans[-1].shard >= len(shard_rows) - 2
+        assert max(gaps) <= 2

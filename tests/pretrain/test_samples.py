@@ -1,6 +1,9 @@
 """Texts at held-out evaluations: the same under every sharding, and training takes no notice of them."""
 
+import http.server
 import json
+import threading
+from functools import partial
 from pathlib import Path
 
 import forked_ranks
@@ -9,8 +12,18 @@ import tiny_pipeline
 import tiny_run
 import torch
 
+from data_pipeline.manifest import Manifest
 from pretrain.checkpoint import read_tensors
+from pretrain.config import DiTRun, load_config
+from pretrain.diagnose import word_figures
 from pretrain.optim import STATES
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder, and says nothing."""
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def samples(run: Path) -> list[dict]:
@@ -39,6 +52,24 @@ def test_an_evaluation_writes_texts_and_changes_nothing(trained, tmp_path: Path,
     for state in STATES:
         expected = read_tensors(trained.dit, state)  # which made no evaluation
         assert all(torch.equal(tensor, expected[name]) for name, tensor in read_tensors(run, state).items())
+
+
+def test_data_behind_a_url_is_trained_on_and_read_as_text(trained, tmp_path: Path) -> None:
+    """At evaluations, too, shards are copied within data.cache_gigabytes: here one at a time."""
+    values = values_of(trained, tmp_path / "run")
+    expected = samples(tiny_pipeline.start(tmp_path, values_of(trained, tmp_path / "local")))
+    handler = partial(QuietHandler, directory=str(trained.data))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        values["data"] |= {"path": url, "cache_dir": str(tmp_path / "cache"), "cache_gigabytes": 1e-9}
+        run = tiny_pipeline.start(tmp_path, values)
+        config = load_config(str(tmp_path / "run.json"), [])
+        assert isinstance(config, DiTRun)
+        assert word_figures(config, Manifest.load(url), [], [])["training_words"] > 0
+        server.shutdown()
+    assert samples(run) == expected != []
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
 
 
 @pytest.mark.slow
