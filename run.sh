@@ -9,7 +9,7 @@ usage() {
                           (text -> shards -> teacher features -> VAE -> DiT -> Hugging Face folder -> continuations)
     --source X            text: .jsonl(.zst/.gz), .txt, .parquet, a folder of them, a Hugging Face dataset id or local
                           dataset folder; default: English prose found on this machine
-    --tokenizer X         Hugging Face id or folder; default: byte-level BPE trained on the text
+    --tokenizer X         Hugging Face id or folder; default: the teacher's, else byte-level BPE trained on the text
     --teacher X           causal language model, id or folder; default: a small one trained on the text
     --long                train the DiT for about three quarters of an hour instead of a few minutes
     --output DIR          another folder than runs/quickstart

@@ -230,15 +230,6 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
-def all_gather_numbers(value: float) -> list[float]:
-    """Every rank's number, by rank (step times, memory)."""
-    if not dist.is_initialized():
-        return [float(value)]
-    own = [0.0] * dist.get_world_size()
-    own[dist.get_rank()] = value
-    return all_reduce_sum(own)
-
-
 def any_rank(flag: bool) -> bool:
     """True on every rank if it is true on one."""
     return all_reduce_sum([float(flag)])[0] > 0

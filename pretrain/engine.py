@@ -48,11 +48,6 @@ class Measured:
     loss: float
     grad_norm: float
 
-    @property
-    def is_finite(self) -> bool:
-        """False if the loss or any gradient on any rank is nan or infinite."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
 
 class _BareLoss:
     """Stands in for a stage's `forward`: returns the loss alone and keeps the whole output.

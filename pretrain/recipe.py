@@ -136,15 +136,12 @@ def write_prompts(plan: Plan) -> None:
     from data_pipeline.loader import heldout_batches
     from data_pipeline.tokenization import load_transformers_tokenizer
 
-    path = plan.output / "prompts.txt"
-    if path.is_file():
-        return
     tokenizer = load_transformers_tokenizer(str(plan.data / "tokenizer"))
     split = SplitConfig("context", context_min=0.4, context_max=0.6)
     batch = next(iter(heldout_batches(plan.data, None, split=split, seed=0, micro_batch_rows=2)))
     pieces = batch.tokens_T.split(batch.segment_lengths)
     prompts = [str(tokenizer.decode(p.tolist())) for p, role in zip(pieces, batch.segment_roles) if role == PREFIX]
-    path.write_text("\n\n".join(" ".join(text.split()) for text in prompts[:PROMPTS]) + "\n")
+    plan.prompts.write_text("\n\n".join(" ".join(text.split()) for text in prompts[:PROMPTS]) + "\n")
 
 
 def check_machine() -> None:
@@ -172,13 +169,13 @@ def report(plan: Plan, figures: dict[str, Any]) -> None:
         elif isinstance(value, list):
             print(f"{name:<28} {'  '.join(f'{number:+.4f}' for number in value)}   (quarters of t)")
     print("\nIn", plan.output)
-    for name, what in (
-        (path.name, "these figures, with commit, versions and machine"),
-        ("losses.png", "losses of both stages, with the floors"),
-        ("denoising.png", "one text on its way from noise to words"),
-        (plan.export.name, "the model: AutoModel.from_pretrained(folder, trust_remote_code=True)"),
+    for written, what in (
+        (path, "these figures, with commit, versions and machine"),
+        (plan.pictures / "losses.png", "losses of both stages, with the floors"),
+        (plan.pictures / "denoising.png", "one text on its way from noise to words"),
+        (plan.export, "the model: AutoModel.from_pretrained(folder, trust_remote_code=True)"),
     ):
-        print(f"  {name:<14} {what}")
+        print(f"  {written.relative_to(plan.output)!s:<24} {what}")
     print("\nContinue a prompt of your own:")
     print(f'  ./run.sh -- python -m pretrain.generate --model {plan.export} --prompt "Once upon a time"')
     print(NEXT_COMMANDS)
@@ -190,7 +187,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="./run.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--source", default="installed", help="text; default: English prose found on this machine")
-    parser.add_argument("--tokenizer", help="hub id or folder; default: trained on the text")
+    parser.add_argument("--tokenizer", help="hub id or folder; default: the teacher's, else trained on the text")
     parser.add_argument("--teacher", help="hub id or folder of a causal language model; default: trained on the text")
     parser.add_argument(
         "--long", action="store_true", help="train the DiT for about three quarters of an hour instead of a few minutes"

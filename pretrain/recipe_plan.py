@@ -108,8 +108,18 @@ class Plan:
         return self.output / ("export-long" if self.long else "export")
 
     @property
+    def prompts(self) -> Path:
+        return self.output / "prompts.txt"
+
+    @property
+    def pictures(self) -> Path:
+        """Where losses.png and denoising.png go: the long run has its own."""
+        return self.dit if self.long else self.output
+
+    @property
     def tokenizer_folder(self) -> str:
-        return self.tokenizer or str(self.output / "tokenizer")
+        """By default the teacher's, which can say nothing of another's tokens."""
+        return self.tokenizer or self.teacher or str(self.output / "tokenizer")
 
     @property
     def teacher_folder(self) -> str:
@@ -119,7 +129,7 @@ class Plan:
         """Everything up to the VAE, which both lengths of the recipe share."""
         data, features = str(self.data), str(self.data / "features")
         steps = []
-        if self.tokenizer is None:
+        if not (self.tokenizer or self.teacher):
             steps.append(
                 Step(
                     "tokenizer",
@@ -199,7 +209,6 @@ class Plan:
         """The DiT and what follows from it."""
         data, suffix = str(self.data), "-long" if self.long else ""
         trajectory = str(self.dit / "trajectory.json")
-        prompts = self.output / "prompts.txt"
         return [
             Step(
                 f"dit{suffix}",
@@ -230,7 +239,7 @@ class Plan:
                 _module(
                     "pretrain.generate",
                     model=self.export,
-                    prompt_file=prompts,
+                    prompt_file=self.prompts,
                     max_new_tokens=64,
                     trajectory=trajectory,
                 ),
@@ -239,8 +248,8 @@ class Plan:
             Step(
                 f"report{suffix}",
                 "draw the losses with their floors, and a text on its way from noise to words",
-                _module("pretrain.report", run=self.dit, vae_run=self.vae, trajectory=trajectory, output=self.output),
-                self.output / "losses.png",
+                _module("pretrain.report", run=self.dit, vae_run=self.vae, trajectory=trajectory, output=self.pictures),
+                self.pictures / "losses.png",
             ),
         ]
 

@@ -107,6 +107,18 @@ def test_what_the_user_brings_is_not_made():
     assert prepare[prepare.index("--tokenizer") + 1] == "my/tokenizer"
 
 
+def test_a_teacher_alone_brings_its_tokenizer():
+    plan = Plan(Path("runs/x"), "text.jsonl", None, "my/teacher", long=False)
+    steps = {step.name: step.command for step in plan.before_dit()}
+    assert "tokenizer" not in steps
+    assert steps["prepare"][steps["prepare"].index("--tokenizer") + 1] == "my/teacher"
+
+
+def test_the_short_and_the_long_recipe_make_nothing_of_the_same_name_after_the_vae():
+    short, long = (Plan(Path("runs/x"), "text.jsonl", None, None, long) for long in (False, True))
+    assert not {step.produces for step in short.from_dit(10)} & {step.produces for step in long.from_dit(10)}
+
+
 def test_the_steps_of_the_dit_follow_from_the_speed_of_the_vae(tmp_path):
     plan = Plan(tmp_path, "text.jsonl", None, None, long=False)
     plan.vae.mkdir()
