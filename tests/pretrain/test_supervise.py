@@ -13,6 +13,7 @@ import tiny_run
 
 from data_pipeline.errors import UserError
 from pretrain import supervise
+from pretrain.config import load_config
 from pretrain.faults import EXIT_FAILED, EXIT_LOST, EXIT_OK, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
 from pretrain.supervise import Supervisor, make_plan, meaning, usable
 
@@ -204,6 +205,12 @@ def test_the_most_hosts_that_fit_are_used(folder: Path) -> None:
     assert usable(config, {"a": 2, "b": 2})[0] == {"a": 2, "b": 2}
     assert usable(config, {"a": 2, "b": 1, "c": 4})[0] == {"a": 2}
     assert usable(config, {"a": 3})[0] == {}
+
+
+@pytest.mark.parametrize("name", ["vae_base", "dit_b", "dit_l", "dit_xl", "dit_2b", "dit_7b"])
+def test_of_four_nodes_the_three_that_remain_go_on(name: str) -> None:
+    remaining = {f"node{i}": 8 for i in range(3)}
+    assert usable(load_config(name), remaining)[0] == remaining
 
 
 def test_exit_codes_in_words() -> None:

@@ -253,6 +253,16 @@ def test_allowed_and_harmless_changes_proceed(tmp_path: Path, data: Path, capsys
     assert "train.zero_stage was 1, is 2" in out
 
 
+def test_a_micro_batch_that_does_not_divide_a_ranks_rows_is_made_smaller(
+    tmp_path: Path, data: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(make_config(tmp_path, data), "--set", "data.micro_batch_rows=3") == 0
+    out = capsys.readouterr().out
+    assert "4 micro-batch(es) of 2 x" in out
+    assert "(data.micro_batch_rows is 3; a rank has 8 rows)" in out
+    assert_same(everything(tmp_path / "run"), everything(straight))
+
+
 def test_fresh_puts_the_old_run_aside(tmp_path: Path, data: Path) -> None:
     config = make_config(tmp_path, data, steps=2)
     assert start(config) == 0
