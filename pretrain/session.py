@@ -278,11 +278,17 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 def start_over(run: Path, topology: Topology) -> None:
     """Put an existing run folder aside, as <run>.1, <run>.2 and so on. Collective."""
-    if topology.is_main and run.exists():
+    if topology.is_main:
+        put_aside(run)
+    barrier()
+
+
+def put_aside(run: Path) -> None:
+    """What `start_over` does, for one process."""
+    if run.exists():
         number = next(n for n in range(1, sys.maxsize) if not Path(f"{run}.{n}").exists())
         shutil.move(run, f"{run}.{number}")
         print(f"--fresh: {run} is now {run}.{number}", flush=True)
-    barrier()
 
 
 def describe(session: Session) -> str:

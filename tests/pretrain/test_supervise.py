@@ -113,9 +113,25 @@ def test_restarts_without_progress_are_bounded(folder: Path, capsys: pytest.Capt
     assert "giving up: 4 starts in a row" in capsys.readouterr().out
 
 
-def test_fresh_is_for_the_first_start_only(folder: Path) -> None:
-    _, starts = supervised(folder, [(1, 2), (0, 6)], "--fresh")
-    assert ["--fresh" in start["arguments"] for start in starts] == [True, False]
+@pytest.mark.parametrize("flag", ["--fresh", "--fre"])
+def test_a_fresh_run_begins_anew_however_its_first_start_ends(folder: Path, flag: str) -> None:
+    tiny_run.write_data(folder / "data")
+    (folder / "run" / "checkpoints" / "step-000000006").mkdir(parents=True)  # of a finished run
+    code, starts = supervised(folder, [(1, 0), (1, 2), (0, 6)], flag)
+    assert code == 0
+    assert [[a for a in start["arguments"] if a.startswith("--f") and a != "--force_multi"] for start in starts] == [
+        []
+    ] * 3
+    assert (folder / "run.1" / "checkpoints" / "step-000000006").exists()
+    assert not (folder / "run.2").exists()
+    assert (folder / "run" / "checkpoints" / "step-000000002").exists()
+
+
+def test_a_mistake_puts_nothing_aside(folder: Path) -> None:
+    (folder / "run").mkdir()
+    with pytest.raises(UserError, match="data"):
+        supervised(folder, [(0, 6)], "--fresh")
+    assert [path.name for path in folder.glob("run*")] == ["run"]
 
 
 def test_silent_hosts_are_left_out_while_the_others_can_share_the_streams(folder: Path, capsys) -> None:
