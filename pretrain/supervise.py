@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -190,7 +191,8 @@ class Supervisor:
         """Whether processes of this job are alive on the hosts that answer; `then` gets their ids."""
         marked = f"grep -lsF {JOB}={self._job} /proc/[0-9]*/environ | cut -d/ -f3 {then}"
         if hosts:
-            return any(done is not None and done.stdout for done in on_hosts(hosts, marked).values())
+            answers = [done.stdout.splitlines() for done in on_hosts(hosts, marked).values() if done is not None]
+            return any(line.isdigit() for lines in answers for line in lines)  # a login shell may say other things
         return bool(subprocess.run(["sh", "-c", marked], check=False, capture_output=True).stdout)
 
     def _end_leftovers(self, hosts: Mapping[str, int]) -> None:
@@ -274,7 +276,7 @@ def make_plan(argv: list[str] | None) -> Plan:
         prog="python -m pretrain.supervise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hostfile", type=Path, help="hosts of the job; without it, this machine")
-    parser.add_argument("--launcher", default="deepspeed", help='its command, e.g. "deepspeed --ssh_port 2222"')
+    parser.add_argument("--launcher", default="deepspeed", help='its command, e.g. "deepspeed --master_port 29501"')
     parser.add_argument(
         "--max-failures", type=int, default=3, metavar="N", help="in a row, without a new checkpoint (3)"
     )
@@ -289,13 +291,21 @@ def make_plan(argv: list[str] | None) -> Plan:
     hosts = read_hostfile(arguments.hostfile) if arguments.hostfile else {}
     if hosts:
         check_ranks(config, sum(hosts.values()))
+    launcher = shlex.split(arguments.launcher)
+    if any(argument.startswith("--ssh_port") for argument in launcher):
+        raise UserError(
+            "--launcher has --ssh_port, which the supervisor's own ssh does not see: set Port in ~/.ssh/config"
+        )
+    if not launcher or not shutil.which(launcher[0]):
+        raise UserError(
+            f"there is no {launcher[0] if launcher else 'command'} on the PATH to start the job by: activate the environment"
+            " that has it, or give --launcher with its path"
+        )
     if parsed.fresh:  # argparse takes it abbreviated too
         training = [argument for argument in training if len(argument) < 3 or not "--fresh".startswith(argument)]
         Manifest.load(config.data.path)
         fingerprints(config)  # a mistake puts nothing aside
-    return Plan(
-        config, training, parsed.fresh, hosts, shlex.split(arguments.launcher), arguments.max_failures, arguments.wait_s
-    )
+    return Plan(config, training, parsed.fresh, hosts, launcher, arguments.max_failures, arguments.wait_s)
 
 
 @cli

@@ -216,6 +216,27 @@ def test_mistakes_are_found_before_anything_starts(folder: Path, capsys: pytest.
     assert "4 ranks cannot share data.streams 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("launcher", "expected"),
+    [
+        ("deepspeed --ssh_port 2222", "set Port in ~/.ssh/config"),
+        ("deepspeed --ssh_port=2222", "set Port in ~/.ssh/config"),
+        ("deepsped --master_port 1", "there is no deepsped on the PATH"),
+        ("", "there is no command on the PATH"),
+    ],
+)
+def test_a_launcher_that_cannot_work_is_refused(folder: Path, capsys, launcher: str, expected: str) -> None:
+    assert supervise.main(["--launcher", launcher, "--", "--config", str(folder / "c.json")]) == EXIT_USER
+    assert expected in capsys.readouterr().err
+
+
+def test_a_login_shell_that_says_things_is_no_leftover(folder: Path) -> None:
+    ssh = folder / "bin" / "ssh"
+    ssh.write_text(ssh.read_text().replace("exec sh", "echo welcome to 8 GPUs\nexec sh"))
+    supervisor = Supervisor(plan(folder, []))
+    assert not supervisor._leftovers({"node1": 1})
+
+
 def test_the_most_hosts_that_fit_are_used(folder: Path) -> None:
     config = plan(folder, []).config
     assert usable(config, {"a": 2, "b": 2})[0] == {"a": 2, "b": 2}
