@@ -93,6 +93,7 @@ class Session:
             return False
         restored = checkpoint.restore(path, self.engine)
         self.guard.load(restored.extra["guard"])
+        self.telemetry.load(restored.extra["telemetry"])
         self.rewinds += 1
         left_out = (restored.step, self.step - 1)
         self.loader.close()
