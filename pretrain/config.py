@@ -29,6 +29,7 @@ __all__ = [
     "VAERun",
     "check_ranks",
     "load_config",
+    "micro_batch_size",
     "refuse_changes",
     "resume_differences",
     "times_of",
@@ -109,18 +110,18 @@ def parse_config(values: dict[str, Any], source: str, default_name: str = "run")
 
 
 def check_ranks(config: RunConfig, world_size: int) -> None:
-    """Raise UserError, with the remedy, when so many ranks cannot share out the streams and rows evenly."""
-    data = config.data
-    if data.streams % world_size:
-        usable = ", ".join(str(n) for n in range(1, data.streams + 1) if data.streams % n == 0)
-        raise UserError(f"{world_size} ranks cannot share data.streams {data.streams} evenly; possible are {usable}")
-    rank_rows = data.rows_per_step // world_size
-    if rank_rows % data.micro_batch_rows:
-        fits = max(n for n in range(1, data.micro_batch_rows + 1) if rank_rows % n == 0)
-        raise UserError(
-            f"data.micro_batch_rows is {data.micro_batch_rows}, but each of {world_size} ranks has {rank_rows} rows a"
-            f" step; use --set data.micro_batch_rows={fits}"
-        )
+    """Raise UserError, with the possible numbers, when so many ranks cannot share out the streams evenly."""
+    streams = config.data.streams
+    if streams % world_size:
+        usable = ", ".join(str(n) for n in range(1, streams + 1) if streams % n == 0)
+        raise UserError(f"{world_size} ranks cannot share data.streams {streams} evenly; possible are {usable}")
+
+
+def micro_batch_size(config: RunConfig, world_size: int = 1, at_most: int | None = None) -> int:
+    """Rows of a training micro-batch: the largest divisor of a rank's rows a step within data.micro_batch_rows and `at_most`."""
+    rank_rows = config.data.rows_per_step // world_size
+    most = min(config.data.micro_batch_rows, at_most or rank_rows, rank_rows)
+    return next(rows for rows in range(most, 0, -1) if rank_rows % rows == 0)
 
 
 def features_folder(config: RunConfig) -> str | None:

@@ -22,12 +22,6 @@ def check_data(data: "Data") -> None:
             f"data.rows_per_step is {data.rows_per_step} and data.streams {data.streams}; a step takes equally many"
             f" rows of each stream: make rows_per_step a multiple, e.g. {multiple}"
         )
-    if data.rows_per_step % data.micro_batch_rows:
-        divisor = _nearest_divisor(data.rows_per_step, data.micro_batch_rows)
-        raise ValueError(
-            f"data.micro_batch_rows is {data.micro_batch_rows}, which does not divide data.rows_per_step"
-            f" {data.rows_per_step}; the nearest that does is {divisor}"
-        )
     split = data.split
     if split.kind == "context" and not 0 < split.context_min <= split.context_max < 1:
         raise ValueError(
@@ -75,7 +69,3 @@ def check_faults(train: "Train") -> None:
             f"train.grace_s is {train.grace_s:g} and train.watchdog_s {train.watchdog_s:g}; the watchdog would end"
             " the job during the checkpoint after a signal: make watchdog_s the larger"
         )
-
-
-def _nearest_divisor(number: int, wanted: int) -> int:
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))

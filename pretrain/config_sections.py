@@ -55,7 +55,8 @@ class Data(Section):
     rows_per_step: PositiveInt
     """Rows of one optimizer step over all ranks; times the manifest's row_tokens = tokens a step."""
     micro_batch_rows: PositiveInt
-    """Rows of one forward and backward pass on one rank. Memory only: the gradients do not depend on it."""
+    """Most rows of one forward and backward pass on one rank; training takes the largest divisor of the rank's rows within
+    it. Memory only: the gradients do not depend on it."""
     split: Split
     """How windows are cut into segments."""
     verify: bool = True

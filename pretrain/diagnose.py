@@ -28,7 +28,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.storage import atomic_write
 from modeling.flow import EstimatePath
 from pretrain import checkpoint, checks, text_checks
-from pretrain.config import DiTRun, RunConfig, VAERun, load_config, parse_config
+from pretrain.config import DiTRun, RunConfig, VAERun, load_config, micro_batch_size, parse_config
 from pretrain.diagnosis_page import draw
 from pretrain.latents import checkpoint_of, heldout_rows, load_weights, training_batches
 from pretrain.stages import DiTStage, VAEStage, build_stage
@@ -103,8 +103,8 @@ def heldout(config: RunConfig, device: torch.device) -> list[Batch]:
 
 def training(config: RunConfig, device: torch.device, rows: int) -> list[Batch]:
     """The first training rows, for comparison."""
-    micro_batch_rows = config.data.micro_batch_rows if rows >= config.data.micro_batch_rows else 1
-    batches = training_batches(config, rows, micro_batch_rows)[: rows // micro_batch_rows]
+    batch_rows = micro_batch_size(config, at_most=rows)
+    batches = training_batches(config, rows, batch_rows)[: rows // batch_rows]
     return [batch.to(device) for batch in batches]
 
 

@@ -1,5 +1,6 @@
 """How to shard and in what precision, and the DeepSpeed dictionary that says so. Does not need DeepSpeed itself."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +13,12 @@ OVERRIDABLE = {
     "wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level", "disable_python_gc",
 }  # fmt: skip
 """Top-level keys that the config's `deepspeed` section may set. DeepSpeed itself ignores unknown ones silently."""
+
+SECTIONS = (
+    "zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param", "aio", "comms_logger",
+    "flops_profiler",
+)  # fmt: skip
+"""Those of them, and below them, that are objects."""
 
 OURS = {
     "optimizer": "optimizer.*", "scheduler": "schedule.*", "gradient_clipping": "optimizer.grad_clip",
@@ -67,7 +74,8 @@ def check_settings(settings: EngineSettings) -> None:
 def deepspeed_config(settings: EngineSettings, num_parameters: int) -> dict[str, Any]:
     """DeepSpeed's dictionary for these settings and model size, with `settings.overrides` merged over it, key by key.
 
-    Raises: UserError for a top-level key that is unknown (DeepSpeed would ignore it) or that has another name here.
+    Raises: UserError for a top-level key that is unknown (DeepSpeed would ignore it) or that has another name here, and
+    for a section that is no object.
     """
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     if settings.zero_stage > 0:  # by default a buffer of 2 GB, however small the model
@@ -97,6 +105,14 @@ def deepspeed_config(settings: EngineSettings, num_parameters: int) -> dict[str,
         if key not in OVERRIDABLE:
             raise UserError(
                 f"deepspeed.{key} is unknown or not supported; possible are {', '.join(sorted(OVERRIDABLE))}"
+            )
+    for section in SECTIONS:
+        value: Any = settings.overrides
+        for key in section.split("."):
+            value = value.get(key, {})
+        if not isinstance(value, dict):
+            raise UserError(
+                f"deepspeed.{section} is {json.dumps(value)}; expected an object: set keys below deepspeed.{section}"
             )
     stage = settings.overrides.get("zero_optimization", {}).get("stage", settings.zero_stage)
     if stage != settings.zero_stage:

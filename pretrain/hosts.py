@@ -5,7 +5,8 @@
 
 deepspeed starts the other hosts' processes by ssh, with hardly any of this shell's variables and without noticing a
 host that is gone. So `export` names a file with the variables that matter there (DS_ENV_FILE; the user's own
-.deepspeed_env is part of it and wins), and lets ssh ask for signs of life.
+.deepspeed_env is part of it and wins), and lets ssh ask for signs of life. Ports, users and keys belong in ~/.ssh/config,
+which everything here and deepspeed obey.
 """
 
 import argparse
@@ -29,10 +30,13 @@ FORWARDED = re.compile(
     r"(OMP|MKL|KMP|GLOO|NCCL|UCX|CUDA|PYTORCH|TORCH|TORCHINDUCTOR|TRITON|HF|TOKENIZERS|WANDB|DS)_\w+|LD_LIBRARY_PATH"
     r"|XDG_CACHE_HOME"
 )
-KEPT_HERE = re.compile(r"\w*(KEY|TOKEN|SECRET|PASSWORD)\w*|DS_ENV_FILE|CUDA_VISIBLE_DEVICES")
+KEPT_HERE = re.compile(r"\w*(KEY|TOKEN(?!IZERS)|SECRET|PASSWORD)\w*|DS_ENV_FILE|CUDA_VISIBLE_DEVICES")
 """Secrets would be seen in process lists (put them into each host's files); the others are each host's own matter."""
 UNSAFE = re.compile(r"[\"'`$\\\n]")
 """deepspeed pastes a value into a shell command, in double quotes at best."""
+MADE_HERE = re.compile(r"deepspeed_env-[0-9a-f]{12}")
+USERS_FILE = "TEXTLDM_DS_ENV_FILE"
+"""The DS_ENV_FILE of the user, of which the one that `launch_variables` made has taken the place."""
 SSH_OPTIONS = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ConnectTimeout=10"
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,7 +65,7 @@ def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
         name: value for name, value in environ.items() if FORWARDED.fullmatch(name) and not KEPT_HERE.fullmatch(name)
     }
     for folder in (Path.home(), Path(".")):  # deepspeed's own order: the later one wins
-        file = folder / environ.get("DS_ENV_FILE", ".deepspeed_env")
+        file = folder / (_users_file(environ) or ".deepspeed_env")
         for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
             name, equals, value = line.strip().partition("=")
             if equals and not name.startswith("#"):
@@ -75,6 +79,12 @@ def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def _users_file(environ: Mapping[str, str]) -> str | None:
+    """DS_ENV_FILE as the user set it, also in a shell that has since exported ours: its values are from then."""
+    named = environ.get("DS_ENV_FILE", "")
+    return environ.get(USERS_FILE) if MADE_HERE.fullmatch(Path(named).name) else named or None
+
+
 def launch_variables(environ: Mapping[str, str], more: Mapping[str, str] = {}) -> dict[str, str]:
     """The variables with which `deepspeed --hostfile` must be started, `more` being passed on to every host as well."""
     lines = "".join(f"{name}={value}\n" for name, value in {**forwarded(environ), **more}.items())
@@ -84,11 +94,12 @@ def launch_variables(environ: Mapping[str, str], more: Mapping[str, str] = {}) -
     options = environ.get("PDSH_SSH_ARGS_APPEND", "")
     if "ServerAliveInterval" not in options:
         options = f"{options} {SSH_OPTIONS}".strip()
-    return {"DS_ENV_FILE": str(file), "PDSH_SSH_ARGS_APPEND": options}
+    users = _users_file(environ)
+    return {"DS_ENV_FILE": str(file), "PDSH_SSH_ARGS_APPEND": options} | ({USERS_FILE: users} if users else {})
 
 
 def on_host(host: str, command: str, timeout_s: float = 20.0) -> subprocess.CompletedProcess[str] | None:
-    """Run a shell command on a host by ssh; None if the host does not answer in time."""
+    """Run a shell command on a host by ssh; None if the host does not answer in time. Raises: UserError without ssh."""
     try:
         done = subprocess.run(
             ["ssh", *shlex.split(SSH_OPTIONS), "-o", "BatchMode=yes", host, command],
@@ -96,6 +107,10 @@ def on_host(host: str, command: str, timeout_s: float = 20.0) -> subprocess.Comp
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return None
+    except FileNotFoundError:
+        raise UserError(
+            "there is no ssh on the PATH, by which the other hosts are reached: install OpenSSH's client"
+        ) from None
     return None if done.returncode == 255 else done  # ssh's own failure
 
 
@@ -135,7 +150,10 @@ def _describe(host: str, slots: int, done: subprocess.CompletedProcess[str] | No
         return f"{host}: expected to answer, but does not: `ssh {host} true` must work without a password"
     if done.returncode:
         return f"{host} answers, but {sys.executable} in {ROOT} does not run there: {done.stderr.strip()[-300:]}"
-    found = json.loads(done.stdout)
+    try:  # the last line: what a login shell's own files say comes first
+        found = json.loads(done.stdout.strip().rpartition("\n")[2])
+    except ValueError:
+        return f"{host} answers, but not with a report: {done.stdout.strip()[-300:]!r}; its shell's start-up files must not print"
     problems = [f"has {name} {found[name]}, here is {own}" for name, own in versions().items() if found[name] != own]
     if not found["sees"]:
         problems.append(f"does not see {shared}: run folders and data must lie on a file system that all hosts share")

@@ -24,7 +24,7 @@ from modeling.floors import NAMES, Floors, measure_floors
 from modeling.text_vae import TextVAE, TextVAEConfig
 from modeling.token_posterior import TokenPosterior, token_statistics
 from pretrain import checkpoint
-from pretrain.config import DiTRun, RunConfig, features_folder
+from pretrain.config import DiTRun, RunConfig, features_folder, micro_batch_size
 from pretrain.slices import FOLDER, saved_steps
 
 LATENTS_NAME = "latents.safetensors"
@@ -153,7 +153,7 @@ def heldout_rows(
         features_folder(config),
         split=SplitConfig(**data.split.model_dump()),
         seed=config.train.seed,
-        micro_batch_rows=micro_batch_rows or data.micro_batch_rows,
+        micro_batch_rows=micro_batch_rows or micro_batch_size(config, world_size),
         rank=rank,
         world_size=world_size,
         max_rows=max_rows,

@@ -141,7 +141,7 @@ class Hub(_End):
         *lines, peer.received = (peer.received + received).split(b"\n")
         try:
             return all(self._hear(peer, json.loads(line)) for line in lines)
-        except (ValueError, KeyError):  # not one of us
+        except (ValueError, KeyError, TypeError):  # not one of us
             return False
 
     def _hear(self, peer: _Peer, message: dict[str, Any]) -> bool:

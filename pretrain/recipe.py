@@ -74,8 +74,9 @@ def environment() -> dict[str, str]:
 
 def dit_steps(plan: Plan, seconds_before: float) -> int:
     """Steps that the rest of the recipe's time allows, from the speed of the VAE's training just before."""
-    lines = [json.loads(line) for line in (plan.vae / "metrics.jsonl").read_text().splitlines()]
-    step_seconds = sorted(line["step_s"] for line in lines if "step_s" in line)
+    from pretrain.telemetry_sinks import read_metrics
+
+    step_seconds = sorted(line["step_s"] for line in read_metrics(plan.vae))
     if not step_seconds:
         return MIN_DIT_STEPS
     # The faster quarter: what else ran on the machine for a while says nothing of its speed.

@@ -23,7 +23,15 @@ from data_pipeline.keys import key
 from data_pipeline.loader import TrainLoader
 from data_pipeline.manifest import FeatureManifest, Manifest
 from pretrain import checkpoint
-from pretrain.config import DiTRun, RunConfig, check_ranks, features_folder, refuse_changes, resume_differences
+from pretrain.config import (
+    DiTRun,
+    RunConfig,
+    check_ranks,
+    features_folder,
+    micro_batch_size,
+    refuse_changes,
+    resume_differences,
+)
 from pretrain.distributed import Topology, barrier
 from pretrain.engine import Engine, EngineSettings
 from pretrain.faults import Signals, SpikeGuard, Watchdog
@@ -85,6 +93,7 @@ class Session:
             return False
         restored = checkpoint.restore(path, self.engine)
         self.guard.load(restored.extra["guard"])
+        self.telemetry.load(restored.extra["telemetry"])
         self.rewinds += 1
         left_out = (restored.step, self.step - 1)
         self.loader.close()
@@ -232,7 +241,7 @@ def open_loader(config: RunConfig, topology: Topology, start_step: int) -> Train
         seed=config.train.seed,
         streams=data.streams,
         rows_per_step=data.rows_per_step,
-        micro_batch_rows=data.micro_batch_rows,
+        micro_batch_rows=micro_batch_size(config, topology.world_size),
         split=SplitConfig(**data.split.model_dump()),
         rank=topology.rank,
         world_size=topology.world_size,
@@ -245,13 +254,13 @@ def open_loader(config: RunConfig, topology: Topology, start_step: int) -> Train
 
 def engine_settings(config: RunConfig, topology: Topology) -> EngineSettings:
     """The engine's part of the configuration, "auto" resolved for this device."""
-    train, precision = config.train, config.train.precision
+    train, precision, rank_rows = config.train, config.train.precision, config.data.rows_per_step // topology.world_size
     if precision == "auto":
         precision = "bf16" if multiplies_bf16(topology.device) and train.zero_stage > 0 else "fp32"
     return EngineSettings(
         zero_stage=train.zero_stage,
         precision=precision,
-        accumulation_steps=config.data.rows_per_step // topology.world_size // config.data.micro_batch_rows,
+        accumulation_steps=rank_rows // micro_batch_size(config, topology.world_size),
         offload_optimizer=train.offload_optimizer,
         offload_parameters=train.offload_parameters,
         offload_folder=train.offload_folder,
@@ -268,11 +277,17 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 def start_over(run: Path, topology: Topology) -> None:
     """Put an existing run folder aside, as <run>.1, <run>.2 and so on. Collective."""
-    if topology.is_main and run.exists():
+    if topology.is_main:
+        put_aside(run)
+    barrier()
+
+
+def put_aside(run: Path) -> None:
+    """What `start_over` does, for one process."""
+    if run.exists():
         number = next(n for n in range(1, sys.maxsize) if not Path(f"{run}.{n}").exists())
         shutil.move(run, f"{run}.{number}")
         print(f"--fresh: {run} is now {run}.{number}", flush=True)
-    barrier()
 
 
 def describe(session: Session) -> str:
@@ -282,12 +297,16 @@ def describe(session: Session) -> str:
     train_tokens = sum(shard.tokens for shard in manifest.splits["train"])
     epochs = config.train.steps * tokens_per_step / max(train_tokens / max(manifest.fill(), 1e-9), 1)
     device = torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu"
-    settings = session.engine.settings
+    settings, rows = session.engine.settings, micro_batch_size(config, topology.world_size)
+    wanted = config.data.micro_batch_rows
+    why = f" (data.micro_batch_rows is {wanted}; a rank has {rows * settings.accumulation_steps} rows)" * (
+        rows < wanted
+    )
     return "\n".join(
         (
             f"stage {config.stage} in {session.run}: {config.about.purpose}",
             f"{topology.world_size} rank(s) on {device}, {settings.accumulation_steps} micro-batch(es) of"
-            f" {config.data.micro_batch_rows} x {manifest.row_tokens} tokens each a step",
+            f" {rows} x {manifest.row_tokens} tokens each a step{why}",
             f"{config.train.steps:,} steps of {tokens_per_step:,} tokens = {config.train.steps * tokens_per_step:,},"
             f" {epochs:.2f} passes over {config.data.path} ({train_tokens:,} tokens, {manifest.fill():.1%} full)",
             session.engine.parameter_table(),

@@ -18,20 +18,23 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import UserError, cli
+from data_pipeline.manifest import Manifest
 from pretrain.config import RunConfig, check_ranks, load_config
 from pretrain.faults import EXIT_CODES, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
 from pretrain.hosts import ROOT, answering, launch_variables, on_hosts, read_hostfile
+from pretrain.session import fingerprints, put_aside
 from pretrain.slices import FOLDER, saved_steps
 from pretrain.train import make_parser as train_parser
 
@@ -47,10 +50,14 @@ STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal
 
 @dataclass
 class Plan:
-    """What is supervised: the run's configuration, the arguments of train.py, and how and where it is launched."""
+    """What is supervised: the run's configuration, the arguments of train.py, and how and where it is launched.
+
+    `fresh` is no argument of train.py here: the run folder is put aside before the first start, and by no later one.
+    """
 
     config: RunConfig
     arguments: list[str]
+    fresh: bool
     hosts: dict[str, int]
     launcher: list[str]
     max_failures: int
@@ -79,14 +86,18 @@ class Supervisor:
 
     def run(self) -> int:
         """Until the job is finished, hopeless, or to be stopped; the exit code. Raises: UserError."""
-        failures, pause_s, arguments = 0, FIRST_PAUSE_S, self.plan.arguments
+        failures, pause_s, fresh = 0, FIRST_PAUSE_S, self.plan.fresh
         while True:
-            before, hosts = self.plan.newest_step(), self._available_hosts()
+            hosts = self._available_hosts()
             if self._stop:
                 return EXIT_REQUEUE
+            if fresh:
+                put_aside(self.plan.run)
+                fresh = False
+            before = self.plan.newest_step()
             where = ", ".join(f"{host} ({slots})" for host, slots in hosts.items()) or "this machine"
             say(f"starting from step {before} on {where}")
-            code = self._run_job(hosts, arguments)
+            code = self._run_job(hosts)
             self._end_leftovers(hosts)
             after = self.plan.newest_step()
             unfinished = after < self.plan.config.train.steps
@@ -113,7 +124,6 @@ class Supervisor:
                 )
                 self._sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            arguments = [argument for argument in arguments if argument != "--fresh"]
 
     def _sleep(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -141,9 +151,9 @@ class Supervisor:
             self._sleep(min(10.0, self.plan.wait_s / 4))
         return hosts
 
-    def _run_job(self, hosts: Mapping[str, int], arguments: Sequence[str]) -> int:
+    def _run_job(self, hosts: Mapping[str, int]) -> int:
         """Start the job and wait for its end; the launcher's exit code."""
-        script = [str(ROOT / "pretrain" / "train.py"), *arguments]
+        script = [str(ROOT / "pretrain" / "train.py"), *self.plan.arguments]
         environment, command = os.environ | {JOB: self._job}, [*self.plan.launcher, *script]
         if hosts:
             hostfile = self.plan.run.parent / f".{self.plan.run.name}.hosts"
@@ -181,7 +191,8 @@ class Supervisor:
         """Whether processes of this job are alive on the hosts that answer; `then` gets their ids."""
         marked = f"grep -lsF {JOB}={self._job} /proc/[0-9]*/environ | cut -d/ -f3 {then}"
         if hosts:
-            return any(done is not None and done.stdout for done in on_hosts(hosts, marked).values())
+            answers = [done.stdout.splitlines() for done in on_hosts(hosts, marked).values() if done is not None]
+            return any(line.isdigit() for lines in answers for line in lines)  # a login shell may say other things
         return bool(subprocess.run(["sh", "-c", marked], check=False, capture_output=True).stdout)
 
     def _end_leftovers(self, hosts: Mapping[str, int]) -> None:
@@ -265,7 +276,7 @@ def make_plan(argv: list[str] | None) -> Plan:
         prog="python -m pretrain.supervise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hostfile", type=Path, help="hosts of the job; without it, this machine")
-    parser.add_argument("--launcher", default="deepspeed", help='its command, e.g. "deepspeed --ssh_port 2222"')
+    parser.add_argument("--launcher", default="deepspeed", help='its command, e.g. "deepspeed --master_port 29501"')
     parser.add_argument(
         "--max-failures", type=int, default=3, metavar="N", help="in a row, without a new checkpoint (3)"
     )
@@ -280,7 +291,21 @@ def make_plan(argv: list[str] | None) -> Plan:
     hosts = read_hostfile(arguments.hostfile) if arguments.hostfile else {}
     if hosts:
         check_ranks(config, sum(hosts.values()))
-    return Plan(config, training, hosts, shlex.split(arguments.launcher), arguments.max_failures, arguments.wait_s)
+    launcher = shlex.split(arguments.launcher)
+    if any(argument.startswith("--ssh_port") for argument in launcher):
+        raise UserError(
+            "--launcher has --ssh_port, which the supervisor's own ssh does not see: set Port in ~/.ssh/config"
+        )
+    if not launcher or not shutil.which(launcher[0]):
+        raise UserError(
+            f"there is no {launcher[0] if launcher else 'command'} on the PATH to start the job by: activate the environment"
+            " that has it, or give --launcher with its path"
+        )
+    if parsed.fresh:  # argparse takes it abbreviated too
+        training = [argument for argument in training if len(argument) < 3 or not "--fresh".startswith(argument)]
+        Manifest.load(config.data.path)
+        fingerprints(config)  # a mistake puts nothing aside
+    return Plan(config, training, parsed.fresh, hosts, launcher, arguments.max_failures, arguments.wait_s)
 
 
 @cli

@@ -12,6 +12,7 @@ run's first start: start-up, evaluation, checkpoints, lost steps and the time be
 """
 
 import json
+import re
 import resource
 import statistics
 import sys
@@ -32,7 +33,7 @@ STRAGGLER = 1.5
 """A rank whose forward passes take this many times the median is named (of an even number, the lower median: of two ranks,
 the faster one's)."""
 
-# Vendors' dense peaks in TFLOP/s: (bf16 with fp32 accumulation, fp32 without TF32). The longest matching name counts.
+# Vendors' dense peaks in TFLOP/s: (bf16 with fp32 accumulation, fp32 without TF32). The longest name found as whole words counts.
 PEAK_TFLOPS = {
     "A100": (312.0, 19.5), "A800": (312.0, 19.5), "A10G": (70.0, 31.2), "A10": (125.0, 31.2), "L4": (121.0, 30.3),
     "L40S": (362.0, 91.6), "A40": (150.0, 37.4), "H100 PCIe": (756.0, 51.0), "H100 NVL": (835.0, 60.0),
@@ -60,7 +61,7 @@ def peak_flops(device_name: str, precision: str, configured_tflops: float | None
     """A device's dense peak in FLOP/s at this precision; None for devices that nobody described (CPUs)."""
     if configured_tflops is not None:
         return configured_tflops * 1e12
-    matches = [name for name in PEAK_TFLOPS if name.lower() in device_name.lower()]
+    matches = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", device_name, re.IGNORECASE)]
     if not matches:
         return None
     return PEAK_TFLOPS[max(matches, key=len)][0 if precision == "bf16" else 1] * 1e12
@@ -181,7 +182,7 @@ class Telemetry:
         name = torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu"
         self._peak = peak_flops(name, precision, config.telemetry.peak_tflops)
         self._forward = ForwardTimer(stage, topology.device)
-        self._productive_s = float(state["productive_s"]) if state else 0.0
+        self.load(state or {"productive_s": 0.0})
         self._window, self._pending = MetricSums(), MetricSums()
         self._window_steps, self._window_s, self._flops, self._skips, self._waited_before = 0, 0.0, 0.0, 0, 0.0
         self._step_started = time.perf_counter()
@@ -283,6 +284,10 @@ class Telemetry:
     def state(self) -> dict[str, float]:
         """What a checkpoint must carry."""
         return {"productive_s": self._productive_s}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Go on from `state()` of a checkpoint: the steps made since then do not count."""
+        self._productive_s = float(state["productive_s"])
 
     def close(self) -> None:
         """Flush everything."""

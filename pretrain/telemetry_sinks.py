@@ -63,14 +63,13 @@ class Sinks:
             self._bar = tqdm(total=self._steps, initial=start_step, unit="step", dynamic_ncols=True)
         makers = {"wandb": start_wandb, "tensorboard": start_tensorboard}
         self._recorders: dict[str, Callable[[dict[str, float], int], None]] = {}
-        self._closers: list[Callable[[], None]] = []
+        self._closers: dict[str, Callable[[], None]] = {}
         for name in (name for name in makers if getattr(config.telemetry, name)):
             self._try(name, lambda make=makers[name]: make(run, config))
 
     def _try(self, name: str, start: Callable) -> None:
         try:
-            self._recorders[name], close = start()
-            self._closers.append(close)
+            self._recorders[name], self._closers[name] = start()
         except Exception as error:  # whatever it is, the run matters more
             self.say(f"{name} is left out: {type(error).__name__}: {error}")
 
@@ -124,8 +123,11 @@ class Sinks:
         """Flush and close all."""
         if self._bar is not None:
             self._bar.close()
-        for close in self._closers:
-            close()
+        for name, close in self._closers.items():
+            try:
+                close()
+            except Exception as error:
+                self.say(f"{name} did not close: {type(error).__name__}: {error}")
         self._metrics.close()
         self._log.close()
 

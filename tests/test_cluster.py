@@ -21,7 +21,10 @@ def test_the_example_hostfile_is_one() -> None:
     assert read_hostfile(CLUSTER / "hosts.example") == {"node01": 8, "node02": 8}
 
 
-@pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (2, False), (85, True), (86, True), (88, True)])
+@pytest.mark.parametrize(
+    ("code", "again"),
+    [(0, False), (1, False), (2, False), (85, True), (86, True), (87, False), (88, True), (137, True)],
+)
 def test_slurm_requeues_what_a_restart_brings_on(code: int, again: bool, tmp_path: Path) -> None:
     for name, body in {
         "srun": f'echo "$@" > {tmp_path}/srun.log; exit {code}',

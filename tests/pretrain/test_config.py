@@ -20,6 +20,7 @@ from pretrain.config import (
     check_ranks,
     describe,
     load_config,
+    micro_batch_size,
     refuse_changes,
     resume_differences,
     times_of,
@@ -68,7 +69,7 @@ def test_vae_size() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if not name.startswith("quickstart")])
-@pytest.mark.parametrize("ranks", [1, 8, 16, 32])
+@pytest.mark.parametrize("ranks", [1, 8, 16, 24, 32])
 def test_big_configs_run_on_whole_nodes_without_changes(name: str, ranks: int) -> None:
     check_ranks(load_config(name), ranks)
 
@@ -97,7 +98,6 @@ def test_big_configs_run_on_whole_nodes_without_changes(name: str, ranks: int) -
         ("nonsense", "expected key=value"),
         ("model.width=700", "the nearest width is 704"),
         ("data.streams=5", "make rows_per_step a multiple, e.g. 195"),
-        ("data.micro_batch_rows=7", "the nearest that does is 6"),
         ("data.split.kind=context", "stage vae takes truncate or none"),
         ("optimizer.betas=[0.9,1.5]", "each must lie in [0, 1)"),
         ("optimizer.ema_decay=1", "keeps the first weights for ever"),
@@ -136,13 +136,31 @@ def test_overrides_are_json_else_strings(tmp_path: Path) -> None:
     assert load_config(path).train.run == "runs/mine"
 
 
-def test_ranks_must_share_rows_evenly() -> None:
+def test_ranks_must_share_streams_evenly() -> None:
     config = load_config("dit_b", ["data.streams=4", "data.rows_per_step=16", "data.micro_batch_rows=8"])
-    check_ranks(config, 2)
+    for ranks in (1, 2, 4):
+        check_ranks(config, ranks)
     with pytest.raises(UserError, match=r"3 ranks cannot share data.streams 4 evenly; possible are 1, 2, 4"):
         check_ranks(config, 3)
-    with pytest.raises(UserError, match=r"--set data.micro_batch_rows=4"):
-        check_ranks(config, 4)
+
+
+@pytest.mark.parametrize(
+    ("most", "ranks", "at_most", "expected"),
+    [
+        (3, 8, None, 3),
+        (3, 24, None, 2),
+        (6, 24, None, 4),
+        (500, 24, None, 8),
+        (7, 1, None, 6),
+        (6, 1, 5, 4),
+        (1, 192, 9, 1),
+    ],
+)
+def test_a_micro_batch_is_the_largest_divisor_within_its_bound(
+    most: int, ranks: int, at_most: int | None, expected: int
+) -> None:
+    config = load_config("dit_xl", [f"data.micro_batch_rows={most}"])
+    assert micro_batch_size(config, ranks, at_most) == expected
 
 
 def test_resume_differences() -> None:

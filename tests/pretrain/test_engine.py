@@ -306,6 +306,9 @@ def test_overrides_are_merged_deeply():
             {"zero_optimization": {"offload_param": {"device": "nvme"}}},
             "wrong gradients.*train.offload_parameters=nvme",
         ),
+        ({"zero_optimization": 2}, "deepspeed.zero_optimization is 2; expected an object"),
+        ({"zero_optimization": {"offload_param": None}}, "deepspeed.zero_optimization.offload_param is null"),
+        ({"aio": [1]}, r"deepspeed.aio is \[1\]"),
     ],
 )
 def test_overrides_that_would_be_ignored_or_contradict_are_refused(overrides, message):

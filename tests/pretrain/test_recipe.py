@@ -124,7 +124,9 @@ def test_the_steps_of_the_dit_follow_from_the_speed_of_the_vae(tmp_path):
     plan.vae.mkdir()
 
     def steps_at(seconds: float) -> int:
-        (plan.vae / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step_s": seconds}) + "\n")
+        (plan.vae / "metrics.jsonl").write_text(
+            json.dumps({"kind": "train", "step": 1, "step_s": seconds}) + '\n{"kind": "tr'
+        )  # torn by a kill
         return recipe.dit_steps(plan, seconds_before=100.0)
 
     assert steps_at(1000.0) == recipe.MIN_DIT_STEPS

@@ -13,6 +13,7 @@ import tiny_run
 
 from data_pipeline.errors import UserError
 from pretrain import supervise
+from pretrain.config import load_config
 from pretrain.faults import EXIT_FAILED, EXIT_LOST, EXIT_OK, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
 from pretrain.supervise import Supervisor, make_plan, meaning, usable
 
@@ -112,9 +113,25 @@ def test_restarts_without_progress_are_bounded(folder: Path, capsys: pytest.Capt
     assert "giving up: 4 starts in a row" in capsys.readouterr().out
 
 
-def test_fresh_is_for_the_first_start_only(folder: Path) -> None:
-    _, starts = supervised(folder, [(1, 2), (0, 6)], "--fresh")
-    assert ["--fresh" in start["arguments"] for start in starts] == [True, False]
+@pytest.mark.parametrize("flag", ["--fresh", "--fre"])
+def test_a_fresh_run_begins_anew_however_its_first_start_ends(folder: Path, flag: str) -> None:
+    tiny_run.write_data(folder / "data")
+    (folder / "run" / "checkpoints" / "step-000000006").mkdir(parents=True)  # of a finished run
+    code, starts = supervised(folder, [(1, 0), (1, 2), (0, 6)], flag)
+    assert code == 0
+    assert [[a for a in start["arguments"] if a.startswith("--f") and a != "--force_multi"] for start in starts] == [
+        []
+    ] * 3
+    assert (folder / "run.1" / "checkpoints" / "step-000000006").exists()
+    assert not (folder / "run.2").exists()
+    assert (folder / "run" / "checkpoints" / "step-000000002").exists()
+
+
+def test_a_mistake_puts_nothing_aside(folder: Path) -> None:
+    (folder / "run").mkdir()
+    with pytest.raises(UserError, match="data"):
+        supervised(folder, [(0, 6)], "--fresh")
+    assert [path.name for path in folder.glob("run*")] == ["run"]
 
 
 def test_silent_hosts_are_left_out_while_the_others_can_share_the_streams(folder: Path, capsys) -> None:
@@ -199,11 +216,38 @@ def test_mistakes_are_found_before_anything_starts(folder: Path, capsys: pytest.
     assert "4 ranks cannot share data.streams 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("launcher", "expected"),
+    [
+        ("deepspeed --ssh_port 2222", "set Port in ~/.ssh/config"),
+        ("deepspeed --ssh_port=2222", "set Port in ~/.ssh/config"),
+        ("deepsped --master_port 1", "there is no deepsped on the PATH"),
+        ("", "there is no command on the PATH"),
+    ],
+)
+def test_a_launcher_that_cannot_work_is_refused(folder: Path, capsys, launcher: str, expected: str) -> None:
+    assert supervise.main(["--launcher", launcher, "--", "--config", str(folder / "c.json")]) == EXIT_USER
+    assert expected in capsys.readouterr().err
+
+
+def test_a_login_shell_that_says_things_is_no_leftover(folder: Path) -> None:
+    ssh = folder / "bin" / "ssh"
+    ssh.write_text(ssh.read_text().replace("exec sh", "echo welcome to 8 GPUs\nexec sh"))
+    supervisor = Supervisor(plan(folder, []))
+    assert not supervisor._leftovers({"node1": 1})
+
+
 def test_the_most_hosts_that_fit_are_used(folder: Path) -> None:
     config = plan(folder, []).config
     assert usable(config, {"a": 2, "b": 2})[0] == {"a": 2, "b": 2}
     assert usable(config, {"a": 2, "b": 1, "c": 4})[0] == {"a": 2}
     assert usable(config, {"a": 3})[0] == {}
+
+
+@pytest.mark.parametrize("name", ["vae_base", "dit_b", "dit_l", "dit_xl", "dit_2b", "dit_7b"])
+def test_of_four_nodes_the_three_that_remain_go_on(name: str) -> None:
+    remaining = {f"node{i}": 8 for i in range(3)}
+    assert usable(load_config(name), remaining)[0] == remaining
 
 
 def test_exit_codes_in_words() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from pretrain.config import RunConfig, load_config
 from pretrain.distributed import Topology
 from pretrain.telemetry import (
+    PEAK_TFLOPS,
     ForwardTimer,
     MetricSums,
     Telemetry,
@@ -57,6 +58,10 @@ def test_peaks() -> None:
     assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", "fp32") == 19.5e12
     assert peak_flops("cpu", "fp32") is None
+    for unknown in ("NVIDIA L40", "NVIDIA RTX A4000", "NVIDIA A100X", "NVIDIA H200X"):
+        assert peak_flops(unknown, "bf16") is None, unknown
+    for name, peaks in PEAK_TFLOPS.items():
+        assert peak_flops(f"NVIDIA {name}", "bf16") == peaks[0] * 1e12, name
     assert peak_flops("cpu", "fp32", configured_tflops=0.12) == 0.12e12
 
 
@@ -163,6 +168,23 @@ def test_a_recorder_that_cannot_start_is_left_out(config: RunConfig, capsys: pyt
     telemetry.close()
     assert "wandb is left out" in capsys.readouterr().out
     assert len(read_metrics(config.run_folder)) == 1
+
+
+def test_a_recorder_that_cannot_close_ends_no_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def no_network() -> None:
+        raise OSError("no network")
+
+    closed: list[bool] = []
+    makers = {"wandb": no_network, "tensorboard": lambda: closed.append(True)}
+    for name, close in makers.items():
+        recorder = (lambda numbers, step: None, close)
+        monkeypatch.setattr(f"pretrain.telemetry_sinks.start_{name}", lambda run, config, recorder=recorder: recorder)
+    config.telemetry.wandb = config.telemetry.tensorboard = True
+    telemetry = make_telemetry(config)
+    take_step(telemetry, 0)
+    telemetry.close()
+    assert closed == [True]
+    assert "wandb did not close: OSError: no network" in (config.run_folder / "log.txt").read_text()
 
 
 def test_wandb_offline(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

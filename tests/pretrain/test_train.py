@@ -205,11 +205,15 @@ def test_rewinding_leaves_out_the_rows_from_the_last_good_checkpoint_on(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TINY_NAN", "26,34")  # steps 3 and 4; the newest checkpoint before them is that after step 1
-    config = make_config(tmp_path, data, max_skips=1, rewind=True, checkpoint_every=2, checkpoint_async=False)
+    config = make_config(
+        tmp_path, data, max_skips=1, rewind=True, checkpoint_every=2, checkpoint_async=False, keep_last=9
+    )
     assert start(config) == 0
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (rewind,) = [event for event in events if event.get("event") == "rewind"]
     assert (rewind["checkpoint"], rewind["left_out"], rewind["step"]) == ("step-000000002", [2, 4], 5)
+    before, after = (read_manifest(tmp_path / "run" / "checkpoints" / f"step-{step:09d}").extra for step in (2, 5))
+    assert after["telemetry"] == before["telemetry"]  # step 2 is lost, and counts against the goodput
 
 
 def test_a_dry_run_leaves_nothing(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,6 +255,16 @@ def test_allowed_and_harmless_changes_proceed(tmp_path: Path, data: Path, capsys
     out = capsys.readouterr().out
     assert "optimizer.lr was 0.01, is 0.5" in out
     assert "train.zero_stage was 1, is 2" in out
+
+
+def test_a_micro_batch_that_does_not_divide_a_ranks_rows_is_made_smaller(
+    tmp_path: Path, data: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(make_config(tmp_path, data), "--set", "data.micro_batch_rows=3") == 0
+    out = capsys.readouterr().out
+    assert "4 micro-batch(es) of 2 x" in out
+    assert "(data.micro_batch_rows is 3; a rank has 8 rows)" in out
+    assert_same(everything(tmp_path / "run"), everything(straight))
 
 
 def test_fresh_puts_the_old_run_aside(tmp_path: Path, data: Path) -> None:
