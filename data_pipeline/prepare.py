@@ -22,7 +22,7 @@ from data_pipeline.inspection import inspect, verify
 from data_pipeline.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from data_pipeline.sources import Source, open_source, source_name
 from data_pipeline.spill import Chunk
-from data_pipeline.storage import atomic_write
+from data_pipeline.storage import atomic_write, local_folder
 from data_pipeline.tokenization import LoadedTokenizer, load_tokenizer
 from data_pipeline.work import (
     WORK_FOLDER,
@@ -280,7 +280,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tokenizer", required=True, help="folder, tokenizer.json or Hugging Face name")
     parser.add_argument("--tokenizer-revision", help="commit or tag of the tokenizer on the hub")
-    parser.add_argument("--output", type=Path, required=True, help="folder for shards and manifest")
+    parser.add_argument("--output", type=local_folder, required=True, help="folder for shards and manifest")
     parser.add_argument("--text-field", default="text", help="field of a record that holds the text (%(default)s)")
     parser.add_argument("--row-tokens", type=int, default=4096, help="tokens of a row (%(default)s)")
     parser.add_argument(
@@ -319,7 +319,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["inspect"], ["verify"]):
         parser = argparse.ArgumentParser(prog=f"python -m data_pipeline.prepare {argv[0]}")
-        parser.add_argument("folder", type=Path)
+        parser.add_argument("folder", type=local_folder)
         folder = parser.parse_args(argv[1:]).folder
         for line in inspect(folder) if argv[0] == "inspect" else verify(folder):
             print(line)

@@ -3,6 +3,7 @@
 https is read with the standard library; every other scheme (s3, gs, hf, ...) is fsspec's, with the package that it asks for.
 """
 
+import argparse
 import contextlib
 import errno
 import hashlib
@@ -30,6 +31,13 @@ Result = TypeVar("Result")
 def is_url(location: str) -> bool:
     """Whether the location is a URL rather than a local path."""
     return "://" in location
+
+
+def local_folder(location: str) -> Path:
+    """A folder on this machine, as an argument's type: what is written or verified is not reached by a URL. Raises: ArgumentTypeError."""
+    if is_url(location):
+        raise argparse.ArgumentTypeError(f"{location} is a URL; expected a local folder, to be copied there afterwards")
+    return Path(location)
 
 
 def read_bytes(folder: str, name: str) -> bytes:
