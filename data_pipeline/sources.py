@@ -7,10 +7,11 @@ other.
 | `x.txt`, also `.txt.zst`, `.txt.gz` | the whole file, or its pieces between form feeds or `<|endoftext|>` lines |
 | `x.parquet` | one row, its text column |
 | a folder | all such files below it, by path; or what `datasets` saved there or can load from it |
-| `owner/name`, `owner/name@revision` | the train split of a Hugging Face dataset, streamed |
+| `owner/name`, `owner/name:configuration@revision` | the train split of a Hugging Face dataset, streamed |
 | `installed` | English prose found on this machine, see installed_prose.py |
 """
 
+import functools
 import io
 import json
 import re
@@ -25,7 +26,10 @@ from data_pipeline.errors import UserError
 UNIT_BYTES = 8 << 20  # of plain text; a unit is the grain of parallel work and of resuming
 _SAVED_ROWS = 10_000
 _LINES_PER_BLOCK = 256
-_HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
+_HUB_NAME = re.compile(
+    r"(?P<name>[\w-][\w.-]*(?:/[\w.-]+)?)(?::(?P<configuration>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?"
+)
+_FILE_NAME = re.compile(r"\.(jsonl?|txt|parquet|csv|arrow|tar)(\.zst|\.gz)?$", re.IGNORECASE)
 _SEPARATOR = re.compile(r"\f|^<\|endoftext\|>[ \t]*$", re.MULTILINE)
 
 
@@ -73,11 +77,11 @@ def open_source(spec: str, text_field: str = "text") -> Source:
     if path.is_dir():
         return Source(source_name(spec), _folder_units(path), text_field)
     matched = _HUB_NAME.fullmatch(spec)
-    if matched is None or path.suffix or spec.startswith((".", "/", "~")):
+    if matched is None or _FILE_NAME.search(spec) or spec.startswith((".", "/", "~")):
         raise UserError(
             f"source {spec}: no such file or folder; expected .jsonl, .txt or .parquet (.zst and .gz too), a folder "
             "of them, "
-            "a Hugging Face dataset (owner/name) or 'installed'"
+            "a Hugging Face dataset (owner/name:configuration@revision, the last two if need be) or 'installed'"
         )
     return Source(spec, _streamed_units(spec), text_field)
 
@@ -322,17 +326,23 @@ def _load_saved(folder: str) -> Any:
     return dataset["train"] if "train" in dataset else next(iter(dataset.values()))
 
 
+@functools.lru_cache(maxsize=1)  # else every unit would ask the hub for its list of files
 def _load_streamed(spec: str) -> Any:
     from datasets import load_dataset
 
-    matched = None if Path(spec).exists() else _HUB_NAME.fullmatch(spec)
-    name, revision = (matched["name"], matched["revision"]) if matched else (spec, None)
+    is_local = Path(spec).exists()
+    matched = None if is_local else _HUB_NAME.fullmatch(spec)
+    name, configuration, revision = (
+        matched.group("name", "configuration", "revision") if matched else (spec, None, None)
+    )
     try:
-        return load_dataset(name, split="train", streaming=True, revision=revision)
+        return load_dataset(name, configuration, split="train", streaming=True, revision=revision)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        # The second line of what `datasets` says may be the list of configurations.
+        reason = " ".join(str(error).split()[:150]) or type(error).__name__
         raise UserError(
-            f"source {spec}: no such local file or folder, and the Hugging Face hub does not give a dataset of that "
-            f"name ({reason}); "
-            "check the name and the network, or give local files"
+            f"source {spec}: `datasets` cannot load this folder ({reason}); give its files in another form"
+            if is_local
+            else f"source {spec}: no such local file or folder, and the Hugging Face hub does not give a dataset of that "
+            f"name ({reason}); check the name (owner/name:configuration@revision) and the network, or give local files"
         ) from None

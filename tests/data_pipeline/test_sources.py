@@ -137,14 +137,56 @@ def test_openwebtext2_streams_as_from_the_hub(tmp_path: Path, monkeypatch: pytes
             lines = "".join(json.dumps(dict(zip(columns, row))) + "\n" for row in zip(*columns.values()))
             path.write_bytes(zstandard.compress(lines.encode()))
     monkeypatch.setattr(datasets, "load_dataset", partial(_instead_of_the_hub, datasets.load_dataset, tmp_path))
+    sources._load_streamed.cache_clear()
     source = open_source("segyges/OpenWebText2")
     assert source.name == "segyges/OpenWebText2"
     assert [unit.kind for unit in source.units] == ["streamed"] * 3
     assert [text for unit in source.units for text in read_unit(unit)] == [t for n in range(3) for t in TEXTS[n::3]]
 
 
-def _instead_of_the_hub(load_dataset: Callable, folder: Path, name: str, **options: object) -> object:
-    assert name == "segyges/OpenWebText2"
+@pytest.mark.parametrize(
+    ("spec", "asked"),
+    [
+        ("mlfoundations/dclm-baseline-1.0", ("mlfoundations/dclm-baseline-1.0", None, None)),
+        ("owner/name@v1.0", ("owner/name", None, "v1.0")),
+        ("wikimedia/wikipedia:20231101.en", ("wikimedia/wikipedia", "20231101.en", None)),
+        ("allenai/c4:en@refs/convert/parquet", ("allenai/c4", "en", "refs/convert/parquet")),
+    ],
+)
+def test_names_of_the_hub(spec: str, asked: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    calls: list[tuple] = []
+
+    def load_dataset(name: str, configuration: str | None, *, revision: str | None, **_: object) -> object:
+        calls.append((name, configuration, revision))
+        return datasets.Dataset.from_dict({"text": TEXTS[:4]}).to_iterable_dataset(num_shards=2)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    sources._load_streamed.cache_clear()
+    assert list(open_source(spec)) == TEXTS[:4]
+    assert calls == [asked]
+
+
+def test_what_datasets_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(*_: object, **__: object) -> None:
+        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['en', 'de']")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    sources._load_streamed.cache_clear()
+    with pytest.raises(UserError, match=r"hub does not give.*\['en', 'de'\].*owner/name:configuration"):
+        open_source("owner/name")
+    (tmp_path / "x.csv").write_text("a\n")
+    with pytest.raises(UserError, match=r"cannot load this folder \(Config name"):
+        open_source(str(tmp_path))
+    for name in ("owner/gone.txt", "owner/gone.jsonl.zst", "./gone"):
+        with pytest.raises(UserError, match="no such file or folder"):
+            open_source(name)
+
+
+def _instead_of_the_hub(load_dataset: Callable, folder: Path, *names: str | None, **options: object) -> object:
+    assert names == ("segyges/OpenWebText2", None)
     assert options == {"split": "train", "streaming": True, "revision": None}
     return load_dataset(str(folder), split="train", streaming=True)
 
