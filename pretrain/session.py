@@ -3,7 +3,6 @@
 data manifest -> newest checkpoint, what may differ from it -> stage -> engine -> restored state -> telemetry, loader
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -27,6 +26,7 @@ from pretrain.config import DiTRun, RunConfig, check_ranks, features_folder, ref
 from pretrain.distributed import Topology, barrier
 from pretrain.engine import Engine, EngineSettings
 from pretrain.faults import Signals, SpikeGuard, Watchdog
+from pretrain.latents import vae_fingerprint
 from pretrain.optim import OptimizerSettings, ScheduleSettings, learning_rate
 from pretrain.slices import saved_steps, write_atomically
 from pretrain.stages import Stage, build_stage
@@ -200,14 +200,7 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
     if features := features_folder(config):
         found["repa.features"] = FeatureManifest.load(features).fingerprint
     if isinstance(config, DiTRun):
-        vae = Path(config.model.vae)
-        saved = saved_steps(vae / checkpoint.FOLDER)
-        if not saved and not (vae / "manifest.json").exists():
-            raise UserError(
-                f"model.vae is {vae}, where there is no checkpoint; expected a stage-1 run folder: train it first"
-            )
-        files = checkpoint.read_manifest(saved[0][1] if saved else vae).files
-        found["model.vae"] = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+        found["model.vae"] = vae_fingerprint(config.model.vae)
     return found
 
 
