@@ -163,7 +163,8 @@ class CheckpointWriter:
         try:
             partial.mkdir(parents=True, exist_ok=True)
             report = write_slices(partial / name, slices)
-            write_atomically(partial / f"{name}.json", json.dumps(report | {"job": job}))
+            # Not durable: it speaks to rank 0 of this job alone, whose manifest then syncs the folder with all its names.
+            write_atomically(partial / f"{name}.json", json.dumps(report | {"job": job}), durable=False)
             if self.topology.is_main:
                 manifest.files.update(self._await_reports(partial, job))
                 manifest.save(partial)
@@ -173,7 +174,7 @@ class CheckpointWriter:
             self._error = error
             if not self.topology.is_main:  # so that rank 0 need not wait for its timeout
                 with contextlib.suppress(OSError):
-                    write_atomically(partial / f"{name}.json", json.dumps({"job": job, "error": str(error)}))
+                    write_atomically(partial / f"{name}.json", json.dumps({"job": job, "error": str(error)}), durable=False)
 
     def _await_reports(self, partial: Path, job: str) -> dict[str, dict[str, Any]]:
         waiting = {f"rank-{rank:05d}.safetensors" for rank in range(self.topology.world_size)}

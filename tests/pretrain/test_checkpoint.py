@@ -147,6 +147,22 @@ def test_rank_0_gives_up_on_a_rank_that_does_not_write(tmp_path: Path):
         writer.close()
 
 
+def test_rank_0_may_commit_as_soon_as_it_sees_the_last_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    replace, partial = Path.replace, tmp_path / "checkpoints" / "step-000000001.partial"
+
+    def replace_and_commit(path: Path, target: Path) -> None:
+        replace(path, target)
+        if target == partial / "rank-00001.safetensors.json":
+            partial.rename(partial.with_suffix(""))
+
+    monkeypatch.setattr(Path, "replace", replace_and_commit)
+    writer = CheckpointWriter(tmp_path, Topology(rank=1, world_size=2))
+    writer.save(1, toy_engine(), {})
+    writer.close()
+    found = [path.name for path in sorted((tmp_path / "checkpoints").rglob("*"))]
+    assert found == ["step-000000001", "rank-00001.safetensors", "rank-00001.safetensors.json"]
+
+
 def test_the_same_step_can_be_saved_again_after_a_rewind(tmp_path: Path):
     for seed, step in ((1, 5), (2, 6), (3, 5)):
         save(tmp_path, step, toy_engine(seed=seed))
