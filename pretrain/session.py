@@ -61,7 +61,7 @@ class Session:
 
     def save(self, blocking: bool = False) -> None:
         """Write a checkpoint of the state after `step` steps, unless there is one. Collective."""
-        if self.step == self.saved_step:
+        if self.step == self.saved_step and self.writer.settle():
             return
         blocking = blocking or not self.config.train.checkpoint_async
         stalled_s = self.writer.save(self.step, self.engine, extra=self._extra(), blocking=blocking)
@@ -73,7 +73,7 @@ class Session:
 
         The same rows would end the same way, so all rows between that checkpoint and here are left out.
         """
-        self.writer.wait()
+        self.writer.settle()  # whether or not it failed: what is complete counts
         bad_from = self.guard.state()["skipped_steps"][0]
         earlier = [step for step, _ in saved_steps(self.run / checkpoint.FOLDER) if step <= bad_from]
         barrier()  # every rank has looked before rank 0 deletes

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import UserError
-from pretrain import faults, train
+from pretrain import checkpoint_writer, faults, train
 from pretrain.checkpoint import read_manifest, read_tensors
 from pretrain.engine import Engine
 from pretrain.session import refuse_other_inputs
@@ -130,6 +130,21 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(
     assert start(config) == 0
     assert_same(everything(tmp_path / "run"), everything(straight))
     assert losses(tmp_path / "run") == losses(straight)
+
+
+@pytest.mark.parametrize("ticket", [8, 16])
+def test_sigterm_after_a_failed_save_saves_all_the_same(
+    ticket: int, tmp_path: Path, data: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    config = make_config(tmp_path, data)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer, "write_slices", tiny_run.full_disk_once(checkpoint_writer.write_slices))
+        patch.setenv("TINY_TERM", f"0:{ticket}")
+        assert start(config) == faults.EXIT_REQUEUE
+    assert "the checkpoint after step 2 could not be written: [Errno 28]" in capsys.readouterr().err
+    assert [step for step, _ in saved_steps(tmp_path / "run" / "checkpoints")] == [ticket // 8 + 1]
+    assert start(config) == 0
+    assert_same(everything(tmp_path / "run"), everything(straight))
 
 
 def test_a_launcher_that_is_killed_while_its_rank_imports_is_missed(tmp_path: Path, data: Path) -> None:
@@ -303,9 +318,15 @@ def test_help_names_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "85  SIGTERM" in capsys.readouterr().out
 
 
-def test_two_ranks_train_as_one_and_survive_a_signal_to_one_of_them(tmp_path: Path, data: Path, straight: Path) -> None:
+def test_two_ranks_train_as_one_and_survive_a_full_disk_and_a_signal_to_one_of_them(
+    tmp_path: Path, data: Path, straight: Path
+) -> None:
     config = make_config(tmp_path, data)
-    assert forked_ranks.finish(start_ranks(config, TINY_TERM="1:21")) == [faults.EXIT_REQUEUE] * 2, output_of(config)
+    # Rank 1 learns only from rank 0 that the save after step 2 failed.
+    ranks = start_ranks(config, TINY_TERM="1:21", TINY_FULL="0")
+    assert forked_ranks.finish(ranks) == [faults.EXIT_REQUEUE] * 2, output_of(config)
+    assert "rank 0: the checkpoint after step 2 could not be written" in output_of(config)
+    assert [step for step, _ in saved_steps(tmp_path / "run" / "checkpoints")] == [3]
     assert forked_ranks.finish(start_ranks(config)) == [0, 0], output_of(config)
     two, one = everything(tmp_path / "run"), everything(straight)
     for name, tensor in one.items():
