@@ -124,6 +124,11 @@ def open_session(
     train, run = config.train, config.run_folder
     check_ranks(config, topology.world_size)
     manifest, inputs = Manifest.load(config.data.path), fingerprints(config)
+    if train.eval_every and not manifest.splits["heldout"]:
+        raise UserError(
+            f"{config.data.path} has no held-out split, which train.eval_every={train.eval_every} evaluates: set"
+            " train.eval_every=0, or prepare the data again with --heldout-fraction 0.005"
+        )
     if fresh:
         start_over(run, topology)
     signals = stack.enter_context(Signals())

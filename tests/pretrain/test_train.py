@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import UserError
+from data_pipeline.manifest import Manifest
 from pretrain import checkpoint_writer, faults, train
 from pretrain.checkpoint import read_manifest, read_tensors
 from pretrain.engine import Engine
@@ -232,6 +233,22 @@ def test_a_dry_run_leaves_nothing(tmp_path: Path, data: Path, capsys: pytest.Cap
     assert start(config, "--dry-run") == 0
     assert "one step" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
+
+
+def test_data_without_held_out_rows_is_refused_unless_nothing_is_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tiny_run.write_data(tmp_path / "data")
+    fields = json.loads((data / "manifest.json").read_text())
+    fields["splits"]["heldout"] = []
+    del fields["fingerprint"], fields["format_version"]
+    (data / "manifest.json").write_text(Manifest.create(**fields).model_dump_json())
+    config = make_config(tmp_path, data)
+    assert start(config, "--dry-run") == faults.EXIT_USER
+    error = capsys.readouterr().err
+    assert "train.eval_every=0" in error
+    assert "--heldout-fraction" in error
+    assert start(config, "--set", "train.eval_every=0") == 0
 
 
 def test_a_changed_run_is_refused_with_both_values(
