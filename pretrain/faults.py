@@ -92,7 +92,7 @@ class Watchdog:
     writing, a waiting one writes that it waits, so that the ranks that are alive can name the one that is not.
     """
 
-    PHASES = ("setup", "data", "count", "compute", "measure", "update", "log", "evaluate", "checkpoint", "end")
+    PHASES = ("setup", "data", "count", "compute", "measure", "update", "log", "checkpoint", "evaluate", "end")
 
     def __init__(self, timeout_s: float, run: Path, rank: int, host: str = "", exit_process: Callable = os._exit):
         self._timeout_s, self._run, self._rank, self._host = timeout_s, run, rank, host

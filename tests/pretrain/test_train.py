@@ -133,6 +133,22 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(
     assert losses(tmp_path / "run") == losses(straight)
 
 
+def test_an_evaluation_that_fails_costs_no_steps(
+    tmp_path: Path, data: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    config = make_config(tmp_path, data, eval_every=2, checkpoint_async=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", out_of_memory)
+        assert start(config) == faults.EXIT_FAILED
+    assert [step for step, _ in saved_steps(tmp_path / "run" / "checkpoints")] == [2]
+    assert start(config) == 0
+    assert_same(everything(tmp_path / "run"), everything(straight))
+    assert losses(tmp_path / "run") == losses(straight)
+
+
 @pytest.mark.parametrize("ticket", [8, 16])
 def test_sigterm_after_a_failed_save_saves_all_the_same(
     ticket: int, tmp_path: Path, data: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, capsys
