@@ -194,11 +194,11 @@ class Watchdog:
         print(f"rank {self._rank}: {why}; exit code {code}", file=sys.stderr, flush=True)
         if code == EXIT_HUNG:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
-            culprit = self.culprit()
-            print(f"rank {self._rank}: {culprit}", file=sys.stderr, flush=True)
+            whole = f"{why}; {self.culprit()}"
+            print(f"rank {self._rank}: {whole}", file=sys.stderr, flush=True)
             try:
                 with open(self._run / f"stacks-rank-{self._rank:05d}.txt", "w", encoding="utf-8") as file:
-                    file.write(f"{why}; {culprit}\n\n")
+                    file.write(f"{whole}\n\n")
                     file.flush()
                     faulthandler.dump_traceback(file, all_threads=True)
             except OSError as error:
