@@ -3,7 +3,8 @@
 A save in the order of events: every rank copies what it owns to host memory, which is all that training waits for; a
 thread writes `checkpoints/step-N.partial/rank-R.safetensors`, then a report with its hash; rank 0's thread waits for
 all reports, writes the manifest, renames the folder to `step-N`, replaces `latest`, and deletes what is no longer kept.
-So a folder with that name is complete, and whatever a kill leaves behind has another name.
+So a folder with that name is complete, and whatever a kill leaves behind has another name. A failed save is named when it
+fails; the next one is waited for, and ends the run if it fails too.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import json
 import platform
 import secrets
 import shutil
+import sys
 import threading
 import time
 from importlib.metadata import version
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import UserError
-from pretrain.distributed import Topology, all_reduce_sum, any_rank
+from pretrain.distributed import Topology, all_reduce_sum, any_rank, barrier
 from pretrain.file_memory import empty_in_file
 from pretrain.optim import STATES
 from pretrain.slices import (
@@ -64,8 +66,7 @@ class CheckpointWriter:
         self.keep_last, self.keep_every = keep_last, keep_every
         if topology.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob("step-*.*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            self._delete_unfinished()
         # Reports carry this number, so that one from an earlier life of the job is never taken for a new one.
         self._life = int(all_reduce_sum([float(secrets.randbits(48)) if topology.is_main else 0.0])[0])
         self._saves = 0
@@ -90,13 +91,18 @@ class CheckpointWriter:
         Args:
             extra: JSON-able facts to keep (configuration, data fingerprint, counters).
             tensors: further tensors to keep beside the stage's buffers (rank 0's are written).
-            blocking: return only when the checkpoint is complete (collective).
+            blocking: return only when the checkpoint is complete, as is done after a save that failed.
 
         Returns: seconds for which the caller was held up.
-        Raises: the error of the previous write, if it failed; UserError for a value that JSON cannot hold.
+        Raises: the error of the write if that was waited for; UserError for a value that JSON cannot hold.
         """
         began = time.perf_counter()
-        self._join()
+        if not self.settle():
+            blocking = True
+            if self.topology.is_main:
+                self._delete_unfinished()  # it may be what fills the disk
+            barrier()
+        self._error = None
         partition = engine.partition
         slices = self._host.copy(partition)
         if self.topology.is_main:
@@ -113,16 +119,19 @@ class CheckpointWriter:
             self.wait()
         return time.perf_counter() - began
 
+    def settle(self) -> bool:
+        """Wait for the save in flight; False if the last one failed, on whatever rank. Collective."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        # Also a barrier: a launcher kills the others when one rank leaves, and rank 0 may still be committing.
+        return not any_rank(self._error is not None)
+
     def wait(self) -> None:
         """Until the save in flight is complete on all ranks. Collective. Raises its error, on every rank."""
-        error: BaseException | None = None
-        try:
-            self._join()
-        except BaseException as own:
-            error = own
-        # Also a barrier: a launcher kills the others when one rank leaves, and rank 0 may still be committing.
-        if any_rank(error is not None):
-            raise error or RuntimeError("a checkpoint could not be written; see the other ranks' messages")
+        if not self.settle():
+            reason = self._error or "see the other ranks' messages"
+            raise RuntimeError(f"writing the checkpoint failed: {reason}") from self._error
 
     def close(self) -> None:
         """Wait for the save in flight (collective)."""
@@ -149,21 +158,14 @@ class CheckpointWriter:
             | {name: version(name) for name in ("torch", "deepspeed", "safetensors")},
         )
 
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise RuntimeError(f"writing the checkpoint failed: {error}") from error
-
     def _write(self, step: int, slices: list[tuple[str, Tensor]], manifest: Manifest, job: str) -> None:
         partial = self.folder / f"{folder_name(step)}.partial"
         name = f"rank-{self.topology.rank:05d}.safetensors"
         try:
             partial.mkdir(parents=True, exist_ok=True)
             report = write_slices(partial / name, slices)
-            write_atomically(partial / f"{name}.json", json.dumps(report | {"job": job}))
+            # Not durable: it speaks to rank 0 of this job alone, whose manifest then syncs the folder with all its names.
+            write_atomically(partial / f"{name}.json", json.dumps(report | {"job": job}), durable=False)
             if self.topology.is_main:
                 manifest.files.update(self._await_reports(partial, job))
                 manifest.save(partial)
@@ -173,7 +175,15 @@ class CheckpointWriter:
             self._error = error
             if not self.topology.is_main:  # so that rank 0 need not wait for its timeout
                 with contextlib.suppress(OSError):
-                    write_atomically(partial / f"{name}.json", json.dumps({"job": job, "error": str(error)}))
+                    write_atomically(
+                        partial / f"{name}.json", json.dumps({"job": job, "error": str(error)}), durable=False
+                    )
+            print(
+                f"rank {self.topology.rank}: the checkpoint after step {step} could not be written: {error}; the one before it"
+                " stands, and the run ends if the next one fails too",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _await_reports(self, partial: Path, job: str) -> dict[str, dict[str, Any]]:
         waiting = {f"rank-{rank:05d}.safetensors" for rank in range(self.topology.world_size)}
@@ -202,6 +212,10 @@ class CheckpointWriter:
         sync_folder(self.folder)
         write_atomically(self.folder / "latest", f"{final.name}\n")
         shutil.rmtree(final.with_name(f"{final.name}.replaced"), ignore_errors=True)
+
+    def _delete_unfinished(self) -> None:
+        for leftover in self.folder.glob("step-*.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _delete_old(self) -> None:
         for step, path in saved_steps(self.folder)[self.keep_last :]:

@@ -36,7 +36,7 @@ from pretrain import checkpoint
 from pretrain.config import times_of
 from pretrain.config_schema import Flow
 from pretrain.config_sections import Diagnose
-from pretrain.latents import checkpoint_of, load_vae, load_weights
+from pretrain.latents import checkpoint_of, load_vae, load_weights, vae_fingerprint
 from pretrain.model_card import model_card
 from pretrain.slices import FOLDER, folder_name, saved_steps
 
@@ -149,16 +149,18 @@ def load_run(
             f" {manifest.fingerprint[:16]}: name the right folder with --data"
         )
     tokenizer = _tokenizer_of(data, manifest)
-    frozen = load_vae(vae or config["model"]["vae"], manifest)
+    vae = vae or config["model"]["vae"]
+    frozen = load_vae(vae, manifest)
+    expected, found = saved.extra["inputs"]["model.vae"], vae_fingerprint(vae)
+    if found != expected:
+        raise UserError(
+            f"{run} was trained with a VAE of fingerprint {expected[:16]}, that in {vae} has {found[:16]} (has it been"
+            " trained on?): name the right run, or its checkpoint's folder, with --vae"
+        )
     names = {field.name for field in dataclasses.fields(TextDiTConfig)}
     shape = dataclasses.asdict(
         TextDiTConfig(**{name: value for name, value in config["model"].items() if name in names})
     )
-    if shape["latent_dim"] != frozen.config.latent_dim:
-        raise UserError(
-            f"the DiT in {run} has latent_dim {shape['latent_dim']}, the VAE in {vae or config['model']['vae']} has"
-            f" {frozen.config.latent_dim}: name the VAE it was trained with, with --vae"
-        )
     shape["vocab_size"] = frozen.config.vocab_size
     times = times_of(Flow.model_validate(config["flow"]), frozen.config.latent_dim)
     model_config = TextLDMConfig(
@@ -266,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--belief-scale", type=float, help=of_generate)
     parser.add_argument("--solver", choices=SOLVERS, help=of_generate)
     parser.add_argument("--data", help="the prepared data folder, if it moved since training")
-    parser.add_argument("--vae", help="the stage-1 run folder, if it moved since training")
+    parser.add_argument("--vae", help="the stage-1 run's folder, or a checkpoint's, if it is elsewhere now")
     parser.add_argument("--license", default="apache-2.0", help="licence id for the model card")
     parser.add_argument("--overwrite", action="store_true", help="put a folder that stands in the way aside")
     given = parser.parse_args(argv)

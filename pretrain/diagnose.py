@@ -14,6 +14,7 @@ import math
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -275,14 +276,34 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@cli
+def device_of(name: str | None) -> torch.device:
+    """The named device, else a GPU if there is one. Raises: UserError when torch cannot use it."""
+    try:
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:  # the second from a torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device is {name} ({reason}); expected cpu, or a GPU of this machine: cuda, cuda:1"
+        ) from None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
+    try:
+        return run(argv)
+    except Exception:  # Python would end with 1, which says no-go
+        traceback.print_exc()
+        return 2
+
+
+@cli
+def run(argv: list[str] | None = None) -> int:
+    """Measure, judge, write and print."""
     arguments = make_parser().parse_args(argv)
     given = {name: getattr(arguments, name) for name in ("rows", "guidance_scale", "num_steps")}
     overrides = [f"diagnose.{name}={value}" for name, value in given.items() if value is not None]
     config = load_run(arguments.run, [*arguments.set, *overrides])
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(arguments.device)
     output = arguments.output or arguments.run
     output.mkdir(parents=True, exist_ok=True)
     for name in (JSON_NAME, PAGE_NAME):  # an old verdict must not outlive a diagnosis that fails

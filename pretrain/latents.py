@@ -40,8 +40,14 @@ def checkpoint_of(run: str | Path) -> Path:
         return path
     found = checkpoint.newest_complete(path) if path.is_dir() else None
     if found is None:
-        raise UserError(f"{run} has no complete checkpoint; expected the folder of a finished run, e.g. runs/vae_base")
+        raise UserError(f"{run} has no complete checkpoint; expected the folder of a trained run, e.g. runs/vae_base")
     return found
+
+
+def vae_fingerprint(run: str | Path) -> str:
+    """Hash of the checkpoint that `load_vae` takes: which VAE a DiT was trained with. Raises: UserError."""
+    files = checkpoint.read_manifest(checkpoint_of(run)).files
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:

@@ -52,9 +52,11 @@ def execute(steps: Sequence[Step], ledger: Ledger, shared: bool = False) -> None
         started = time.perf_counter()
         code = subprocess.run(on_free_port(step.command), env=environment(), check=False).returncode
         # A diagnosis that says no-go is a figure for the summary, not a failure of the recipe.
-        if code and not (step.name.startswith("diagnose") and code == 1):
+        no_go = step.name.startswith("diagnose") and code == 1
+        if (code and not no_go) or not step.produces.exists():
             raise UserError(
-                f"step {step.name} ended with exit code {code}; mend what it says above, then run the same command: it goes on here"
+                f"step {step.name} ended with exit code {code}{'' if step.produces.exists() else f' and left no {step.produces}'};"
+                " mend what it says above, then run the same command: it goes on here"
             )
         # Of all descendants so far, the largest: the kernel's own count, so no sampling misses a peak.
         peak_gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20

@@ -3,7 +3,6 @@
 data manifest -> newest checkpoint, what may differ from it -> stage -> engine -> restored state -> telemetry, loader
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -35,6 +34,7 @@ from pretrain.config import (
 from pretrain.distributed import Topology, barrier
 from pretrain.engine import Engine, EngineSettings
 from pretrain.faults import Signals, SpikeGuard, Watchdog
+from pretrain.latents import vae_fingerprint
 from pretrain.optim import OptimizerSettings, ScheduleSettings, learning_rate
 from pretrain.slices import saved_steps, write_atomically
 from pretrain.stages import Stage, build_stage
@@ -69,7 +69,7 @@ class Session:
 
     def save(self, blocking: bool = False) -> None:
         """Write a checkpoint of the state after `step` steps, unless there is one. Collective."""
-        if self.step == self.saved_step:
+        if self.step == self.saved_step and self.writer.settle():
             return
         blocking = blocking or not self.config.train.checkpoint_async
         stalled_s = self.writer.save(self.step, self.engine, extra=self._extra(), blocking=blocking)
@@ -81,7 +81,7 @@ class Session:
 
         The same rows would end the same way, so all rows between that checkpoint and here are left out.
         """
-        self.writer.wait()
+        self.writer.settle()  # whether or not it failed: what is complete counts
         bad_from = self.guard.state()["skipped_steps"][0]
         earlier = [step for step, _ in saved_steps(self.run / checkpoint.FOLDER) if step <= bad_from]
         barrier()  # every rank has looked before rank 0 deletes
@@ -133,6 +133,11 @@ def open_session(
     train, run = config.train, config.run_folder
     check_ranks(config, topology.world_size)
     manifest, inputs = Manifest.load(config.data.path), fingerprints(config)
+    if train.eval_every and not manifest.splits["heldout"]:
+        raise UserError(
+            f"{config.data.path} has no held-out split, which train.eval_every={train.eval_every} evaluates: set"
+            " train.eval_every=0, or prepare the data again with --heldout-fraction 0.005"
+        )
     if fresh:
         start_over(run, topology)
     signals = stack.enter_context(Signals())
@@ -209,14 +214,7 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
     if features := features_folder(config):
         found["repa.features"] = FeatureManifest.load(features).fingerprint
     if isinstance(config, DiTRun):
-        vae = Path(config.model.vae)
-        saved = saved_steps(vae / checkpoint.FOLDER)
-        if not saved and not (vae / "manifest.json").exists():
-            raise UserError(
-                f"model.vae is {vae}, where there is no checkpoint; expected a stage-1 run folder: train it first"
-            )
-        files = checkpoint.read_manifest(saved[0][1] if saved else vae).files
-        found["model.vae"] = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+        found["model.vae"] = vae_fingerprint(config.model.vae)
     return found
 
 

@@ -216,15 +216,20 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file as a whole: a reader sees the old content or the new one, also after a power cut."""
+def write_atomically(path: Path, text: str, durable: bool = True) -> None:
+    """Replace a small file as a whole: a reader sees the old content or the new one; if `durable`, also after a power cut.
+
+    Else the folder is not touched any more once the new content is seen: who sees it may rename the folder.
+    """
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     beside.replace(path)
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:

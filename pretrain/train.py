@@ -73,12 +73,12 @@ def train(session: Session, profiler: Any = None, until: int | None = None) -> i
             record_skip(session, step, skip, measured, batches)
         if profiler is not None:
             profiler.step()
-        if is_due(session.step, config.eval_every, config.steps):
-            beat(step, "evaluate")
-            evaluate(session)
         if is_due(session.step, config.checkpoint_every, config.steps):
             beat(step, "checkpoint")
             session.save(blocking=session.step == config.steps)
+        if is_due(session.step, config.eval_every, config.steps):
+            beat(step, "evaluate")
+            evaluate(session)
     return faults.EXIT_OK
 
 

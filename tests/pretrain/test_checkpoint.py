@@ -16,6 +16,7 @@ import pytest
 import torch
 from engine_toy import ToyStage
 from safetensors import safe_open
+from tiny_run import full_disk
 from torch import nn
 
 from data_pipeline.errors import UserError
@@ -119,17 +120,32 @@ def test_the_last_ones_and_every_nth_are_kept(tmp_path: Path):
     assert not list((tmp_path / "checkpoints").glob("*.*"))
 
 
-def test_a_writers_error_is_raised_and_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_save_is_named_at_once_and_the_next_one_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    engine, writer = toy_engine(), CheckpointWriter(tmp_path, Topology())
+    writer.save(1, engine, {}, blocking=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer, "write_slices", full_disk)
+        writer.save(2, engine, {})
+        assert not writer.settle()
+    assert "the checkpoint after step 2 could not be written: [Errno 28] No space left" in capsys.readouterr().err
+    writer.save(3, engine, {})
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == [
+        "step-000000001",
+        "step-000000003",
+    ]
+    assert writer.settle()
+    writer.close()
+
+
+def test_a_second_failure_is_raised_and_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     engine = toy_engine()
     first = save(tmp_path, 1, engine)
     writer = CheckpointWriter(tmp_path, Topology())
-
-    def full_disk(*_: object) -> None:
-        raise OSError("no space left")
-
     monkeypatch.setattr(checkpoint_writer, "write_slices", full_disk)
     writer.save(2, engine, {})
-    with pytest.raises(RuntimeError, match="no space left"):
+    with pytest.raises(RuntimeError, match="No space left"):
         writer.save(3, engine, {})
     assert newest_complete(tmp_path, report=silent) == first
     with pytest.raises(UserError, match="JSON"):
@@ -145,6 +161,22 @@ def test_rank_0_gives_up_on_a_rank_that_does_not_write(tmp_path: Path):
     writer.save(1, toy_engine(), {})
     with pytest.raises(RuntimeError, match=r"rank-00001.safetensors not written within"):
         writer.close()
+
+
+def test_rank_0_may_commit_as_soon_as_it_sees_the_last_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    replace, partial = Path.replace, tmp_path / "checkpoints" / "step-000000001.partial"
+
+    def replace_and_commit(path: Path, target: Path) -> None:
+        replace(path, target)
+        if target == partial / "rank-00001.safetensors.json":
+            partial.rename(partial.with_suffix(""))
+
+    monkeypatch.setattr(Path, "replace", replace_and_commit)
+    writer = CheckpointWriter(tmp_path, Topology(rank=1, world_size=2))
+    writer.save(1, toy_engine(), {})
+    writer.close()
+    found = [path.name for path in sorted((tmp_path / "checkpoints").rglob("*"))]
+    assert found == ["step-000000001", "rank-00001.safetensors", "rank-00001.safetensors.json"]
 
 
 def test_the_same_step_can_be_saved_again_after_a_rewind(tmp_path: Path):

@@ -21,7 +21,7 @@ from modeling.flow import TimeDistribution
 from modeling.sampler import GuidedVelocity, integrate
 from modeling.textldm import TextLDM
 from modeling.textldm import __file__ as textldm_source
-from pretrain import checkpoint
+from pretrain import checkpoint, train
 from pretrain.config import load_config
 from pretrain.config_sections import Diagnose
 from pretrain.convert import Sampling, convert, main, modeling_files
@@ -249,7 +249,7 @@ def altered(trained: Trained, folder: Path, **changes: object) -> Path:
     ("changes", "message"),
     [
         ({"config__model__vae": "nowhere"}, "nowhere has no complete checkpoint"),
-        ({"config__model__latent_dim": 5}, "the DiT in"),
+        ({"config__model__latent_dim": 5}, "does not fit the model"),
         ({"config__model__width": 48}, "does not fit the model"),
         ({"data_fingerprint": "f" * 64}, "trained on data with fingerprint ffff"),
         ({"config__data__path": "gone"}, "gone/manifest.json does not exist"),
@@ -262,6 +262,20 @@ def test_mistakes_are_one_message_and_leave_nothing(
     assert main(["--run", str(run), "--output", str(tmp_path / "x")]) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["dit"]
+
+
+def test_a_vae_that_was_trained_on_is_refused_unless_the_checkpoint_of_then_is_named(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vae = Path(shutil.copytree(trained.vae, tmp_path / "vae"))
+    longer = ["--set", "train.steps=3", "--allow-change", "train.steps"]
+    assert train.main(["--config", str(vae / "config.json"), "--run", str(vae), *longer]) == 0
+    command = ["--run", str(trained.dit), "--output", str(tmp_path / "x"), "--vae"]
+    assert main([*command, str(vae)]) == 2
+    assert f"that in {vae} has" in (message := capsys.readouterr().err)
+    assert "with --vae" in message
+    assert not (tmp_path / "x").exists()
+    assert main([*command, str(vae / "checkpoints" / "step-000000002")]) == 0
 
 
 def test_wrong_runs_and_steps(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

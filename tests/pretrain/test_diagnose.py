@@ -123,6 +123,24 @@ def test_users_mistakes(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "diagnose.rows" in capsys.readouterr().err
 
 
+def test_what_could_not_be_measured_is_no_verdict(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--run", str(runs / "vae"), "--output", str(tmp_path)]
+    assert diagnose.main([*command, "--device", "gpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --device is gpu (")
+    assert error.count("\n") == 1
+
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(diagnose.checks, "heldout_metrics", out_of_memory)
+    assert diagnose.main([*command, "--device", "cpu"]) == 2
+    assert "OutOfMemoryError: CUDA out of memory" in capsys.readouterr().err
+    assert not (tmp_path / "diagnosis.json").exists()
+
+
 @pytest.mark.usefixtures("no_page")
 def test_another_latent_space_than_the_runs_own_is_refused(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -96,25 +97,61 @@ def test_the_watchdog_is_quiet_while_there_is_progress(tmp_path: Path) -> None:
     assert list((tmp_path / "heartbeats").iterdir()) == []
 
 
-def test_the_watchdog_ends_a_hung_process_and_writes_all_stacks(tmp_path: Path) -> None:
+def hung_process(folder: Path, end_timeout_s: float = 20.0) -> subprocess.CompletedProcess[str]:
+    """Rank 3 of a run in `folder`, which hangs in `hang_here`."""
     program = f"""
 import threading, time
 from pathlib import Path
-from pretrain.faults import Watchdog
+from pretrain import faults
+faults.END_TIMEOUT_S = {end_timeout_s}
 def other_thread_function(): time.sleep(60)
 threading.Thread(target=other_thread_function, daemon=True).start()
 def hang_here(): time.sleep(60)
-with Watchdog(1.0, Path({str(tmp_path)!r}), rank=3, host="h") as watchdog:
+with faults.Watchdog(1.0, Path({str(folder)!r}), rank=3, host="h") as watchdog:
     watchdog.beat(7, "compute")
     hang_here()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_watchdog_ends_a_hung_process_and_writes_all_stacks(tmp_path: Path) -> None:
+    done = hung_process(tmp_path)
     assert done.returncode == faults.EXIT_HUNG, done.stderr
     stacks = (tmp_path / "stacks-rank-00003.txt").read_text()
     for text in (stacks, done.stderr):
         assert "hang_here" in text
         assert "other_thread_function" in text
         assert "in phase compute of step 7" in text
+        assert "rank 3 on h (step 7, phase compute) is the furthest behind" in text
+
+
+def test_a_full_disk_does_not_keep_the_watchdog_from_ending_a_hung_process(tmp_path: Path) -> None:
+    (tmp_path / "stacks-rank-00003.txt").symlink_to("/dev/full")
+    done = hung_process(tmp_path)
+    assert done.returncode == faults.EXIT_HUNG, done.stderr
+    assert "hang_here" in done.stderr
+    assert "the stacks are only here: [Errno 28]" in done.stderr
+
+
+def test_a_hung_run_folder_does_not_keep_the_watchdog_from_ending_a_hung_process(tmp_path: Path) -> None:
+    (tmp_path / "heartbeats").mkdir()
+    os.mkfifo(tmp_path / "heartbeats" / "rank-00000.json")  # whoever opens it waits for the other end
+    done = hung_process(tmp_path, end_timeout_s=1.0)
+    assert done.returncode == faults.EXIT_HUNG, done.stderr
+    assert "in phase compute of step 7" in done.stderr
+    assert "hang_here" in done.stderr
+
+
+def test_a_heartbeat_that_cannot_be_written_does_not_stop_the_clock(tmp_path: Path) -> None:
+    codes: list[int] = []
+    written, ended = threading.Event(), threading.Event()
+    with Watchdog(1.0, tmp_path, rank=0, exit_process=lambda code: (codes.append(code), ended.set())) as watchdog:
+        watchdog._write_heartbeat = written.wait  # type: ignore[method-assign]
+        watchdog.end_within(0.0)
+        found = ended.wait(30)
+        written.set()
+    assert found
+    assert set(codes) == {faults.EXIT_REQUEUE}
 
 
 def test_the_grace_period_ends_the_process_for_requeue(tmp_path: Path) -> None:

@@ -85,6 +85,13 @@ def test_a_no_go_is_a_figure_and_not_a_failure(tmp_path):
     assert ran(tmp_path) == ["diagnose-vae", "next"]
 
 
+def test_a_diagnosis_that_leaves_no_verdict_is_a_failure(tmp_path):
+    crashed = Step("diagnose-vae", "a test", [sys.executable, "-c", "raise SystemExit(1)"], tmp_path / "diagnosis.json")
+    with pytest.raises(UserError, match=r"exit code 1 and left no .*diagnosis\.json"):
+        recipe.execute([crashed, step("next", tmp_path)], Ledger(tmp_path))
+    assert not (tmp_path / "log").exists()
+
+
 def test_recipes_side_by_side_start_their_ranks_on_different_ports(tmp_path, monkeypatch):
     fake = tmp_path / "deepspeed"
     fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/log\ntouch {tmp_path}/"$4"\n')

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import UserError
-from pretrain import faults, train
+from data_pipeline.manifest import Manifest
+from pretrain import checkpoint_writer, faults, train
 from pretrain.checkpoint import read_manifest, read_tensors
 from pretrain.engine import Engine
 from pretrain.session import refuse_other_inputs
@@ -132,6 +133,37 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(
     assert losses(tmp_path / "run") == losses(straight)
 
 
+def test_an_evaluation_that_fails_costs_no_steps(
+    tmp_path: Path, data: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    config = make_config(tmp_path, data, eval_every=2, checkpoint_async=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", out_of_memory)
+        assert start(config) == faults.EXIT_FAILED
+    assert [step for step, _ in saved_steps(tmp_path / "run" / "checkpoints")] == [2]
+    assert start(config) == 0
+    assert_same(everything(tmp_path / "run"), everything(straight))
+    assert losses(tmp_path / "run") == losses(straight)
+
+
+@pytest.mark.parametrize("ticket", [8, 16])
+def test_sigterm_after_a_failed_save_saves_all_the_same(
+    ticket: int, tmp_path: Path, data: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    config = make_config(tmp_path, data)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer, "write_slices", tiny_run.full_disk_once(checkpoint_writer.write_slices))
+        patch.setenv("TINY_TERM", f"0:{ticket}")
+        assert start(config) == faults.EXIT_REQUEUE
+    assert "the checkpoint after step 2 could not be written: [Errno 28]" in capsys.readouterr().err
+    assert [step for step, _ in saved_steps(tmp_path / "run" / "checkpoints")] == [ticket // 8 + 1]
+    assert start(config) == 0
+    assert_same(everything(tmp_path / "run"), everything(straight))
+
+
 def test_a_launcher_that_is_killed_while_its_rank_imports_is_missed(tmp_path: Path, data: Path) -> None:
     config, log = make_config(tmp_path, data), tmp_path / "rank.log"
     rank = [sys.executable, "-u", "pretrain/train.py", "--config", str(config)]
@@ -221,6 +253,22 @@ def test_a_dry_run_leaves_nothing(tmp_path: Path, data: Path, capsys: pytest.Cap
     assert start(config, "--dry-run") == 0
     assert "one step" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
+
+
+def test_data_without_held_out_rows_is_refused_unless_nothing_is_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tiny_run.write_data(tmp_path / "data")
+    fields = json.loads((data / "manifest.json").read_text())
+    fields["splits"]["heldout"] = []
+    del fields["fingerprint"], fields["format_version"]
+    (data / "manifest.json").write_text(Manifest.create(**fields).model_dump_json())
+    config = make_config(tmp_path, data)
+    assert start(config, "--dry-run") == faults.EXIT_USER
+    error = capsys.readouterr().err
+    assert "train.eval_every=0" in error
+    assert "--heldout-fraction" in error
+    assert start(config, "--set", "train.eval_every=0") == 0
 
 
 def test_a_changed_run_is_refused_with_both_values(
@@ -317,9 +365,15 @@ def test_help_names_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "85  SIGTERM" in capsys.readouterr().out
 
 
-def test_two_ranks_train_as_one_and_survive_a_signal_to_one_of_them(tmp_path: Path, data: Path, straight: Path) -> None:
+def test_two_ranks_train_as_one_and_survive_a_full_disk_and_a_signal_to_one_of_them(
+    tmp_path: Path, data: Path, straight: Path
+) -> None:
     config = make_config(tmp_path, data)
-    assert forked_ranks.finish(start_ranks(config, TINY_TERM="1:21")) == [faults.EXIT_REQUEUE] * 2, output_of(config)
+    # Rank 1 learns only from rank 0 that the save after step 2 failed.
+    ranks = start_ranks(config, TINY_TERM="1:21", TINY_FULL="0")
+    assert forked_ranks.finish(ranks) == [faults.EXIT_REQUEUE] * 2, output_of(config)
+    assert "rank 0: the checkpoint after step 2 could not be written" in output_of(config)
+    assert [step for step, _ in saved_steps(tmp_path / "run" / "checkpoints")] == [3]
     assert forked_ranks.finish(start_ranks(config)) == [0, 0], output_of(config)
     two, one = everything(tmp_path / "run"), everything(straight)
     for name, tensor in one.items():

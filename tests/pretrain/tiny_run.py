@@ -2,15 +2,18 @@
 
 `main` is pretrain/train.py's with that stage. Environment variables inject faults, by rows, which are the same whatever
 the ranks: TINY_NAN="40,41" gives a nan loss for these tickets, TINY_STOP="rank:ticket" freezes the process,
-TINY_RAISE="rank:ticket" raises, TINY_TERM="rank:ticket" sends it SIGTERM; and TINY_SLOW="rank:seconds" makes every
-forward pass of a rank take so much longer.
+TINY_RAISE="rank:ticket" raises, TINY_TERM="rank:ticket" sends it SIGTERM; TINY_SLOW="rank:seconds" makes every forward
+pass of a rank take so much longer; TINY_FULL="rank" lets its first write of a checkpoint fail.
 """
 
+import errno
 import json
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -133,10 +136,23 @@ def inject_faults(batch: Batch) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def full_disk_once(write: Callable) -> Callable:
+    """The same function, but the first call finds no space."""
+    results: Iterator[Callable] = chain([full_disk], repeat(write))
+    return lambda *arguments: next(results)(*arguments)
+
+
+def full_disk(*_: object) -> None:
+    """What a write meets there."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def main(argv: list[str]) -> int:
     """pretrain/train.py with `TinyStage` in the place of the configuration's stage."""
     import pretrain.session
-    from pretrain import train
+    from pretrain import checkpoint_writer, train
 
+    if os.environ.get("TINY_FULL") == os.environ.get("RANK"):
+        checkpoint_writer.write_slices = full_disk_once(checkpoint_writer.write_slices)
     pretrain.session.build_stage = lambda config, device: TinyStage()
     return train.main(argv)
