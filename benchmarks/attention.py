@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measuring import interleaved, print_figures
+from data_pipeline.devices import device_of
 from data_pipeline.errors import cli
 from modeling.attention import Segments, implementations, varlen_attention
 
@@ -142,7 +143,7 @@ def main_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int | None:
     """Entry point."""
     args = main_parser().parse_args(argv)
-    device = torch.device(args.device)
+    device = device_of(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     figures = measure(device, dtype, args.head_dims, args.width, args.lengths, args.repetitions)
     worst = max(part for layouts in figures["errors"].values() for row in layouts.values() for part in row.values())

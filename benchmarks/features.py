@@ -27,6 +27,7 @@ from benchmarks.feature_losses import compare_losses
 from benchmarks.measuring import ROOT, SHARED, existing, phase, print_figures
 from benchmarks.online_teacher import SCALES, compare_speed
 from data_pipeline.codec_choice import Target, choose, measure
+from data_pipeline.devices import device_of
 from data_pipeline.errors import UserError, cli
 from data_pipeline.feature_job import CodecOptions, FeatureJob
 from data_pipeline.prepare import PrepareOptions, prepare
@@ -146,7 +147,7 @@ def measure_subject(
 def main(argv: list[str] | None = None) -> int | None:
     """Entry point."""
     args = main_parser().parse_args(argv)
-    device = torch.device(args.device)
+    device = device_of(args.device)
     with tempfile.TemporaryDirectory(prefix="benchmark-features-") as folder:
         work = Path(folder)
         with phase("texts and teachers"):

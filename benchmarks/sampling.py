@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.measuring import ROOT, existing, print_figures
+from data_pipeline.devices import device_of
 from data_pipeline.errors import UserError, cli
 from modeling.flow import GRIDS, EstimatePath
 from modeling.sampler import SOLVERS
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> int | None:
     """Entry point."""
     args = main_parser().parse_args(argv)
     config = load_run(existing(args.run, "--run"), [f"diagnose.belief_scale={args.belief_scale}"])
-    device = torch.device(args.device)
+    device = device_of(args.device)
     if config.stage != "dit":
         raise UserError(f"--run {args.run} is a run of stage {config.stage}; expected one of stage dit")
     stage = load_stage(config, checkpoint_of(args.run), device)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from data_pipeline.codec_choice import Target
+from data_pipeline.devices import device_of
 from data_pipeline.errors import UserError, cli
 from data_pipeline.feature_check import check_cache
 from data_pipeline.feature_job import CodecOptions, FeatureJob
@@ -57,7 +58,7 @@ class Ranks:
     def device(self, wanted: str) -> torch.device:
         """`auto` is this rank's GPU where there is one."""
         if wanted != "auto":
-            return torch.device(wanted)
+            return device_of(wanted)
         if torch.cuda.is_available():
             return torch.device("cuda", self.local_rank % torch.cuda.device_count())
         return torch.device("cpu")

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from data_pipeline.devices import device_of
 from data_pipeline.errors import UserError, cli
 from data_pipeline.keys import generator, key
 from data_pipeline.manifest import Manifest
@@ -270,7 +271,7 @@ def main(argv: list[str] | None = None) -> int | None:
         width=args.width, layers=args.layers, seconds=seconds, steps=args.steps,
         batch_tokens=args.batch_tokens, lr=args.lr, seed=args.seed,
     )  # fmt: skip
-    make_teacher(args.data, args.output, recipe, torch.device(args.device))
+    make_teacher(args.data, args.output, recipe, device_of(args.device))
     return 0
 
 

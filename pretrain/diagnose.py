@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from data_pipeline.batch import Batch
+from data_pipeline.devices import device_of
 from data_pipeline.errors import UserError, cli
 from data_pipeline.manifest import Manifest
 from data_pipeline.storage import atomic_write
@@ -274,17 +275,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run")
     return parser
-
-
-def device_of(name: str | None) -> torch.device:
-    """The named device, else a GPU if there is one. Raises: UserError when torch cannot use it."""
-    try:
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError) as error:  # the second from a torch without CUDA
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--device is {name} ({reason}); expected cpu, or a GPU of this machine: cuda, cuda:1"
-        ) from None
 
 
 def main(argv: list[str] | None = None) -> int:

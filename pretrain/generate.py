@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
+from data_pipeline.devices import device_of
 from data_pipeline.errors import UserError, cli
 from modeling.flow import GRIDS
 from modeling.sampler import SOLVERS
@@ -159,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(given, name)}; expected at least 1")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model, tokenizer = load_exported(given.model, given.device)
+    model, tokenizer = load_exported(given.model, device_of(given.device))
     options = Options(**{field.name: getattr(given, field.name) for field in fields(Options)})
     for number, found in enumerate(continue_prompts(model, tokenizer, prompts, options, given.trajectory)):
         if given.json:

@@ -81,6 +81,7 @@ def test_mistakes_are_one_line(exported: Path, tmp_path: Path, capsys: pytest.Ca
         (exported, ["--prompt", "w3 " * 40], "a prompt of 40 tokens"),
         (exported, [*prompt, "--max-new-tokens", "0"], "--max-new-tokens is 0; expected at least 1"),
         (exported, [*prompt, "--num-steps", "-1"], "--num-steps is -1; expected at least 1"),
+        (exported, [*prompt, "--device", "gpu"], "--device is gpu ("),
         (exported, [*prompt, "--num-steps", "1", "--trajectory", str(exported)], "cannot be written"),
         (tmp_path / "none", prompt, "no such folder"),
         (tmp_path, prompt, "has no config.json"),
