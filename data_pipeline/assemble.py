@@ -18,7 +18,7 @@ from data_pipeline.keys import permutation
 from data_pipeline.manifest import shard_name
 from data_pipeline.pack import fill_row, pack_rows, window_lengths
 from data_pipeline.shards import token_members, write_shard
-from data_pipeline.spill import Chunk, Documents, gather, without_duplicates
+from data_pipeline.spill import Chunk, Documents, gather, tokens_below, without_duplicates
 from data_pipeline.storage import atomic_write
 
 HASHES = 1 << 64
@@ -56,7 +56,7 @@ class AssembleTask:
     dedupe: bool
 
 
-def plan_groups(chunks: list[Chunk], row_tokens: int, heldout_fraction: float, num_shards: int | None) -> list[Group]:
+def plan_groups(chunks: list[Path], row_tokens: int, heldout_fraction: float, num_shards: int | None) -> list[Group]:
     """Divide the hashes into the held-out split and train, and train into groups of shards.
 
     Args:
@@ -64,8 +64,8 @@ def plan_groups(chunks: list[Chunk], row_tokens: int, heldout_fraction: float, n
             little data.
     """
     threshold = _heldout_threshold(chunks, heldout_fraction)
-    heldout_tokens = sum(chunk.num_tokens_below(threshold) for chunk in chunks)
-    tokens = sum(chunk.num_tokens for chunk in chunks) - heldout_tokens
+    heldout_tokens, all_tokens = tokens_below(chunks, [threshold, HASHES]).tolist()
+    tokens = all_tokens - heldout_tokens
     shards = num_shards or SHARD_MULTIPLE * max(1, -(-tokens // (SHARD_TOKENS * SHARD_MULTIPLE)))
     possible = max(1, tokens // (GROUP_ROWS * row_tokens))
     groups = max(divisor for divisor in range(1, shards + 1) if shards % divisor == 0 and divisor <= possible)
@@ -135,15 +135,15 @@ def _windows(documents: Documents, task: AssembleTask) -> tuple[np.ndarray, np.n
     return np.array(starts, np.int64)[order], np.array(lengths, np.int64)[order]
 
 
-def _heldout_threshold(chunks: list[Chunk], fraction: float) -> int:
+def _heldout_threshold(chunks: list[Path], fraction: float) -> int:
     """Documents with an upper hash below this are held out: the fraction, of little data at least one, but never
     all.
     """
     if fraction == 0:
         return 0
-    threshold = max(int(fraction * HASHES), min(chunk.first_hash() for chunk in chunks) + 1)
-    remaining = sum(chunk.num_tokens - chunk.num_tokens_below(threshold) for chunk in chunks)
-    return threshold if remaining else 0
+    threshold = max(int(fraction * HASHES), min(Chunk(path).first_hash() for path in chunks) + 1)
+    below, tokens = tokens_below(chunks, [threshold, HASHES])
+    return threshold if below < tokens else 0
 
 
 def _num_shards(group: Group, num_rows: int) -> int:

@@ -21,7 +21,6 @@ from data_pipeline.errors import UserError, cli
 from data_pipeline.inspection import inspect, verify
 from data_pipeline.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from data_pipeline.sources import Source, open_source, source_name
-from data_pipeline.spill import Chunk
 from data_pipeline.storage import atomic_write
 from data_pipeline.tokenization import LoadedTokenizer, load_tokenizer
 from data_pipeline.work import (
@@ -153,7 +152,7 @@ def _assemble(
             "tokens "
             f"({found} documents found)"
         )
-    chunks = [Chunk(work / "units" / name) for name in names]
+    chunks = [work / "units" / name for name in names]
     groups = plan_groups(chunks, options.row_tokens, options.heldout_fraction, options.shards)
     tasks = [
         AssembleTask(
