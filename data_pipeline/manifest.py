@@ -64,8 +64,8 @@ class MemberInfo(_Strict):
 
 
 class Manifest(_Strict):
-    """A prepared folder. `source`, `statistics` and the tokenizer's name inform; everything else enters the
-    fingerprint.
+    """A prepared folder. `source`, `text_field`, `source_files`, `statistics` and the tokenizer's name inform; everything
+    else enters the fingerprint. `source_files` is `sources.files_hash`; both are None in folders of earlier versions.
     """
 
     format_version: Literal[1]
@@ -80,6 +80,8 @@ class Manifest(_Strict):
     tokenizer: TokenizerInfo
     splits: dict[str, list[ShardInfo]]
     source: str
+    text_field: str | None = None
+    source_files: str | None = Field(default=None, pattern=_SHA256)
     statistics: dict[str, int]
 
     @classmethod
@@ -108,7 +110,7 @@ class Manifest(_Strict):
 
     def content(self) -> dict[str, Any]:
         """The fields that determine what training sees."""
-        fields = self.model_dump(exclude={"fingerprint", "source", "statistics"})
+        fields = self.model_dump(exclude={"fingerprint", "source", "text_field", "source_files", "statistics"})
         fields["tokenizer"] = {name: fields["tokenizer"][name] for name in ("sha256", "vocab_size", "eos_id")}
         return fields
 

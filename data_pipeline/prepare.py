@@ -20,10 +20,11 @@ from data_pipeline.encode import EncodeTask, UnitResult, encode_unit, load_resul
 from data_pipeline.errors import UserError, cli
 from data_pipeline.inspection import inspect, verify
 from data_pipeline.manifest import MANIFEST_NAME, Manifest, ShardInfo
-from data_pipeline.sources import Source, open_source, source_name
+from data_pipeline.sources import Source, files_hash, open_source, source_name
 from data_pipeline.storage import atomic_write
 from data_pipeline.tokenization import LoadedTokenizer, load_tokenizer
 from data_pipeline.work import (
+    SOURCE_FILES,
     WORK_FOLDER,
     check_complete,
     check_same,
@@ -94,7 +95,7 @@ def prepare(
     tokenizer = load_tokenizer(options.tokenizer, options.tokenizer_revision)
     arguments = _arguments(options, tokenizer)
     if (output / MANIFEST_NAME).exists():
-        return _finished(output, arguments)
+        return _finished(options, arguments)
     use_tokenizer(tokenizer)
     with Workers(options.workers) as workers:
         source = open_source(options.source, options.text_field)
@@ -208,6 +209,8 @@ def _manifest(
         tokenizer=tokenizer.info,
         splits=splits,
         source=source.name,
+        text_field=options.text_field,
+        source_files=files_hash(options.source, source.units),
         statistics={**counts, "duplicates": duplicates, "heldout_documents": heldout},
     )
 
@@ -242,14 +245,18 @@ def _arguments(options: PrepareOptions, tokenizer: LoadedTokenizer) -> dict[str,
     }
 
 
-def _finished(output: Path, arguments: dict[str, Any]) -> Manifest:
-    """The manifest of a folder that is complete, checked against the arguments it records."""
-    manifest = Manifest.load(output)
+def _finished(options: PrepareOptions, arguments: dict[str, Any]) -> Manifest:
+    """The manifest of a folder that is complete, checked against the arguments and the source that it records."""
+    manifest = Manifest.load(options.output)
     earlier = finished_arguments(manifest)
-    ignored = {"--text-field"} | ({"--shards"} if arguments["--shards"] == "auto" else set())
-    check_same(earlier, {name: value for name, value in arguments.items() if name not in ignored}, output)
-    shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)
-    print(f"{output}: already prepared")
+    if arguments["--shards"] == "auto":
+        del earlier["--shards"]
+    check_same(earlier, {name: value for name, value in arguments.items() if name in earlier}, options.output)
+    if SOURCE_FILES in earlier:
+        units = open_source(options.source, options.text_field).units
+        check_same(earlier, {SOURCE_FILES: files_hash(options.source, units)}, options.output)
+    shutil.rmtree(options.output / WORK_FOLDER, ignore_errors=True)
+    print(f"{options.output}: already prepared")
     return manifest
 
 

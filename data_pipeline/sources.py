@@ -11,8 +11,10 @@ other.
 | `installed` | English prose found on this machine, see installed_prose.py |
 """
 
+import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -39,7 +41,7 @@ class Unit:
     location: str
     start: int
     stop: int
-    size: int = 0  # of the file, to notice that it changed between two runs
+    size: int = 0  # of the file or files, to notice that they changed between two runs
 
     def __str__(self) -> str:
         return f"{self.location}[{self.start}:{self.stop}]"
@@ -61,6 +63,14 @@ class Source:
 def source_name(spec: str) -> str:
     """Name of a source as manifests record it: without the folders of this machine."""
     return Path(spec).resolve().name if spec != "installed" and Path(spec).exists() else spec
+
+
+def files_hash(spec: str, units: Iterable[Unit]) -> str | None:
+    """SHA-256 over the names below a local source and the sizes of the files that it takes; None of any other source."""
+    if not Path(spec).exists():
+        return None
+    files = sorted({(os.path.relpath(unit.location, spec), unit.size) for unit in units})
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def open_source(spec: str, text_field: str = "text") -> Source:
@@ -158,16 +168,16 @@ def _folder_units(folder: Path) -> list[Unit]:
         path.suffix in (".json", ".csv", ".arrow", ".tar") or path.name.endswith((".json.gz", ".json.zst"))
         for path in files
     ):
-        return _streamed_units(str(folder))
+        return _streamed_units(str(folder), sum(path.stat().st_size for path in files))
     raise UserError(
         f"source {folder}: the folder holds no .jsonl, .txt or .parquet file and no saved dataset ({len(files)} other "
         "files)"
     )
 
 
-def _streamed_units(spec: str) -> list[Unit]:
+def _streamed_units(spec: str, size: int = 0) -> list[Unit]:
     num_shards = _load_streamed(spec).num_shards
-    return [Unit("streamed", spec, shard, num_shards) for shard in range(num_shards)]
+    return [Unit("streamed", spec, shard, num_shards, size) for shard in range(num_shards)]
 
 
 def _read_jsonl(unit: Unit, text_field: str) -> Iterator[str]:

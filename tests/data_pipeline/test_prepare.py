@@ -196,6 +196,31 @@ def test_a_finished_folder_stays_as_it_is(place: Path, tmp_path: Path, capsys: p
     assert len(list(tmp_path.glob("train-*.tar"))) == 4
 
 
+def test_a_finished_folder_knows_its_source_from_another_of_the_same_name(place: Path, tmp_path: Path) -> None:
+    for name, count in (("a", 60), ("b", 61)):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"text": text, "title": text}) + "\n" for text in TEXTS[:count]]
+        (tmp_path / name / "train.jsonl").write_text("".join(lines))
+    first = replace(options(place, tmp_path / "out"), source=str(tmp_path / "a" / "train.jsonl"))
+    manifest = prepare.prepare(first)
+    assert prepare.prepare(first) == manifest
+    shutil.copytree(tmp_path / "a", tmp_path / "copied")
+    assert prepare.prepare(replace(first, source=str(tmp_path / "copied" / "train.jsonl"))) == manifest
+    with pytest.raises(UserError, match=r"--source .*names and sizes.* was .*, now"):
+        prepare.prepare(replace(first, source=str(tmp_path / "b" / "train.jsonl")))
+    with pytest.raises(UserError, match="--text-field was 'text', now 'title'"):
+        prepare.prepare(replace(first, text_field="title"))
+    # A folder of an earlier version records neither.
+    path = tmp_path / "out" / "manifest.json"
+    fields = json.loads(path.read_text())
+    del fields["text_field"], fields["source_files"]
+    path.write_text(json.dumps(fields))
+    earlier = prepare.prepare(replace(first, text_field="title"))
+    assert earlier is not None
+    assert manifest is not None
+    assert earlier.fingerprint == manifest.fingerprint
+
+
 def test_changed_arguments_and_sources_are_refused_on_resume(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "source", tmp_path / "source")
     shutil.copytree(place / "tokenizer", tmp_path / "tokenizer")
