@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.assemble import AssembleTask, assemble_group, load_group, plan_groups
+from data_pipeline.assemble import AssembleTask, Group, assemble_group, count_rows, load_group, plan_groups
 from data_pipeline.encode import EncodeTask, UnitResult, encode_unit, load_result, use_tokenizer
 from data_pipeline.errors import UserError, cli
 from data_pipeline.inspection import inspect, verify
@@ -153,10 +153,9 @@ def _assemble(
             "tokens "
             f"({found} documents found)"
         )
-    chunks = [work / "units" / name for name in names]
-    groups = plan_groups(chunks, options.row_tokens, options.heldout_fraction, options.shards)
-    tasks = [
-        AssembleTask(
+
+    def task_for(group: Group) -> AssembleTask:
+        return AssembleTask(
             group=group,
             output=options.output,
             work=work,
@@ -168,8 +167,15 @@ def _assemble(
             seed=options.seed,
             dedupe=options.dedupe,
         )
-        for group in groups
-    ]
+
+    groups = plan_groups(
+        [work / "units" / name for name in names],
+        options.row_tokens,
+        options.heldout_fraction,
+        options.shards,
+        lambda group: count_rows(task_for(group)),
+    )
+    tasks = [task_for(group) for group in groups]
     with Progress("packing", len(tasks), "documents") as progress:
         unfinished = [task for task in tasks if load_group(work, task.group) is None]
         workers.run(_guarded_assemble, unfinished, progress)
