@@ -305,10 +305,15 @@ def _parse(line: bytes, text_field: str, location: str, place: str) -> str:
 
 
 def _checked(text: Any, text_field: str, location: str, place: str) -> str:
+    """The field's text, with replacement characters where UTF-8 could not hold it."""
     if text is None:
         return ""  # a missing text counts as an empty document
     if not isinstance(text, str):
         raise UserError(f"source {location}, {place}: {text_field!r} is {type(text).__name__}, expected text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # lone surrogates, which JSON can hold and UTF-8 cannot
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
 

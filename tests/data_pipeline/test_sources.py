@@ -171,6 +171,11 @@ def test_missing_text_is_an_empty_document(tmp_path: Path) -> None:
     assert list(open_source(str(tmp_path / "a.jsonl"))) == ["", "x"]
 
 
+def test_what_utf8_cannot_hold_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(r'{"text": "a \ud83d b \ud83d\ude00 \udc00"}')
+    assert list(open_source(str(tmp_path / "a.jsonl"))) == ["a \ufffd b \U0001f600 \ufffd"]
+
+
 @pytest.mark.parametrize("spec", ["nowhere.jsonl", "./nowhere", "/no/where", "x.csv"])
 def test_missing_sources_are_refused_without_asking_the_hub(spec: str) -> None:
     with pytest.raises(UserError, match="no such file or folder; expected"):
