@@ -28,7 +28,7 @@ UNIT_BYTES = 8 << 20  # of plain text; a unit is the grain of parallel work and 
 _SAVED_ROWS = 10_000
 _LINES_PER_BLOCK = 256
 _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
-_SEPARATOR = re.compile(r"\f|^<\|endoftext\|>[ \t]*$", re.MULTILINE)
+_SEPARATOR = re.compile(r"\f|^<\|endoftext\|>[ \t\r]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
