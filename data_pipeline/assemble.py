@@ -16,7 +16,7 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.keys import permutation
-from data_pipeline.manifest import shard_name
+from data_pipeline.manifest import MAX_SHARDS, shard_name
 from data_pipeline.pack import fill_row, pack_rows, window_lengths
 from data_pipeline.shards import token_members, write_shard
 from data_pipeline.spill import Chunk, Documents, gather, tokens_below, without_duplicates
@@ -77,7 +77,8 @@ def plan_groups(
     threshold = _heldout_threshold(chunks, heldout_fraction)
     heldout_tokens, all_tokens = tokens_below(chunks, [threshold, HASHES]).tolist()
     tokens = all_tokens - heldout_tokens
-    shards = num_shards or SHARD_MULTIPLE * max(1, -(-tokens // (SHARD_TOKENS * SHARD_MULTIPLE)))
+    multiples = min(max(1, -(-tokens // (SHARD_TOKENS * SHARD_MULTIPLE))), MAX_SHARDS // SHARD_MULTIPLE)
+    shards = num_shards or SHARD_MULTIPLE * multiples
     possible = max(1, tokens // (GROUP_ROWS * row_tokens))
 
     def most(plans: Iterable[list[Group]]) -> list[Group]:
@@ -89,7 +90,7 @@ def plan_groups(
         train = [replace(train[0], num_shards=None)]
     if not heldout_tokens:
         return train
-    parts = range(max(1, heldout_tokens // SHARD_TOKENS), 0, -1)
+    parts = range(min(max(1, heldout_tokens // SHARD_TOKENS), MAX_SHARDS), 0, -1)
     return train + most(_divide("heldout", 0, threshold, number, 1) for number in parts)
 
 

@@ -16,6 +16,7 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "heldout")
 
+MAX_SHARDS = 100_000  # of a split: five digits
 _SHA256 = r"^[0-9a-f]{64}$"
 _SHARD_NAME = r"^(train|heldout)-[0-9]{5}\.tar$"  # no separators: a manifest cannot point out of its folder
 _Count = Annotated[int, Field(gt=0, lt=1 << 48)]  # sums of them fit 64 bits

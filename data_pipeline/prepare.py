@@ -19,7 +19,7 @@ from data_pipeline.assemble import AssembleTask, Group, assemble_group, count_ro
 from data_pipeline.encode import EncodeTask, UnitResult, encode_unit, load_result, use_tokenizer
 from data_pipeline.errors import UserError, cli
 from data_pipeline.inspection import inspect, verify
-from data_pipeline.manifest import MANIFEST_NAME, Manifest, ShardInfo
+from data_pipeline.manifest import MANIFEST_NAME, MAX_SHARDS, Manifest, ShardInfo
 from data_pipeline.sources import Source, files_hash, open_source, source_name
 from data_pipeline.storage import atomic_write
 from data_pipeline.tokenization import LoadedTokenizer, load_tokenizer
@@ -70,8 +70,8 @@ class PrepareOptions:
                 f"--row-tokens {self.row_tokens} is less than --max-document-length {self.max_document_length}: "
                 "a window must fit a row; raise the one or lower the other"
             )
-        if self.shards is not None and self.shards < 1:
-            raise UserError(f"--shards {self.shards}: expected at least 1, or auto")
+        if self.shards is not None and not 1 <= self.shards <= MAX_SHARDS:
+            raise UserError(f"--shards {self.shards}: expected 1 to {MAX_SHARDS}, or auto")
         if not 0 <= self.heldout_fraction < 1:
             raise UserError(f"--heldout-fraction {self.heldout_fraction}: expected a share in [0, 1)")
 

@@ -65,6 +65,17 @@ def test_groups_are_as_many_as_the_tokens_allow_where_each_has_enough(tmp_path: 
     assert [(group.first_shard, group.num_shards) for group in groups] == [(2 * i, 2) for i in range(8)]
 
 
+def test_shards_are_no_more_than_their_names_can_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assemble, "SHARD_TOKENS", 10)
+    monkeypatch.setattr(assemble, "MAX_SHARDS", 100)
+    chunks = write_chunks(tmp_path, [i << 56 for i in range(256)], [10] * 256, per_chunk=256)
+    groups = plan_groups(chunks, 64, 0.5, None, not_asked)
+    assert len(ranges(groups, "heldout")) == 100
+    assert groups[0].num_shards is None  # as many as the rows allow, which are 20
+    groups = plan_groups(chunks, 1, 0, None, not_asked)
+    assert sum(group.num_shards or 0 for group in groups) == 96
+
+
 def test_held_out_documents_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assemble, "SHARD_TOKENS", 1000)
     chunks = write_chunks(tmp_path, [0, 1 << 58, 15 << 58, 40 << 58], [1000] * 4)

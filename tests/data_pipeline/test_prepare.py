@@ -350,6 +350,7 @@ def test_the_loader_reads_what_prepare_wrote(place: Path, expected: dict) -> Non
         ({"min_document_length": 40}, "twice --min-document-length"),
         ({"heldout_fraction": 1.0}, "--heldout-fraction 1.0"),
         ({"shards": 0}, "--shards 0"),
+        ({"shards": 100_001}, "--shards 100001: expected 1 to 100000"),
         ({"workers": 0}, "--workers 0"),
         ({"text_field": "body"}, "--text-field"),
         ({"shards": 100_000}, "too few for 100000"),
