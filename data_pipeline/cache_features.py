@@ -25,6 +25,7 @@ from data_pipeline.codec_choice import Target
 from data_pipeline.errors import UserError, cli
 from data_pipeline.feature_check import check_cache
 from data_pipeline.feature_job import CodecOptions, FeatureJob
+from data_pipeline.storage import local_folder
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
@@ -141,7 +142,7 @@ def job_from(args: argparse.Namespace, ranks: Ranks) -> FeatureJob:
     orders: Sequence[int] = range(4) if args.ngram_order is None else range(args.ngram_order + 1)
     return FeatureJob.open(
         data=args.data,
-        output=Path(args.output or Path(args.data) / f"features-{Path(args.teacher).name}"),
+        output=local_folder(args.output or f"{args.data}/features-{Path(args.teacher).name}"),
         teacher=args.teacher,
         revision=args.revision,
         layer=-3 if args.layer is None else args.layer,

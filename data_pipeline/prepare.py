@@ -21,7 +21,7 @@ from data_pipeline.errors import UserError, cli
 from data_pipeline.inspection import inspect, verify
 from data_pipeline.manifest import MANIFEST_NAME, MAX_SHARDS, Manifest, ShardInfo
 from data_pipeline.sources import Source, files_hash, open_source, source_name
-from data_pipeline.storage import atomic_write
+from data_pipeline.storage import atomic_write, local_folder
 from data_pipeline.tokenization import LoadedTokenizer, load_tokenizer
 from data_pipeline.work import (
     SOURCE_FILES,
@@ -292,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tokenizer", required=True, help="folder, tokenizer.json or Hugging Face name")
     parser.add_argument("--tokenizer-revision", help="commit or tag of the tokenizer on the hub")
-    parser.add_argument("--output", type=Path, required=True, help="folder for shards and manifest")
+    parser.add_argument("--output", required=True, help="folder for shards and manifest")
     parser.add_argument("--text-field", default="text", help="field of a record that holds the text (%(default)s)")
     parser.add_argument("--row-tokens", type=int, default=4096, help="tokens of a row (%(default)s)")
     parser.add_argument(
@@ -331,8 +331,8 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["inspect"], ["verify"]):
         parser = argparse.ArgumentParser(prog=f"python -m data_pipeline.prepare {argv[0]}")
-        parser.add_argument("folder", type=Path)
-        folder = parser.parse_args(argv[1:]).folder
+        parser.add_argument("folder")
+        folder = local_folder(parser.parse_args(argv[1:]).folder)
         for line in inspect(folder) if argv[0] == "inspect" else verify(folder):
             print(line)
         return
@@ -340,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
     part, merge, fresh = (arguments.pop(name) for name in ("part", "merge", "fresh"))
     if part is not None and merge:
         raise UserError("--part encodes and --merge finishes: give one of them")
-    options = PrepareOptions(**arguments)
+    options = PrepareOptions(**arguments | {"output": local_folder(arguments["output"])})
     with disk_errors(options.output):
         manifest = prepare(options, part, merge, fresh)
     if manifest is not None:

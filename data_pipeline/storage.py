@@ -32,6 +32,16 @@ def is_url(location: str) -> bool:
     return "://" in location
 
 
+def local_folder(location: str) -> Path:
+    """The path of a folder that is written, or whose files are looked through. Raises UserError for a URL."""
+    if is_url(location):
+        raise UserError(
+            f"{location} is a URL, expected a local folder: outputs are written locally, copy the folder afterwards; and "
+            "a folder is looked through where it is local"
+        )
+    return Path(location)
+
+
 def read_bytes(folder: str, name: str) -> bytes:
     """Contents of a small file of the folder. Raises FileNotFoundError when there is none."""
     if not is_url(folder):

@@ -383,6 +383,17 @@ def test_inspect_and_verify(place: Path, expected: dict, tmp_path: Path, capsys:
     assert "train-00007.tar: SHA-256" in capsys.readouterr().err
 
 
+def test_urls_are_no_outputs(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    start = ["--source", str(place / "source"), "--tokenizer", str(place / "tokenizer"), "--output"]
+    for arguments in ([*start, "s3://bucket/data"], ["verify", "https://host/data"], ["inspect", "https://host/data"]):
+        assert main(arguments) == 2
+        assert f"{arguments[-1]} is a URL, expected a local folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_real_text_fills_rows(shared: Path, tmp_path: Path) -> None:
     for name, tokenizer, row_tokens in (("openwebtext", "qwen", 4096), ("tinystories", "gpt2", 1024)):
         lines = (shared / "corpora" / f"{name}.jsonl").read_text().splitlines()
