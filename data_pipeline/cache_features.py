@@ -143,7 +143,7 @@ def job_from(args: argparse.Namespace, ranks: Ranks) -> FeatureJob:
     orders: Sequence[int] = range(4) if args.ngram_order is None else range(args.ngram_order + 1)
     return FeatureJob.open(
         data=args.data,
-        output=output_of(args),
+        output=local_folder(args.output or f"{args.data}/features-{Path(args.teacher).name}"),
         teacher=args.teacher,
         revision=args.revision,
         layer=-3 if args.layer is None else args.layer,
@@ -159,14 +159,6 @@ def job_from(args: argparse.Namespace, ranks: Ranks) -> FeatureJob:
             args.sample_tokens,
         ),
     )
-
-
-def output_of(args: argparse.Namespace) -> Path:
-    """Where the features go. Raises: UserError."""
-    try:
-        return local_folder(args.output or f"{args.data}/features-{Path(args.teacher).name}")
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"the features' folder {error}: name it with --output") from None
 
 
 @cli

@@ -119,20 +119,10 @@ def _batches(task: EncodeTask, result: UnitResult) -> Iterator[list[str]]:
 
 def _encode(texts: list[str], task: EncodeTask) -> Iterator[tuple[bytes, np.ndarray]]:
     """UTF-8 bytes and token ids, the document end included, of each text."""
-    encoded = [_utf8(text) for text in texts]
     tail = [] if task.eos_id is None else [task.eos_id]
-    encodings = _tokenizer.encode_batch_fast([text for text, _ in encoded], add_special_tokens=False)
-    for (_, data), encoding in zip(encoded, encodings, strict=True):
-        yield data, np.array(encoding.ids + tail, dtype=task.token_dtype)
-
-
-def _utf8(text: str) -> tuple[str, bytes]:
-    """The text, and in UTF-8; lone surrogates, which JSON can hold and UTF-8 cannot, become replacement characters."""
-    try:
-        return text, text.encode()
-    except UnicodeEncodeError:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return text, text.encode()
+    encodings = _tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    for text, encoding in zip(texts, encodings, strict=True):
+        yield text.encode(), np.array(encoding.ids + tail, dtype=task.token_dtype)
 
 
 def _flush(task: EncodeTask, result: UnitResult, hashes: list[bytes], documents: list[np.ndarray]) -> None:

@@ -34,6 +34,7 @@ from data_pipeline.stream import TokenRows
 
 HEAD_DIM = 32
 IGNORED = -100  # label that cross-entropy leaves out
+MAX_TRAIN_TOKENS = 20_000_000  # more than a short training reads; they are held in memory
 WARMUP_SHARE, FINAL_LR_SHARE = 0.05, 0.05
 
 
@@ -76,7 +77,9 @@ class Recipe:
 
 
 class Windows:
-    """All windows of a split in memory, as padded batches of about equal numbers of tokens."""
+    """Windows of a split in memory, as padded batches of about equal numbers of tokens: of its first shards, up to the one
+    that reaches `max_tokens`.
+    """
 
     def __init__(
         self, data: str, manifest: Manifest, split: Literal["train", "heldout"], max_tokens: int | None = None
@@ -88,7 +91,7 @@ class Windows:
             tokens_BR, lengths = reader.read(Span(0, index, 0, shard.rows))
             for row, row_lengths in zip(tokens_BR, lengths, strict=True):
                 pieces = np.split(row, np.cumsum(row_lengths))[: len(row_lengths)]
-                self.windows += [piece.astype(np.int64) for piece in pieces if len(piece) > 1]
+                self.windows += [piece.copy() for piece in pieces if len(piece) > 1]
                 self.num_tokens += int(row_lengths.sum())
             if max_tokens is not None and self.num_tokens >= max_tokens:
                 break
@@ -110,7 +113,7 @@ class Windows:
     def _pad(self, windows: list[np.ndarray]) -> torch.Tensor:
         padded_WL = torch.full((len(windows), max(map(len, windows))), IGNORED)
         for row_L, window in zip(padded_WL, windows, strict=True):
-            row_L[: len(window)] = torch.from_numpy(window)
+            row_L[: len(window)] = torch.from_numpy(window.astype(np.int64))
         return padded_WL
 
 
@@ -238,7 +241,7 @@ def make_teacher(data: str, output: Path, recipe: Recipe, device: torch.device) 
         )
     model = build(manifest, recipe)
     model.to(device)  # type: ignore[arg-type]  # transformers wraps it without its types
-    windows = Windows(data, manifest, "train")
+    windows = Windows(data, manifest, "train", MAX_TRAIN_TOKENS)
     held = Windows(data, manifest, "heldout", max_tokens=200_000)
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"teacher: {size:,} parameters, {windows.num_tokens:,} training tokens, {device}", flush=True)

@@ -16,6 +16,7 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "heldout")
 
+MAX_SHARDS = 100_000  # of a split: five digits
 _SHA256 = r"^[0-9a-f]{64}$"
 _SHARD_NAME = r"^(train|heldout)-[0-9]{5}\.tar$"  # no separators: a manifest cannot point out of its folder
 _Count = Annotated[int, Field(gt=0, lt=1 << 48)]  # sums of them fit 64 bits
@@ -64,8 +65,8 @@ class MemberInfo(_Strict):
 
 
 class Manifest(_Strict):
-    """A prepared folder. `source`, `statistics` and the tokenizer's name inform; everything else enters the
-    fingerprint.
+    """A prepared folder. `source`, `text_field`, `source_files`, `statistics` and the tokenizer's name inform; everything
+    else enters the fingerprint. `source_files` is `sources.files_hash`; both are None in folders of earlier versions.
     """
 
     format_version: Literal[1]
@@ -80,6 +81,8 @@ class Manifest(_Strict):
     tokenizer: TokenizerInfo
     splits: dict[str, list[ShardInfo]]
     source: str
+    text_field: str | None = None
+    source_files: str | None = Field(default=None, pattern=_SHA256)
     statistics: dict[str, int]
 
     @classmethod
@@ -108,7 +111,7 @@ class Manifest(_Strict):
 
     def content(self) -> dict[str, Any]:
         """The fields that determine what training sees."""
-        fields = self.model_dump(exclude={"fingerprint", "source", "statistics"})
+        fields = self.model_dump(exclude={"fingerprint", "source", "text_field", "source_files", "statistics"})
         fields["tokenizer"] = {name: fields["tokenizer"][name] for name in ("sha256", "vocab_size", "eos_id")}
         return fields
 

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.assemble import AssembleTask, assemble_group, load_group, plan_groups
+from data_pipeline.assemble import AssembleTask, Group, assemble_group, count_rows, load_group, plan_groups
 from data_pipeline.encode import EncodeTask, UnitResult, encode_unit, load_result, use_tokenizer
 from data_pipeline.errors import UserError, cli
 from data_pipeline.inspection import inspect, verify
-from data_pipeline.manifest import MANIFEST_NAME, Manifest, ShardInfo
-from data_pipeline.sources import Source, open_source, source_name
-from data_pipeline.spill import Chunk
+from data_pipeline.manifest import MANIFEST_NAME, MAX_SHARDS, Manifest, ShardInfo
+from data_pipeline.sources import Source, files_hash, open_source, source_name
 from data_pipeline.storage import atomic_write, local_folder
 from data_pipeline.tokenization import LoadedTokenizer, load_tokenizer
 from data_pipeline.work import (
+    SOURCE_FILES,
     WORK_FOLDER,
     check_complete,
     check_same,
@@ -70,8 +70,8 @@ class PrepareOptions:
                 f"--row-tokens {self.row_tokens} is less than --max-document-length {self.max_document_length}: "
                 "a window must fit a row; raise the one or lower the other"
             )
-        if self.shards is not None and self.shards < 1:
-            raise UserError(f"--shards {self.shards}: expected at least 1, or auto")
+        if self.shards is not None and not 1 <= self.shards <= MAX_SHARDS:
+            raise UserError(f"--shards {self.shards}: expected 1 to {MAX_SHARDS}, or auto")
         if not 0 <= self.heldout_fraction < 1:
             raise UserError(f"--heldout-fraction {self.heldout_fraction}: expected a share in [0, 1)")
 
@@ -95,7 +95,7 @@ def prepare(
     tokenizer = load_tokenizer(options.tokenizer, options.tokenizer_revision)
     arguments = _arguments(options, tokenizer)
     if (output / MANIFEST_NAME).exists():
-        return _finished(output, arguments)
+        return _finished(options, arguments)
     use_tokenizer(tokenizer)
     with Workers(options.workers) as workers:
         source = open_source(options.source, options.text_field)
@@ -153,10 +153,9 @@ def _assemble(
             "tokens "
             f"({found} documents found)"
         )
-    chunks = [Chunk(work / "units" / name) for name in names]
-    groups = plan_groups(chunks, options.row_tokens, options.heldout_fraction, options.shards)
-    tasks = [
-        AssembleTask(
+
+    def task_for(group: Group) -> AssembleTask:
+        return AssembleTask(
             group=group,
             output=options.output,
             work=work,
@@ -168,8 +167,15 @@ def _assemble(
             seed=options.seed,
             dedupe=options.dedupe,
         )
-        for group in groups
-    ]
+
+    groups = plan_groups(
+        [work / "units" / name for name in names],
+        options.row_tokens,
+        options.heldout_fraction,
+        options.shards,
+        lambda group: count_rows(task_for(group)),
+    )
+    tasks = [task_for(group) for group in groups]
     with Progress("packing", len(tasks), "documents") as progress:
         unfinished = [task for task in tasks if load_group(work, task.group) is None]
         workers.run(_guarded_assemble, unfinished, progress)
@@ -209,6 +215,8 @@ def _manifest(
         tokenizer=tokenizer.info,
         splits=splits,
         source=source.name,
+        text_field=options.text_field,
+        source_files=files_hash(options.source, source.units),
         statistics={**counts, "duplicates": duplicates, "heldout_documents": heldout},
     )
 
@@ -243,14 +251,18 @@ def _arguments(options: PrepareOptions, tokenizer: LoadedTokenizer) -> dict[str,
     }
 
 
-def _finished(output: Path, arguments: dict[str, Any]) -> Manifest:
-    """The manifest of a folder that is complete, checked against the arguments it records."""
-    manifest = Manifest.load(output)
+def _finished(options: PrepareOptions, arguments: dict[str, Any]) -> Manifest:
+    """The manifest of a folder that is complete, checked against the arguments and the source that it records."""
+    manifest = Manifest.load(options.output)
     earlier = finished_arguments(manifest)
-    ignored = {"--text-field"} | ({"--shards"} if arguments["--shards"] == "auto" else set())
-    check_same(earlier, {name: value for name, value in arguments.items() if name not in ignored}, output)
-    shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)
-    print(f"{output}: already prepared")
+    if arguments["--shards"] == "auto":
+        del earlier["--shards"]
+    check_same(earlier, {name: value for name, value in arguments.items() if name in earlier}, options.output)
+    if SOURCE_FILES in earlier:
+        units = open_source(options.source, options.text_field).units
+        check_same(earlier, {SOURCE_FILES: files_hash(options.source, units)}, options.output)
+    shutil.rmtree(options.output / WORK_FOLDER, ignore_errors=True)
+    print(f"{options.output}: already prepared")
     return manifest
 
 
@@ -280,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tokenizer", required=True, help="folder, tokenizer.json or Hugging Face name")
     parser.add_argument("--tokenizer-revision", help="commit or tag of the tokenizer on the hub")
-    parser.add_argument("--output", type=local_folder, required=True, help="folder for shards and manifest")
+    parser.add_argument("--output", required=True, help="folder for shards and manifest")
     parser.add_argument("--text-field", default="text", help="field of a record that holds the text (%(default)s)")
     parser.add_argument("--row-tokens", type=int, default=4096, help="tokens of a row (%(default)s)")
     parser.add_argument(
@@ -319,8 +331,8 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["inspect"], ["verify"]):
         parser = argparse.ArgumentParser(prog=f"python -m data_pipeline.prepare {argv[0]}")
-        parser.add_argument("folder", type=local_folder)
-        folder = parser.parse_args(argv[1:]).folder
+        parser.add_argument("folder")
+        folder = local_folder(parser.parse_args(argv[1:]).folder)
         for line in inspect(folder) if argv[0] == "inspect" else verify(folder):
             print(line)
         return
@@ -328,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
     part, merge, fresh = (arguments.pop(name) for name in ("part", "merge", "fresh"))
     if part is not None and merge:
         raise UserError("--part encodes and --merge finishes: give one of them")
-    options = PrepareOptions(**arguments)
+    options = PrepareOptions(**arguments | {"output": local_folder(arguments["output"])})
     with disk_errors(options.output):
         manifest = prepare(options, part, merge, fresh)
     if manifest is not None:

@@ -12,8 +12,10 @@ other.
 """
 
 import functools
+import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ _HUB_NAME = re.compile(
     r"(?P<name>[\w-][\w.-]*(?:/[\w.-]+)?)(?::(?P<configuration>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?"
 )
 _FILE_NAME = re.compile(r"\.(jsonl?|txt|parquet|csv|arrow|tar)(\.zst|\.gz)?$", re.IGNORECASE)
-_SEPARATOR = re.compile(r"\f|^<\|endoftext\|>[ \t]*$", re.MULTILINE)
+_SEPARATOR = re.compile(r"\f|^<\|endoftext\|>[ \t\r]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Unit:
     location: str
     start: int
     stop: int
-    size: int = 0  # of the file, to notice that it changed between two runs
+    size: int = 0  # of the file or files, to notice that they changed between two runs
 
     def __str__(self) -> str:
         return f"{self.location}[{self.start}:{self.stop}]"
@@ -65,6 +67,14 @@ class Source:
 def source_name(spec: str) -> str:
     """Name of a source as manifests record it: without the folders of this machine."""
     return Path(spec).resolve().name if spec != "installed" and Path(spec).exists() else spec
+
+
+def files_hash(spec: str, units: Iterable[Unit]) -> str | None:
+    """SHA-256 over the names below a local source and the sizes of the files that it takes; None of any other source."""
+    if not Path(spec).exists():
+        return None
+    files = sorted({(os.path.relpath(unit.location, spec), unit.size) for unit in units})
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def open_source(spec: str, text_field: str = "text") -> Source:
@@ -162,16 +172,16 @@ def _folder_units(folder: Path) -> list[Unit]:
         path.suffix in (".json", ".csv", ".arrow", ".tar") or path.name.endswith((".json.gz", ".json.zst"))
         for path in files
     ):
-        return _streamed_units(str(folder))
+        return _streamed_units(str(folder), sum(path.stat().st_size for path in files))
     raise UserError(
         f"source {folder}: the folder holds no .jsonl, .txt or .parquet file and no saved dataset ({len(files)} other "
         "files)"
     )
 
 
-def _streamed_units(spec: str) -> list[Unit]:
+def _streamed_units(spec: str, size: int = 0) -> list[Unit]:
     num_shards = _load_streamed(spec).num_shards
-    return [Unit("streamed", spec, shard, num_shards) for shard in range(num_shards)]
+    return [Unit("streamed", spec, shard, num_shards, size) for shard in range(num_shards)]
 
 
 def _read_jsonl(unit: Unit, text_field: str) -> Iterator[str]:
@@ -299,10 +309,15 @@ def _parse(line: bytes, text_field: str, location: str, place: str) -> str:
 
 
 def _checked(text: Any, text_field: str, location: str, place: str) -> str:
+    """The field's text, with replacement characters where UTF-8 could not hold it."""
     if text is None:
         return ""  # a missing text counts as an empty document
     if not isinstance(text, str):
         raise UserError(f"source {location}, {place}: {text_field!r} is {type(text).__name__}, expected text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # lone surrogates, which JSON can hold and UTF-8 cannot
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
 

@@ -5,7 +5,7 @@ Layout, little-endian: int64 [4] (magic, documents, tokens, bytes per token), th
 half of its hash (uint64 each) and the end of its tokens (int64), then the tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +53,6 @@ class Chunk:
         if len(data) != start + header["tokens"] * header["token_bytes"]:
             raise UserError(f"{path} is damaged ({len(data)} bytes): start again with --fresh")
         index = data[_HEADER.itemsize : start].view("<u8").reshape(3, documents)
-        self.num_tokens = int(header["tokens"])
         self._high, self._low, self._ends = index[0], index[1], index[2].view("<i8")
         self._tokens = data[start:].view(f"<u{header['token_bytes']}")
 
@@ -61,10 +60,10 @@ class Chunk:
         """Upper half of the smallest hash."""
         return int(self._high[0])
 
-    def num_tokens_below(self, bound: int) -> int:
-        """Tokens of the documents whose upper hash is below the bound."""
-        count = self._place(bound)
-        return int(self._ends[count - 1]) if count else 0
+    def tokens_below(self, bounds: Sequence[int]) -> np.ndarray:
+        """Tokens of the documents whose upper hash is below each bound, int64 [bounds]."""
+        counts = [self._place(bound) for bound in bounds]
+        return np.array([self._ends[count - 1] if count else 0 for count in counts], np.int64)
 
     def read(self, low: int, high: int) -> Documents:
         """Documents whose upper hash lies in [low, high)."""
@@ -77,6 +76,13 @@ class Chunk:
     def _place(self, bound: int) -> int:
         """Number of documents whose upper hash is below the bound, which may be 2^64."""
         return len(self._high) if bound >= 1 << 64 else int(np.searchsorted(self._high, np.uint64(bound)))
+
+
+def tokens_below(chunks: Iterable[Path], bounds: Sequence[int]) -> np.ndarray:
+    """Tokens of all documents whose upper hash is below each bound, int64 [bounds]. One chunk is open at a time: a large
+    source has more of them than a process may open files.
+    """
+    return sum((Chunk(path).tokens_below(bounds) for path in chunks), np.zeros(len(bounds), np.int64))
 
 
 def gather(parts: Sequence[Documents]) -> Documents:

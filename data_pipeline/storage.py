@@ -3,7 +3,6 @@
 https is read with the standard library; every other scheme (s3, gs, hf, ...) is fsspec's, with the package that it asks for.
 """
 
-import argparse
 import contextlib
 import errno
 import hashlib
@@ -34,9 +33,12 @@ def is_url(location: str) -> bool:
 
 
 def local_folder(location: str) -> Path:
-    """A folder on this machine, as an argument's type: what is written or verified is not reached by a URL. Raises: ArgumentTypeError."""
+    """The path of a folder that is written, or whose files are looked through. Raises UserError for a URL."""
     if is_url(location):
-        raise argparse.ArgumentTypeError(f"{location} is a URL; expected a local folder, to be copied there afterwards")
+        raise UserError(
+            f"{location} is a URL, expected a local folder: outputs are written locally, copy the folder afterwards; and "
+            "a folder is looked through where it is local"
+        )
     return Path(location)
 
 

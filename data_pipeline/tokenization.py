@@ -233,7 +233,7 @@ def _first_megabytes(texts: Iterable[str], megabytes: float) -> Iterator[str]:
     for text in texts:
         if remaining <= 0:
             return
-        remaining -= len(text.encode("utf-8", "replace"))
+        remaining -= len(text.encode())
         yield text
 
 

@@ -17,12 +17,15 @@ from data_pipeline.storage import atomic_write
 from data_pipeline.tokenization import LoadedTokenizer
 
 WORK_FOLDER = ".prepare"
+SOURCE_FILES = "--source (hash of its files' names and sizes)"
 
 
 def finished_arguments(manifest: Manifest) -> dict[str, Any]:
-    """What a finished folder was prepared with, by the names of the command line."""
-    return {
+    """What a finished folder was prepared with, as far as it records it, by the names of the command line."""
+    earlier = {
         "--source": manifest.source,
+        SOURCE_FILES: manifest.source_files,
+        "--text-field": manifest.text_field,
         "--tokenizer (hash)": manifest.tokenizer.sha256,
         "--row-tokens": manifest.row_tokens,
         "--max-document-length": manifest.max_window,
@@ -32,6 +35,7 @@ def finished_arguments(manifest: Manifest) -> dict[str, Any]:
         "--dedupe": manifest.dedupe,
         "--shards": len(manifest.splits["train"]),
     }
+    return {name: value for name, value in earlier.items() if value is not None}
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], output: Path) -> None:

@@ -181,6 +181,14 @@ def test_waiting_ranks_give_up_with_a_reason(data, teacher, tmp_path, monkeypatc
     assert "rank 1 waited 0 s for rank 0" in capsys.readouterr().err
 
 
+def test_urls_are_no_outputs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for data, output in (("data", ["--output", "s3://bucket/features"]), ("https://host/data", [])):
+        assert main(["--data", data, "--teacher", "none", "--device", "cpu", *output]) == 2
+        assert "is a URL, expected a local folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_report_only_writes_nothing(data, teacher, tmp_path, capsys):
     assert main(command(data, teacher, tmp_path / "none", "--report-only")) == 0
     assert not (tmp_path / "none").exists()

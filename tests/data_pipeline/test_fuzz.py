@@ -37,7 +37,7 @@ Reader = Callable[[Path], list]
 
 SECONDS = 10
 UNHASHED = {
-    "manifest.json": ("fingerprint", "source", "statistics"),
+    "manifest.json": ("fingerprint", "source", "text_field", "source_files", "statistics"),
     "features/manifest.json": ("fingerprint", "statistics"),
 }
 

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from sentences import write_data
@@ -59,6 +60,15 @@ def test_batches_hold_every_window_once_within_the_budget(data):
         assert sorted(seen) == expected
     first, second = (next(windows.batches(256, 0, epoch)) for epoch in (0, 1))
     assert first.shape != second.shape or not torch.equal(first, second)
+
+
+def test_windows_stop_at_the_shard_that_reaches_the_limit_and_keep_the_shards_type(data):
+    manifest = Manifest.load(data)
+    counts = [shard.tokens for shard in manifest.splits["train"]]
+    windows = Windows(str(data), manifest, "train", max_tokens=counts[0] + 1)
+    assert windows.num_tokens == counts[0] + counts[1]
+    assert {window.dtype for window in windows.windows} == {np.dtype("uint16")}
+    assert all(window.base is None for window in windows.windows)  # no view that keeps a shard open
 
 
 def test_padding_does_not_enter_the_loss(data):

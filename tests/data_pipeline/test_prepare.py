@@ -196,6 +196,31 @@ def test_a_finished_folder_stays_as_it_is(place: Path, tmp_path: Path, capsys: p
     assert len(list(tmp_path.glob("train-*.tar"))) == 4
 
 
+def test_a_finished_folder_knows_its_source_from_another_of_the_same_name(place: Path, tmp_path: Path) -> None:
+    for name, count in (("a", 60), ("b", 61)):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"text": text, "title": text}) + "\n" for text in TEXTS[:count]]
+        (tmp_path / name / "train.jsonl").write_text("".join(lines))
+    first = replace(options(place, tmp_path / "out"), source=str(tmp_path / "a" / "train.jsonl"))
+    manifest = prepare.prepare(first)
+    assert prepare.prepare(first) == manifest
+    shutil.copytree(tmp_path / "a", tmp_path / "copied")
+    assert prepare.prepare(replace(first, source=str(tmp_path / "copied" / "train.jsonl"))) == manifest
+    with pytest.raises(UserError, match=r"--source .*names and sizes.* was .*, now"):
+        prepare.prepare(replace(first, source=str(tmp_path / "b" / "train.jsonl")))
+    with pytest.raises(UserError, match="--text-field was 'text', now 'title'"):
+        prepare.prepare(replace(first, text_field="title"))
+    # A folder of an earlier version records neither.
+    path = tmp_path / "out" / "manifest.json"
+    fields = json.loads(path.read_text())
+    del fields["text_field"], fields["source_files"]
+    path.write_text(json.dumps(fields))
+    earlier = prepare.prepare(replace(first, text_field="title"))
+    assert earlier is not None
+    assert manifest is not None
+    assert earlier.fingerprint == manifest.fingerprint
+
+
 def test_changed_arguments_and_sources_are_refused_on_resume(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "source", tmp_path / "source")
     shutil.copytree(place / "tokenizer", tmp_path / "tokenizer")
@@ -325,6 +350,7 @@ def test_the_loader_reads_what_prepare_wrote(place: Path, expected: dict) -> Non
         ({"min_document_length": 40}, "twice --min-document-length"),
         ({"heldout_fraction": 1.0}, "--heldout-fraction 1.0"),
         ({"shards": 0}, "--shards 0"),
+        ({"shards": 100_001}, "--shards 100001: expected 1 to 100000"),
         ({"workers": 0}, "--workers 0"),
         ({"text_field": "body"}, "--text-field"),
         ({"shards": 100_000}, "too few for 100000"),
@@ -355,6 +381,17 @@ def test_inspect_and_verify(place: Path, expected: dict, tmp_path: Path, capsys:
     path.write_bytes(path.read_bytes()[:-3] + b"abc")
     assert main(["verify", str(folder)]) == 2
     assert "train-00007.tar: SHA-256" in capsys.readouterr().err
+
+
+def test_urls_are_no_outputs(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    start = ["--source", str(place / "source"), "--tokenizer", str(place / "tokenizer"), "--output"]
+    for arguments in ([*start, "s3://bucket/data"], ["verify", "https://host/data"], ["inspect", "https://host/data"]):
+        assert main(arguments) == 2
+        assert f"{arguments[-1]} is a URL, expected a local folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_real_text_fills_rows(shared: Path, tmp_path: Path) -> None:

@@ -85,8 +85,8 @@ def test_a_compressed_file_that_was_cut_short_is_refused(tmp_path: Path, ending:
 
 def test_text_files(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("One.\n\nStill one.\n<|endoftext|>\nTwo.\fThree.\n")
-    (tmp_path / "a.txt").write_bytes("\ufeffÄrger.".encode())
-    assert list(open_source(str(tmp_path))) == ["Ärger.", "One.\n\nStill one.", "Two.", "Three."]
+    (tmp_path / "a.txt").write_bytes("\ufeffÄrger.\r\n<|endoftext|>\r\nOf Windows.\r\n".encode())
+    assert list(open_source(str(tmp_path))) == ["Ärger.", "Of Windows.", "One.\n\nStill one.", "Two.", "Three."]
 
 
 def test_parquet_with_the_columns_of_openwebtext2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +211,11 @@ def test_bad_lines_are_named(tmp_path: Path, line: bytes, named: str) -> None:
 def test_missing_text_is_an_empty_document(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "x"}\n')
     assert list(open_source(str(tmp_path / "a.jsonl"))) == ["", "x"]
+
+
+def test_what_utf8_cannot_hold_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(r'{"text": "a \ud83d b \ud83d\ude00 \udc00"}')
+    assert list(open_source(str(tmp_path / "a.jsonl"))) == ["a \ufffd b \U0001f600 \ufffd"]
 
 
 @pytest.mark.parametrize("spec", ["nowhere.jsonl", "./nowhere", "/no/where", "x.csv"])

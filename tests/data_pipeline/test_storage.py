@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import cache_features, prepare, storage
+from data_pipeline import storage
 from data_pipeline.batch import SplitConfig
 from data_pipeline.errors import UserError
 from data_pipeline.loader import TrainLoader
@@ -157,28 +157,3 @@ def test_atomic_write_shows_all_or_nothing(tmp_path: Path) -> None:
         file.write(b"two" + "\ud800".encode())
     assert path.read_bytes() == b"one"
     assert list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        (prepare, ["--source", "installed", "--tokenizer", "t", "--output", "s3://bucket/owt2"]),
-        (prepare, ["verify", "https://host/owt2"]),
-        (prepare, ["inspect", "https://host/owt2"]),
-        (cache_features, ["--data", "{prepared}", "--teacher", "t", "--output", "s3://bucket/features"]),
-        (cache_features, ["--data", "https://host/owt2", "--teacher", "t"]),
-    ],
-    ids=lambda command: " ".join(command[1][-2:]),
-)
-def test_what_is_written_here_is_not_given_a_url(
-    command: tuple, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    module, arguments = command
-    monkeypatch.chdir(tmp_path)
-    try:
-        code = module.main([argument.format(prepared=prepared) for argument in arguments])
-    except SystemExit as end:  # argparse's way
-        code = end.code
-    assert code == 2
-    assert "is a URL; expected a local folder" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())

@@ -109,7 +109,8 @@ def test_missing_tokenizers_are_refused(tmp_path: Path) -> None:
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    texts = [*TEXTS, "half a pair: \ud83d"]  # JSON can hold that, UTF-8 cannot
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     arguments = ["train", "--source", str(tmp_path / "a.jsonl"), "--vocab-size", "300", "--output", str(tmp_path / "t")]
     assert main(arguments) == 0
     assert load_tokenizer(tmp_path / "t").info.vocab_size == 300
