@@ -6,7 +6,7 @@ other.
 | `x.jsonl`, also `.jsonl.zst`, `.jsonl.gz` | one JSON object a line, its text field |
 | `x.txt`, also `.txt.zst`, `.txt.gz` | the whole file, or its pieces between form feeds or `<|endoftext|>` lines |
 | `x.parquet` | one row, its text column |
-| a folder | all such files below it, by path; or what `datasets` saved there or can load from it |
+| a folder | all such files below it, by path, of splits that names tell apart train; or what `datasets` saved there or can load |
 | `owner/name`, `owner/name:configuration@revision` | the train split of a Hugging Face dataset, streamed |
 | `installed` | English prose found on this machine, see installed_prose.py |
 """
@@ -17,6 +17,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ _LINES_PER_BLOCK = 256
 _HUB_NAME = re.compile(
     r"(?P<name>[\w-][\w.-]*(?:/[\w.-]+)?)(?::(?P<configuration>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?"
 )
+_READ_HERE = re.compile(r"\.(jsonl|txt)(\.zst|\.gz)?$|\.parquet$", re.IGNORECASE)
+_READ_BY_DATASETS = re.compile(r"\.json(\.zst|\.gz)?$|\.(csv|arrow|tar)$", re.IGNORECASE)
+_SPLIT_NAME = re.compile(r"(?<![a-z])(train(?:ing)?|validation|valid|val|dev|test(?:ing)?|eval(?:uation)?)(?![a-z])")
 _FILE_NAME = re.compile(r"\.(jsonl?|txt|parquet|csv|arrow|tar)(\.zst|\.gz)?$", re.IGNORECASE)
 _SEPARATOR = re.compile(r"\f|^<\|endoftext\|>[ \t\r]*$", re.MULTILINE)
 
@@ -165,18 +169,39 @@ def _folder_units(folder: Path) -> list[Unit]:
             for start in range(0, len(dataset), _SAVED_ROWS)
         ]
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    readable = [path for path in files if re.search(r"\.(jsonl|txt)(\.zst|\.gz)?$|\.parquet$", path.name.lower())]
-    if readable:
-        return [unit for path in readable for unit in _file_units(path)]
-    if any(
-        path.suffix in (".json", ".csv", ".arrow", ".tar") or path.name.endswith((".json.gz", ".json.zst"))
-        for path in files
-    ):
+    readable = [path for path in files if _READ_HERE.search(path.name)]
+    loadable = [path for path in files if _READ_BY_DATASETS.search(path.name)]
+    if loadable and all(".txt" in path.suffixes for path in readable):
+        if readable:
+            raise UserError(
+                f"source {folder}: holds {_endings(files)}, and either the .txt or the others may be the text; give a folder "
+                "that holds one of them"
+            )
         return _streamed_units(str(folder), sum(path.stat().st_size for path in files))
+    if readable:
+        taken = _train_files(folder, readable)
+        left = sorted(set(files) - set(taken))
+        if left:
+            print(f"source {folder}: reads {_endings(taken)}, leaves out {_endings(left)}", flush=True)
+        return [unit for path in taken for unit in _file_units(path)]
     raise UserError(
         f"source {folder}: the folder holds no .jsonl, .txt or .parquet file and no saved dataset ({len(files)} other "
         "files)"
     )
+
+
+def _train_files(folder: Path, files: list[Path]) -> list[Path]:
+    """Those that a name calls train where others are called validation or test, as `datasets` would; else all."""
+    splits = {path: _SPLIT_NAME.findall(path.relative_to(folder).as_posix().lower()) for path in files}
+    train = [path for path in files if splits[path] and splits[path][-1].startswith("train")]
+    return train if any(splits[path] for path in files if path not in train) and train else files
+
+
+def _endings(files: Iterable[Path]) -> str:
+    """How many files there are with each ending, the most frequent first."""
+    counts = Counter(re.search(r"(\.\w+)?(\.(zst|gz|xz|bz2))?$", path.name)[0] or "no ending" for path in files)  # type: ignore[index]
+    named = [f"{count} {ending}" for ending, count in counts.most_common(6)]
+    return ", ".join(named + ["..."] * (len(counts) > 6))
 
 
 def _streamed_units(spec: str, size: int = 0) -> list[Unit]:

@@ -224,6 +224,39 @@ def test_missing_sources_are_refused_without_asking_the_hub(spec: str) -> None:
         open_source(spec)
 
 
+@pytest.mark.parametrize(
+    ("names", "read", "said"),
+    [
+        (["x/train-0.jsonl", "x/validation-0.jsonl", "x/test-0.jsonl"], 1, "reads 1 .jsonl, leaves out 2 .jsonl"),
+        (["train/0.jsonl", "train/1.jsonl", "x.jsonl", "test/0.jsonl"], 2, "reads 2 .jsonl, leaves out 2 .jsonl"),
+        (["0.jsonl", "latest.jsonl", "trains.jsonl"], 3, ""),
+        (["train-0.jsonl", "train-1.jsonl"], 2, ""),
+        (["1.jsonl", "test/0.jsonl"], 2, ""),
+        (["v1.0-a.jsonl", "b.jsonl.xz", "c.json", "d.json"], 1, "reads 1 .jsonl, leaves out 2 .json, 1 .jsonl.xz"),
+    ],
+)
+def test_of_a_folder_the_train_split_is_read_and_the_rest_named(
+    tmp_path: Path, names: list[str], read: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
+    assert list(open_source(str(tmp_path))) == names[:read]
+    assert capsys.readouterr().out == (f"source {tmp_path}: {said}\n" if said else "")
+
+
+def test_a_licence_is_not_the_corpus(tmp_path: Path) -> None:
+    (tmp_path / "LICENSE.txt").write_text("Permission is granted")
+    for number in range(2):
+        with gzip.open(tmp_path / f"c4-{number}.json.gz", "wt") as file:
+            file.write(json.dumps({"text": "a text"}) + "\n")
+    with pytest.raises(UserError, match=r"holds 2 \.json\.gz, 1 \.txt, and either"):
+        open_source(str(tmp_path))
+    (tmp_path / "LICENSE.txt").unlink()
+    sources._load_streamed.cache_clear()
+    assert list(open_source(str(tmp_path))) == ["a text"] * 2
+
+
 def test_useless_folders_and_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"x")
     with pytest.raises(UserError, match="no saved dataset"):
