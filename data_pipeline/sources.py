@@ -15,6 +15,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -29,6 +30,7 @@ from data_pipeline.errors import UserError
 UNIT_BYTES = 8 << 20  # of plain text; a unit is the grain of parallel work and of resuming
 _SAVED_ROWS = 10_000
 _LINES_PER_BLOCK = 256
+_DOCUMENT_END = b"<|endoftext|>"
 _HUB_NAME = re.compile(
     r"(?P<name>[\w-][\w.-]*(?:/[\w.-]+)?)(?::(?P<configuration>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?"
 )
@@ -36,7 +38,6 @@ _READ_HERE = re.compile(r"\.(jsonl|txt)(\.zst|\.gz)?$|\.parquet$", re.IGNORECASE
 _READ_BY_DATASETS = re.compile(r"\.json(\.zst|\.gz)?$|\.(csv|arrow|tar)$", re.IGNORECASE)
 _SPLIT_NAME = re.compile(r"(?<![a-z])(train(?:ing)?|validation|valid|val|dev|test(?:ing)?|eval(?:uation)?)(?![a-z])")
 _FILE_NAME = re.compile(r"\.(jsonl?|txt|parquet|csv|arrow|tar)(\.zst|\.gz)?$", re.IGNORECASE)
-_SEPARATOR = re.compile(r"\f|^<\|endoftext\|>[ \t\r]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,12 @@ def _file_units(path: Path) -> list[Unit]:
             16, 1 + size // UNIT_BYTES
         )  # each part decompresses the whole file, which is cheap beside tokenising it
         return [Unit("compressed", str(path), part, parts, size) for part in range(parts)]
-    if kind == "jsonl":
-        step = min(UNIT_BYTES, max(UNIT_BYTES // 16, size // 16))  # a small file gives work to several processes too
-        return [Unit("jsonl", str(path), start, min(start + step, size), size) for start in range(0, size, step)]
-    if kind == "txt":
+    if kind == "txt" and compressed:
         return [Unit("text", str(path), 0, size, size)]
+    if kind in ("jsonl", "txt"):
+        step = min(UNIT_BYTES, max(UNIT_BYTES // 16, size // 16))  # a small file gives work to several processes too
+        reader = "jsonl" if kind == "jsonl" else "text"
+        return [Unit(reader, str(path), start, min(start + step, size), size) for start in range(0, size, step)]
     if kind == "parquet" and not compressed:
         return _parquet_units(path, size)
     raise UserError(f"source {path}: unknown kind of file; expected .jsonl, .txt (.zst and .gz too) or .parquet")
@@ -231,9 +233,35 @@ def _read_compressed(unit: Unit, text_field: str) -> Iterator[str]:
 
 
 def _read_text(unit: Unit, text_field: str) -> Iterator[str]:
-    with _open_stream(Path(unit.location)) as file:
-        text = file.read().decode("utf-8-sig")
-    yield from (piece.strip() for piece in _SEPARATOR.split(text))
+    """Documents behind a separator in a line that begins within the unit's bytes, and the file's first; one is held at a time."""
+    path = Path(unit.location)
+    stop = math.inf if path.suffix.lower() in (".gz", ".zst") else unit.stop
+    with _open_stream(path) as file:
+        position = 0
+        if unit.start:
+            file.seek(unit.start - 1)
+            position = unit.start - 1 + len(file.readline())
+        document: list[bytes] | None = None if unit.start else []
+        for line in file:
+            is_mine = position < stop
+            if document is None and not is_mine:
+                return
+            position += len(line)
+            before, *after = [b"", b""] if line.rstrip(b" \t\r\n") == _DOCUMENT_END else line.split(b"\f")
+            if document is not None:
+                document.append(before)
+            for piece in after:
+                if document is not None:
+                    yield _plain(document)
+                if not is_mine:
+                    return
+                document = [piece]
+        if document is not None:
+            yield _plain(document)
+
+
+def _plain(document: list[bytes]) -> str:
+    return b"".join(document).decode("utf-8-sig").strip()
 
 
 def _read_parquet(unit: Unit, text_field: str) -> Iterator[str]:

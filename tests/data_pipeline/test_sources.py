@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import random
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -87,6 +89,35 @@ def test_text_files(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("One.\n\nStill one.\n<|endoftext|>\nTwo.\fThree.\n")
     (tmp_path / "a.txt").write_bytes("\ufeffÄrger.\r\n<|endoftext|>\r\nOf Windows.\r\n".encode())
     assert list(open_source(str(tmp_path))) == ["Ärger.", "Of Windows.", "One.\n\nStill one.", "Two.", "Three."]
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 7, 64, 100_000])
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_byte_ranges_of_text_hold_every_document_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_bytes: int, ending: str
+) -> None:
+    """Against all of the text split at once; a compressed file is one unit."""
+    pieces = [
+        "Ärger",
+        "<|endoftext|>",
+        "a\fb",
+        "",
+        "<|endoftext|> \t",
+        "is <|endoftext|> no mark",
+        "\f",
+        "x\f<|endoftext|>",
+    ]
+    generator = random.Random(0)
+    text = ending.join(generator.choices(pieces, k=150))
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
+    expected = [piece.strip() for piece in re.split(r"(?m)\f|^<\|endoftext\|>[ \t\r]*$", text)]
+    monkeypatch.setattr(sources, "UNIT_BYTES", unit_bytes)
+    units = by_unit(path)
+    assert len(units) > 2 or unit_bytes > len(text)
+    assert [document for unit in units for document in unit] == expected
+    assert list(open_source(str(tmp_path / "b.txt.gz"))) == expected
 
 
 def test_parquet_with_the_columns_of_openwebtext2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
