@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from data_pipeline.sources import Unit, read_unit
 from data_pipeline.spill import write_chunk
 from data_pipeline.storage import atomic_write
 from data_pipeline.tokenization import LoadedTokenizer, encoder
+from data_pipeline.units import Unit, read_unit
 
 CHUNK_TOKENS = 16 << 20  # memory of a worker: a chunk is held until it is written
 _BATCH_CHARACTERS = 1 << 20

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import sources
+from data_pipeline import sources, units
 from data_pipeline.errors import UserError
-from data_pipeline.sources import open_source, read_unit, source_name
+from data_pipeline.sources import open_source, source_name
+from data_pipeline.units import read_unit
 
 TEXTS = [f"Document number {i}. " + "Wörter und Zeichen — " * (i % 7) for i in range(1000)]
 
@@ -57,7 +58,7 @@ def test_a_missing_last_newline_loses_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["gz", "zst"])
 def test_compressed_jsonl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
     monkeypatch.setattr(sources, "UNIT_BYTES", 500)
-    monkeypatch.setattr(sources, "_LINES_PER_BLOCK", 16)
+    monkeypatch.setattr("data_pipeline.units._LINES_PER_BLOCK", 16)
     path = compress(write_jsonl(tmp_path / "a.jsonl"), ending)
     units = by_unit(path)
     assert len(units) > 2
@@ -168,7 +169,7 @@ def test_openwebtext2_streams_as_from_the_hub(tmp_path: Path, monkeypatch: pytes
             lines = "".join(json.dumps(dict(zip(columns, row))) + "\n" for row in zip(*columns.values()))
             path.write_bytes(zstandard.compress(lines.encode()))
     monkeypatch.setattr(datasets, "load_dataset", partial(_instead_of_the_hub, datasets.load_dataset, tmp_path))
-    sources._load_streamed.cache_clear()
+    units.load_streamed.cache_clear()
     source = open_source("segyges/OpenWebText2")
     assert source.name == "segyges/OpenWebText2"
     assert [unit.kind for unit in source.units] == ["streamed"] * 3
@@ -193,7 +194,7 @@ def test_names_of_the_hub(spec: str, asked: tuple, monkeypatch: pytest.MonkeyPat
         return datasets.Dataset.from_dict({"text": TEXTS[:4]}).to_iterable_dataset(num_shards=2)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    sources._load_streamed.cache_clear()
+    units.load_streamed.cache_clear()
     assert list(open_source(spec)) == TEXTS[:4]
     assert calls == [asked]
 
@@ -205,7 +206,7 @@ def test_what_datasets_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.Mon
         raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['en', 'de']")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    sources._load_streamed.cache_clear()
+    units.load_streamed.cache_clear()
     with pytest.raises(UserError, match=r"hub does not give.*\['en', 'de'\].*owner/name:configuration"):
         open_source("owner/name")
     (tmp_path / "x.csv").write_text("a\n")
@@ -284,7 +285,7 @@ def test_a_licence_is_not_the_corpus(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds 2 \.json\.gz, 1 \.txt, and either"):
         open_source(str(tmp_path))
     (tmp_path / "LICENSE.txt").unlink()
-    sources._load_streamed.cache_clear()
+    units.load_streamed.cache_clear()
     assert list(open_source(str(tmp_path))) == ["a text"] * 2
 
 
