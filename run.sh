@@ -11,7 +11,7 @@ usage() {
                           dataset folder; default: English prose found on this machine
     --tokenizer X         Hugging Face id or folder; default: the teacher's, else byte-level BPE trained on the text
     --teacher X           causal language model, id or folder; default: a small one trained on the text
-    --long                train the DiT for about three quarters of an hour instead of a few minutes
+    --long                train the DiT for about an hour instead of a few minutes
     --output DIR          another folder than runs/quickstart
     --fresh               start over; without it, a second run goes on after the last finished step
 ./run.sh install          install only

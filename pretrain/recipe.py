@@ -31,7 +31,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "num
 # The DiT gets what is left of the recipe's time. Its number of steps follows from the speed that the VAE's training showed on this
 # machine, so that the recipe keeps its time on a slow one and learns more on a fast one.
 RECIPE_SECONDS = 660
-LONG_RECIPE_SECONDS = 3000
+LONG_RECIPE_SECONDS = 4000
 SECONDS_AFTER_DIT = 110
 DIT_STEPS_PER_VAE_STEP = 1.0
 MIN_DIT_STEPS, MAX_DIT_STEPS = 1000, 60_000
@@ -192,9 +192,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--source", default="installed", help="text; default: English prose found on this machine")
     parser.add_argument("--tokenizer", help="hub id or folder; default: the teacher's, else trained on the text")
     parser.add_argument("--teacher", help="hub id or folder of a causal language model; default: trained on the text")
-    parser.add_argument(
-        "--long", action="store_true", help="train the DiT for about three quarters of an hour instead of a few minutes"
-    )
+    parser.add_argument("--long", action="store_true", help="train the DiT for about an hour instead of a few minutes")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/quickstart"), help="folder of everything (%(default)s)"
     )
