@@ -32,9 +32,10 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "num
 # machine, so that the recipe keeps its time on a slow one and learns more on a fast one.
 RECIPE_SECONDS = 660
 LONG_RECIPE_SECONDS = 4000
-SECONDS_AFTER_DIT = 110
+# Besides training steps: the DiT's start and evaluations, its diagnosis, the export. Where programs start slowly, so do these.
+SECONDS_BESIDE_DIT, PER_DIAGNOSIS = 110, 8
 DIT_STEPS_PER_VAE_STEP = 1.0
-MIN_DIT_STEPS, MAX_DIT_STEPS = 1000, 60_000
+MIN_DIT_STEPS, MAX_DIT_STEPS = 800, 60_000
 
 
 def execute(steps: Sequence[Step], ledger: Ledger, shared: bool = False) -> None:
@@ -74,8 +75,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "5"}
 
 
-def dit_steps(plan: Plan, seconds_before: float) -> int:
-    """Steps that the rest of the recipe's time allows, from the speed of the VAE's training just before."""
+def dit_steps(plan: Plan, seconds_before: float, diagnosis_s: float) -> int:
+    """Steps that the rest of the recipe's time allows, from the speed of the VAE's training and diagnosis just before."""
     from pretrain.telemetry_sinks import read_metrics
 
     step_seconds = sorted(line["step_s"] for line in read_metrics(plan.vae))
@@ -83,7 +84,8 @@ def dit_steps(plan: Plan, seconds_before: float) -> int:
         return MIN_DIT_STEPS
     # The faster quarter: what else ran on the machine for a while says nothing of its speed.
     dit_step_seconds = step_seconds[len(step_seconds) // 4] / DIT_STEPS_PER_VAE_STEP
-    left = (LONG_RECIPE_SECONDS if plan.long else RECIPE_SECONDS) - seconds_before - SECONDS_AFTER_DIT
+    beside = max(SECONDS_BESIDE_DIT, PER_DIAGNOSIS * diagnosis_s)
+    left = (LONG_RECIPE_SECONDS if plan.long else RECIPE_SECONDS) - seconds_before - beside
     steps = round(left / dit_step_seconds, -2)
     return int(min(max(steps, MIN_DIT_STEPS), MAX_DIT_STEPS))
 
@@ -217,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     execute(first, ledger, shared=True)
     write_prompts(plan)
     seconds_before = sum(ledger.entries[step.name]["seconds"] for step in first)
-    second = plan.from_dit(dit_steps(plan, seconds_before))
+    second = plan.from_dit(dit_steps(plan, seconds_before, ledger.entries["diagnose-vae"]["seconds"]))
     execute(second, ledger)
     report(plan, summary(plan, ledger, first + second))
 

@@ -134,12 +134,14 @@ def test_the_steps_of_the_dit_follow_from_the_speed_of_the_vae(tmp_path):
         (plan.vae / "metrics.jsonl").write_text(
             json.dumps({"kind": "train", "step": 1, "step_s": seconds}) + '\n{"kind": "tr'
         )  # torn by a kill
-        return recipe.dit_steps(plan, seconds_before=100.0)
+        return recipe.dit_steps(plan, seconds_before=100.0, diagnosis_s=5.0)
 
     assert steps_at(1000.0) == recipe.MIN_DIT_STEPS
     assert steps_at(1e-6) == recipe.MAX_DIT_STEPS
     assert steps_at(0.1) == pytest.approx(2 * steps_at(0.2), abs=200)
-    assert recipe.dit_steps(plan, seconds_before=400.0) < recipe.dit_steps(plan, seconds_before=100.0)
+    steps = recipe.dit_steps(plan, seconds_before=100.0, diagnosis_s=5.0)
+    assert recipe.dit_steps(plan, seconds_before=400.0, diagnosis_s=5.0) < steps
+    assert recipe.dit_steps(plan, seconds_before=100.0, diagnosis_s=30.0) < steps
 
 
 def test_fresh_refuses_a_folder_that_the_recipe_did_not_write(tmp_path, monkeypatch, capsys):
