@@ -28,6 +28,7 @@ UNIT_BYTES = 8 << 20  # of plain text; a unit is the grain of parallel work and 
 _SAVED_ROWS = 10_000
 
 _READ_HERE = re.compile(r"\.(jsonl|txt)(\.zst|\.gz)?$|\.parquet$", re.IGNORECASE)
+_TEXT = re.compile(r"\.txt(\.zst|\.gz)?$", re.IGNORECASE)
 _READ_BY_DATASETS = re.compile(r"\.json(\.zst|\.gz)?$|\.(csv|arrow|tar)$", re.IGNORECASE)
 _SPLIT_NAME = re.compile(r"(?<![a-z])(train(?:ing)?|validation|valid|val|dev|test(?:ing)?|eval(?:uation)?)(?![a-z])")
 _FILE_NAME = re.compile(r"\.(jsonl?|txt|parquet|csv|arrow|tar)(\.zst|\.gz)?$", re.IGNORECASE)
@@ -128,7 +129,7 @@ def _folder_units(folder: Path) -> list[Unit]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     readable = [path for path in files if _READ_HERE.search(path.name)]
     loadable = [path for path in files if _READ_BY_DATASETS.search(path.name)]
-    if loadable and all(".txt" in path.suffixes for path in readable):
+    if loadable and all(_TEXT.search(path.name) for path in readable):
         if readable:
             raise UserError(
                 f"source {folder}: holds {_endings(files)}, and either the .txt or the others may be the text; give a folder "
@@ -150,8 +151,10 @@ def _folder_units(folder: Path) -> list[Unit]:
 def _train_files(folder: Path, files: list[Path]) -> list[Path]:
     """Those that a name calls train where others are called validation or test, as `datasets` would; else all."""
     splits = {path: _SPLIT_NAME.findall(path.relative_to(folder).as_posix().lower()) for path in files}
-    train = [path for path in files if splits[path] and splits[path][-1].startswith("train")]
-    return train if any(splits[path] for path in files if path not in train) and train else files
+    is_train = {path: names[-1].startswith("train") for path, names in splits.items() if names}
+    if all(is_train.values()):
+        return files
+    return [path for path in files if is_train.get(path)] or files
 
 
 def _endings(files: Iterable[Path]) -> str:

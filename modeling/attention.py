@@ -171,7 +171,8 @@ def _torch_varlen(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor,
 def _flash_attention() -> tuple[Callable[..., Any] | None, str]:
     """The function of FlashAttention 3 (Hopper alone) or 2, or None and why neither imports: one built for another torch does not."""
     reasons = []
-    for name in ["flash_attn_interface"] * (torch.cuda.get_device_capability()[0] == 9) + ["flash_attn"]:
+    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    for name in ["flash_attn_interface"] * is_hopper + ["flash_attn"]:
         try:
             return importlib.import_module(name).flash_attn_varlen_func, ""
         except (AttributeError, ImportError, OSError) as error:

@@ -277,14 +277,15 @@ def test_of_a_folder_the_train_split_is_read_and_the_rest_named(
     assert capsys.readouterr().out == (f"source {tmp_path}: {said}\n" if said else "")
 
 
-def test_a_licence_is_not_the_corpus(tmp_path: Path) -> None:
-    (tmp_path / "LICENSE.txt").write_text("Permission is granted")
+@pytest.mark.parametrize("ending", ["txt", "TXT"])
+def test_a_licence_is_not_the_corpus(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"LICENSE.{ending}").write_text("Permission is granted")
     for number in range(2):
         with gzip.open(tmp_path / f"c4-{number}.json.gz", "wt") as file:
             file.write(json.dumps({"text": "a text"}) + "\n")
-    with pytest.raises(UserError, match=r"holds 2 \.json\.gz, 1 \.txt, and either"):
+    with pytest.raises(UserError, match=rf"holds 2 \.json\.gz, 1 \.{ending}, and either"):
         open_source(str(tmp_path))
-    (tmp_path / "LICENSE.txt").unlink()
+    (tmp_path / f"LICENSE.{ending}").unlink()
     units.load_streamed.cache_clear()
     assert list(open_source(str(tmp_path))) == ["a text"] * 2
 

@@ -104,6 +104,16 @@ def test_lengths_must_be_positive(lengths: list[int]) -> None:
         Segments.from_lengths(lengths)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="flash_attn may run here")
+def test_a_kernel_of_gpus_without_one_is_a_mistake_of_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    attention._flash_attention.cache_clear()
+    q_THK = torch.zeros(4, 1, 8)
+    with pytest.raises(ValueError, match="flash_attn is not to be had"):
+        varlen_attention(q_THK, q_THK, q_THK, Segments.from_lengths([4]), "flash_attn")
+    attention._flash_attention.cache_clear()
+
+
 def test_mistakes() -> None:
     q_THK = torch.zeros(4, 1, 8)
     with pytest.raises(ValueError, match="sum to 3 tokens, but q has 4"):
@@ -121,6 +131,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[tuple[int, int], 
         for name in ("flash_attn_interface", "flash_attn"):
             package = packages.get(name)
             monkeypatch.setitem(sys.modules, name, package)  # None: its import fails
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         for cache in caches:
             cache.cache_clear()
