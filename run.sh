@@ -75,6 +75,6 @@ case "${1:-}" in
     ;;
   *)
     install dev
-    PATH="$PWD/.venv/bin:$PATH" exec .venv/bin/python -m pretrain.recipe "$@"
+    PATH="$PWD/.venv/bin:$PATH" exec .venv/bin/textldm quickstart "$@"
     ;;
 esac

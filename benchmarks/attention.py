@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measuring import interleaved, print_figures
-from data_pipeline.devices import device_of
-from data_pipeline.errors import cli
+from data_pipeline.core.devices import device_of
+from data_pipeline.core.errors import cli
 from modeling.attention import Segments, implementations, varlen_attention
 
 LAYOUTS: dict[str, list[int]] = {

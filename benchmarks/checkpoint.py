@@ -27,15 +27,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.measuring import print_figures
-from data_pipeline.errors import UserError, cli
+from data_pipeline.core.errors import UserError, cli
 from modeling.attention import Segments
 from modeling.text_dit import TextDiT, TextDiTConfig
-from pretrain.checkpoint import CheckpointWriter, verify
-from pretrain.config import load_config
-from pretrain.config_schema import DiTRun
-from pretrain.distributed import init_distributed
-from pretrain.engine import Engine, EngineSettings
-from pretrain.optim import STATES, OptimizerSettings
+from pretrain.checkpoint.find import CheckpointWriter
+from pretrain.checkpoint.read import verify
+from pretrain.config.load import load_config
+from pretrain.config.schema import DiTRun
+from pretrain.engine.engine import Engine, EngineSettings
+from pretrain.engine.optim import STATES, OptimizerSettings
+from pretrain.ranks.distributed import init_distributed
 
 BYTES_PER_PARAMETER = 4 * (len(STATES) + 1 + len(STATES))
 """States, gradients, host copy."""

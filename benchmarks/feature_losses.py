@@ -20,15 +20,15 @@ from tqdm import tqdm
 
 from benchmarks.measuring import phase
 from benchmarks.plain_run import PlainRun, vae_config
-from data_pipeline.batch import SplitConfig
-from data_pipeline.codec import Codec
-from data_pipeline.codec_choice import FeatureSample, Fidelity, exact
-from data_pipeline.feature_job import FeatureJob
-from data_pipeline.loader import heldout_batches
-from data_pipeline.manifest import MANIFEST_NAME, Manifest
-from pretrain.config import features_folder
-from pretrain.config_schema import VAERun
-from pretrain.stages import VAEStage
+from data_pipeline.features.codec import Codec
+from data_pipeline.features.codec_choice import FeatureSample, Fidelity, exact
+from data_pipeline.features.job import FeatureJob
+from data_pipeline.format.manifest import MANIFEST_NAME, Manifest
+from data_pipeline.reading.batch import SplitConfig
+from data_pipeline.reading.loader import heldout_batches
+from pretrain.config.load import features_folder
+from pretrain.config.schema import VAERun
+from pretrain.stages.vae import VAEStage
 
 TRAIN_SHARDS = STREAMS = 2
 HELDOUT_ROWS = 16

@@ -26,12 +26,12 @@ import torch
 from benchmarks.feature_losses import compare_losses
 from benchmarks.measuring import ROOT, SHARED, existing, phase, print_figures
 from benchmarks.online_teacher import SCALES, compare_speed
-from data_pipeline.codec_choice import Target, choose, measure
-from data_pipeline.devices import device_of
-from data_pipeline.errors import UserError, cli
-from data_pipeline.feature_job import CodecOptions, FeatureJob
-from data_pipeline.prepare import PrepareOptions, prepare
-from pretrain.recipe_plan import ROW_TOKENS, WINDOW_TOKENS, Plan
+from data_pipeline.core.devices import device_of
+from data_pipeline.core.errors import UserError, cli
+from data_pipeline.features.codec_choice import Target, choose, measure
+from data_pipeline.features.job import CodecOptions, FeatureJob
+from data_pipeline.prepare.__main__ import PrepareOptions, prepare
+from pretrain.quickstart.plan import ROW_TOKENS, WINDOW_TOKENS, Plan
 
 QUICKSTART = ROOT / "runs/quickstart"
 LAYER = -3

@@ -30,18 +30,19 @@ from benchmarks import attention
 from benchmarks.lm_head import Head
 from benchmarks.measuring import print_figures, surroundings
 from benchmarks.train_step import Products
-from data_pipeline.errors import UserError, cli
+from data_pipeline.core.errors import UserError, cli
 from modeling import flow, losses
 from modeling.attention import Segments
 from modeling.text_dit import TextDiT, TextDiTConfig
 from modeling.text_vae import TextVAE, TextVAEConfig
-from pretrain.config import RunConfig, load_config
-from pretrain.config_schema import DiTRun, VAERun
-from pretrain.distributed import init_distributed, shutdown
-from pretrain.engine import Engine, EngineSettings
-from pretrain.optim import OptimizerSettings
-from pretrain.stages import StageOutput, prepare_blocks
-from pretrain.telemetry import transformer_flops
+from pretrain.config.load import RunConfig, load_config
+from pretrain.config.schema import DiTRun, VAERun
+from pretrain.engine.engine import Engine, EngineSettings
+from pretrain.engine.optim import OptimizerSettings
+from pretrain.ranks.distributed import init_distributed, shutdown
+from pretrain.stages.base import StageOutput
+from pretrain.stages.registry import prepare_blocks
+from pretrain.telemetry.flops import transformer_flops
 
 DATA_SHEET_TFLOPS = 989.0
 ROW_LENGTHS = [1024, 700, 1024, 324, 500, 300, 200, 24]

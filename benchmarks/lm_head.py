@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measuring import interleaved
-from data_pipeline.errors import UserError
+from data_pipeline.core.errors import UserError
 from modeling.losses import linear_cross_entropy
 
 

@@ -40,11 +40,11 @@ from tqdm import tqdm
 from benchmarks.loader_peers import PEERS, Delivered, Job, finished
 from benchmarks.measuring import ROOT, interleaved, print_figures
 from benchmarks.plain_run import PlainRun, vae_config
-from data_pipeline.batch import Batch, SplitConfig
-from data_pipeline.errors import UserError, cli
-from data_pipeline.loader import TrainLoader
-from data_pipeline.manifest import Manifest, ShardInfo, TokenizerInfo, shard_name
-from data_pipeline.shards import token_members, write_shard
+from data_pipeline.core.errors import UserError, cli
+from data_pipeline.format.manifest import Manifest, ShardInfo, TokenizerInfo, shard_name
+from data_pipeline.format.shards import token_members, write_shard
+from data_pipeline.reading.batch import Batch, SplitConfig
+from data_pipeline.reading.loader import TrainLoader
 
 ROW_TOKENS, VOCAB_SIZE, MIN_WINDOW, MAX_WINDOW = 4096, 151_936, 8, 1024
 RESUME_SHARDS, RESUME_ROWS, RESUME_AT_ROW, RESUME_STREAMS, RESUME_ROWS_PER_STEP = 4000, 512, 10_000_000, 16, 64

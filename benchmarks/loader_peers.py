@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipeline.batch import Batch, RowBlock, RowId, SplitConfig
-from data_pipeline.manifest import Manifest
-from data_pipeline.order import Span
-from data_pipeline.stream import TokenRows
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.reading.batch import Batch, RowBlock, RowId, SplitConfig
+from data_pipeline.reading.order import Span
+from data_pipeline.reading.shard_pool import TokenRows
 
 Row = tuple[np.ndarray, np.ndarray]
 Delivered = tuple[torch.Tensor, list[np.ndarray]]

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_pipeline.errors import UserError
+from data_pipeline.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -20,12 +20,12 @@ from transformers import AutoModel, Qwen3Config
 
 from benchmarks.measuring import interleaved
 from benchmarks.plain_run import PlainRun, vae_config
-from data_pipeline.feature_job import CodecOptions, FeatureJob
-from data_pipeline.keys import key
-from data_pipeline.manifest import Manifest
-from data_pipeline.prepare import PrepareOptions, prepare
-from data_pipeline.sources import open_source
-from pretrain.telemetry import transformer_flops
+from data_pipeline.core.keys import key
+from data_pipeline.features.job import CodecOptions, FeatureJob
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.prepare.__main__ import PrepareOptions, prepare
+from data_pipeline.text.sources import open_source
+from pretrain.telemetry.flops import transformer_flops
 
 SCALES = (1, 2, 4, 8, 16, 32)
 ROWS = 24

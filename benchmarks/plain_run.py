@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 
-from data_pipeline.keys import key
-from data_pipeline.manifest import Manifest
-from pretrain.config import RunConfig, load_config
-from pretrain.config_schema import VAERun
-from pretrain.distributed import Topology
-from pretrain.optim import OptimizerSettings, ScheduleSettings, build_optimizer, learning_rate
+from data_pipeline.core.keys import key
+from data_pipeline.format.manifest import Manifest
+from pretrain.config.load import RunConfig, load_config
+from pretrain.config.schema import VAERun
+from pretrain.engine.optim import OptimizerSettings, ScheduleSettings, build_optimizer, learning_rate
+from pretrain.ranks.distributed import Topology
 from pretrain.session import open_loader
-from pretrain.stages import VAEStage
+from pretrain.stages.vae import VAEStage
 
 
 def vae_config(name: str, overrides: dict[str, Any]) -> VAERun:

@@ -3,7 +3,7 @@
     python -m benchmarks.prepare
     python -m benchmarks.prepare --text a.jsonl b.jsonl --fill c.jsonl:4096 --tokenizer gpt2
 
-`prepare_over_encode`: tokens a second of `data_pipeline.prepare` (reading, tokenising, hashing, shuffling, packing, writing,
+`prepare_over_encode`: tokens a second of `textldm prepare` (reading, tokenising, hashing, shuffling, packing, writing,
 SHA-256; starting its worker processes too) over those of `Tokenizer.encode_batch`, which gets the same documents out of memory,
 1,000 at a time, on the same cores. Both are divided by the same number of tokens: what the tokenizer alone makes of the text.
 `prepare_over_encode_fast`: the same with `encode_batch_fast`, which leaves out the offsets that nobody here needs.
@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import SHARED, existing, interleaved, print_figures
-from data_pipeline.errors import UserError, cli
-from data_pipeline.manifest import Manifest
-from data_pipeline.prepare import PrepareOptions, prepare
-from data_pipeline.sources import open_source
-from data_pipeline.tokenization import encoder, load_tokenizer
+from data_pipeline.core.errors import UserError, cli
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.prepare.__main__ import PrepareOptions, prepare
+from data_pipeline.text.sources import open_source
+from data_pipeline.text.tokenization import encoder, load_tokenizer
 
 CORPORA = SHARED / "corpora"
 DOCUMENTS_PER_CALL = 1000

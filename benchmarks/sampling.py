@@ -29,14 +29,14 @@ from typing import Any
 import torch
 
 from benchmarks.measuring import ROOT, existing, print_figures
-from data_pipeline.devices import device_of
-from data_pipeline.errors import UserError, cli
+from data_pipeline.core.devices import device_of
+from data_pipeline.core.errors import UserError, cli
 from modeling.flow import GRIDS, EstimatePath
 from modeling.sampler import SOLVERS
-from pretrain.diagnose import heldout, load_run, load_stage, training
-from pretrain.latents import checkpoint_of
-from pretrain.stages import DiTStage
-from pretrain.text_checks import Prompt, prompts_of, sample
+from pretrain.diagnose.__main__ import heldout, load_run, load_stage, training
+from pretrain.diagnose.text_checks import Prompt, prompts_of, sample
+from pretrain.stages.dit import DiTStage
+from pretrain.stages.latent_space import checkpoint_of
 
 
 def measure(

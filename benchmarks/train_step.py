@@ -25,16 +25,16 @@ import torch
 from benchmarks.lm_head import Head
 from benchmarks.measuring import SHARED, Spent, existing, interleaved, print_figures
 from benchmarks.plain_dit import PaddedStep, PlainDiT
-from data_pipeline.errors import UserError, cli
-from data_pipeline.pack import pack_rows, window_lengths
-from data_pipeline.sources import open_source
-from data_pipeline.tokenization import encoder, load_tokenizer
+from data_pipeline.core.errors import UserError, cli
+from data_pipeline.prepare.pack import pack_rows, window_lengths
+from data_pipeline.text.sources import open_source
+from data_pipeline.text.tokenization import encoder, load_tokenizer
 from modeling import flow
 from modeling.attention import Segments
 from modeling.losses import squared_error
 from modeling.text_dit import TextDiT, TextDiTConfig
-from pretrain.optim import OptimizerSettings, build_optimizer
-from pretrain.telemetry import transformer_flops
+from pretrain.engine.optim import OptimizerSettings, build_optimizer
+from pretrain.telemetry.flops import transformer_flops
 
 MIN_WINDOW = 8
 

@@ -1,8 +1,8 @@
 """Run the frozen teacher over every shard once and store its features, a few bytes a token.
 
-    python -m data_pipeline.cache_features --data data/owt2 --teacher Qwen/Qwen3-1.7B
+    textldm cache --data data/owt2 --teacher Qwen/Qwen3-1.7B
     deepspeed --hostfile hosts data_pipeline/cache_features.py --config vae_base.json
-    python -m data_pipeline.cache_features check --data data/owt2 --features data/owt2/features-Qwen3-1.7B
+    textldm cache check --data data/owt2 --features data/owt2/features-Qwen3-1.7B
 
 Works under deepspeed, torchrun, srun and alone. The ranks share nothing but the output folder: rank 0 fits the codec,
 rank r writes the shards r, r + W, ...; each shard and its record under `parts/` appear atomically, so that a killed
@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from data_pipeline.codec_choice import Target
-from data_pipeline.devices import device_of
-from data_pipeline.errors import UserError, cli
-from data_pipeline.feature_check import check_cache
-from data_pipeline.feature_job import CodecOptions, FeatureJob
-from data_pipeline.storage import local_folder
+from data_pipeline.core.devices import device_of
+from data_pipeline.core.errors import UserError, cli
+from data_pipeline.core.storage import local_folder
+from data_pipeline.features.check import check_cache
+from data_pipeline.features.codec_choice import Target
+from data_pipeline.features.job import CodecOptions, FeatureJob
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 

@@ -94,7 +94,7 @@ class TimeDistribution:
             return self.quantile(falling)
         if len(self.path) < 2:
             raise ValueError(
-                'time grid "even" needs the times measured on the trained model, and this one has none: run pretrain.diagnose on the run'
+                'time grid "even" needs the times measured on the trained model, and this one has none: run textldm diagnose on the run'
                 " before it is exported, or choose the grid training or uniform"
             )
         table = torch.tensor(self.path, dtype=torch.float64)

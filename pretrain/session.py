@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 
-from data_pipeline.batch import SplitConfig
-from data_pipeline.errors import UserError
-from data_pipeline.keys import key
-from data_pipeline.loader import TrainLoader
-from data_pipeline.manifest import FeatureManifest, Manifest
-from pretrain import checkpoint
-from pretrain.config import (
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.keys import key
+from data_pipeline.format.manifest import FeatureManifest, Manifest
+from data_pipeline.reading.batch import SplitConfig
+from data_pipeline.reading.loader import TrainLoader
+from pretrain.checkpoint.find import discard_after, newest_complete
+from pretrain.checkpoint.read import restore
+from pretrain.checkpoint.slices import FOLDER, read_manifest, saved_steps, write_atomically
+from pretrain.checkpoint.write import CheckpointWriter
+from pretrain.config.load import (
     DiTRun,
     RunConfig,
     check_ranks,
@@ -31,14 +34,16 @@ from pretrain.config import (
     refuse_changes,
     resume_differences,
 )
-from pretrain.distributed import Topology, barrier
-from pretrain.engine import Engine, EngineSettings
-from pretrain.faults import Signals, SpikeGuard, Watchdog
-from pretrain.latents import vae_fingerprint
-from pretrain.optim import OptimizerSettings, ScheduleSettings, learning_rate
-from pretrain.slices import saved_steps, write_atomically
-from pretrain.stages import Stage, build_stage
-from pretrain.telemetry import Telemetry
+from pretrain.engine.engine import Engine, EngineSettings
+from pretrain.engine.optim import OptimizerSettings, ScheduleSettings, learning_rate
+from pretrain.faults.signals import Signals
+from pretrain.faults.spikes import SpikeGuard
+from pretrain.faults.watchdog import Watchdog
+from pretrain.ranks.distributed import Topology, barrier
+from pretrain.stages.base import Stage
+from pretrain.stages.latent_space import vae_fingerprint
+from pretrain.stages.registry import build_stage
+from pretrain.telemetry.record import Telemetry
 
 
 @dataclass
@@ -53,7 +58,7 @@ class Session:
     stage: Stage
     engine: Engine
     loader: TrainLoader
-    writer: checkpoint.CheckpointWriter
+    writer: CheckpointWriter
     guard: SpikeGuard
     telemetry: Telemetry
     signals: Signals
@@ -83,15 +88,15 @@ class Session:
         """
         self.writer.settle()  # whether or not it failed: what is complete counts
         bad_from = self.guard.state()["skipped_steps"][0]
-        earlier = [step for step, _ in saved_steps(self.run / checkpoint.FOLDER) if step <= bad_from]
+        earlier = [step for step, _ in saved_steps(self.run / FOLDER) if step <= bad_from]
         barrier()  # every rank has looked before rank 0 deletes
         if not earlier:
             return False
-        checkpoint.discard_after(self.run, max(earlier), self.topology)
-        path = checkpoint.newest_complete(self.run, self.topology)
+        discard_after(self.run, max(earlier), self.topology)
+        path = newest_complete(self.run, self.topology)
         if path is None:
             return False
-        restored = checkpoint.restore(path, self.engine)
+        restored = restore(path, self.engine)
         self.guard.load(restored.extra["guard"])
         self.telemetry.load(restored.extra["telemetry"])
         self.rewinds += 1
@@ -144,9 +149,9 @@ def open_session(
     watchdog = stack.enter_context(Watchdog(train.watchdog_s, run, topology.rank, topology.hostname))
     signals.on_first = lambda: watchdog.end_within(train.grace_s)
 
-    found = checkpoint.newest_complete(run, topology)
-    earlier = checkpoint.read_manifest(found).extra if found else None
-    if earlier is None and (run / checkpoint.FOLDER / "latest").exists():
+    found = newest_complete(run, topology)
+    earlier = read_manifest(found).extra if found else None
+    if earlier is None and (run / FOLDER / "latest").exists():
         raise UserError(
             f"{run} had checkpoints, but none of them is complete any more; start over with --fresh, or restore them"
         )
@@ -170,7 +175,7 @@ def open_session(
     engine = Engine(
         stage, engine_settings(config, topology), OptimizerSettings(**config.optimizer.model_dump()), topology
     )
-    restored = checkpoint.restore(found, engine) if found else None
+    restored = restore(found, engine) if found else None
     step = restored.step if restored else 0
 
     guard = SpikeGuard(train.spike_sigmas, train.spike_window, train.max_skips, train.skip_window)
@@ -186,7 +191,7 @@ def open_session(
         start_step=step,
         state=earlier and earlier["telemetry"],
     )
-    writer = checkpoint.CheckpointWriter(run, topology, train.keep_last, train.keep_every, train.timeout_s)
+    writer = CheckpointWriter(run, topology, train.keep_last, train.keep_every, train.timeout_s)
     writer.prepare(engine)  # host buffers before the first save, which would otherwise stall for them
     loader = open_loader(config, topology, step)
     session = Session(

@@ -20,21 +20,23 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: os._exit(85))
-    from pretrain.launcher import first_launchers
+    from pretrain.ranks.launcher import first_launchers
 
     first_launchers()
 
 import torch
 
-from data_pipeline.batch import Batch
-from pretrain import faults
-from pretrain.config import RunConfig, load_config
-from pretrain.distributed import Topology, all_reduce_sum, barrier, init_distributed, shutdown
-from pretrain.latents import heldout_rows
-from pretrain.samples import continuations
+from data_pipeline.reading.batch import Batch
+from pretrain.config.load import RunConfig, load_config
+from pretrain.faults.exits import EXIT_CODES, EXIT_OK, EXIT_REQUEUE, exit_code_of, leave
+from pretrain.faults.spikes import TooManySkips
+from pretrain.faults.spikes import record_skip as write_skip
+from pretrain.ranks.distributed import Topology, all_reduce_sum, barrier, init_distributed, shutdown
 from pretrain.session import Session, open_session
-from pretrain.stages import Stage
-from pretrain.telemetry import MetricSums, reduce_metrics
+from pretrain.stages.base import Stage
+from pretrain.stages.latent_space import heldout_rows
+from pretrain.stages.samples import continuations
+from pretrain.telemetry.metrics import MetricSums, reduce_metrics
 
 
 def train(session: Session, profiler: Any = None, until: int | None = None) -> int:
@@ -79,7 +81,7 @@ def train(session: Session, profiler: Any = None, until: int | None = None) -> i
         if is_due(session.step, config.eval_every, config.steps):
             beat(step, "evaluate")
             evaluate(session)
-    return faults.EXIT_OK
+    return EXIT_OK
 
 
 def agree(stage: Stage, batches: Sequence[Batch], stopping: bool) -> tuple[dict[str, int], bool]:
@@ -113,7 +115,7 @@ def evaluate(session: Session) -> dict[str, float]:
 def record_skip(session: Session, step: int, reason: str, measured: Any, batches: Sequence[Batch]) -> None:
     """Write down the rows of a skipped step. Collective. Raises: TooManySkips."""
     entry = {"step": step, "reason": reason, "loss": str(measured.loss), "grad_norm": str(measured.grad_norm)}
-    faults.record_skip(session.run, session.topology.rank, session.topology.world_size, entry, batches)
+    write_skip(session.run, session.topology.rank, session.topology.world_size, entry, batches)
     session.guard.enforce(step)
 
 
@@ -122,12 +124,10 @@ def stop_for_requeue(session: Session) -> int:
     session.watchdog.end_within(session.config.train.grace_s)
     session.watchdog.beat(session.step, "checkpoint")
     name = session.signals.received or "a signal on another rank"
-    session.telemetry.say(
-        f"{name}: writing a checkpoint after step {session.step}, then exit code {faults.EXIT_REQUEUE}"
-    )
+    session.telemetry.say(f"{name}: writing a checkpoint after step {session.step}, then exit code {EXIT_REQUEUE}")
     session.save(blocking=True)
     session.telemetry.event("requeue", step=session.step, signal=name)
-    return faults.EXIT_REQUEUE
+    return EXIT_REQUEUE
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -139,7 +139,7 @@ def train_with_rewinds(session: Session, profiler: Any = None) -> int:
     """`train`, and once, if train.rewind is set, again from the checkpoint before the bad steps."""
     try:
         return train(session, profiler)
-    except faults.TooManySkips:
+    except TooManySkips:
         if not session.config.train.rewind or session.rewinds or not session.rewind():
             raise
         return train(session, profiler)
@@ -176,7 +176,7 @@ def dry_run(config: RunConfig, topology: Topology) -> int:
     finally:
         if topology.is_main:
             shutil.rmtree(made, ignore_errors=True)
-    return faults.EXIT_OK
+    return EXIT_OK
 
 
 @contextmanager
@@ -201,16 +201,14 @@ def profiled(session: Session, steps: int) -> Iterator[Any]:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    codes = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in faults.EXIT_CODES.items())
+    codes = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
     parser = argparse.ArgumentParser(
         prog="pretrain/train.py",
         description=__doc__,
         epilog="exit codes:\n" + codes,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--config", required=True, help="a JSON file, or a name in configs/ (python -m pretrain.config NAME)"
-    )
+    parser.add_argument("--config", required=True, help="a JSON file, or a name in configs/ (textldm config NAME)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. train.steps=1000"
     )
@@ -238,9 +236,9 @@ def main(argv: list[str] | None = None) -> int:
         rank, world_size = topology.rank, topology.world_size
         code = dry_run(config, topology) if arguments.dry_run else run(config, topology, arguments)
     except BaseException as error:
-        code = faults.exit_code_of(error, rank)
+        code = exit_code_of(error, rank)
         if world_size > 1:
-            faults.leave(code)
+            leave(code)
     return code
 
 
@@ -248,4 +246,4 @@ if __name__ == "__main__":
     exit_code = main()
     shutdown()  # not in main(), which another program may call again: DeepSpeed keeps hold of the first process group
     # Past the interpreter's own end: a communication thread that is alive there takes the process down with "terminate called".
-    faults.leave(exit_code)
+    leave(exit_code)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import checkpoint
-from data_pipeline.errors import UserError
+from data_pipeline.core.errors import UserError
 from modeling.text_dit import TextDiT
-from pretrain.config import load_config
+from pretrain.config.load import load_config
 
 
 def test_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,9 +10,9 @@ import torch
 from benchmarks import features, measuring
 from benchmarks import prepare as prepare_benchmark
 from benchmarks.online_teacher import TEACHER_LAYERS, teacher_flops
-from data_pipeline.make_teacher import Recipe, make_teacher
-from data_pipeline.prepare import PrepareOptions, prepare
-from data_pipeline.tokenization import train_tokenizer
+from data_pipeline.features.make_teacher import Recipe, make_teacher
+from data_pipeline.prepare.__main__ import PrepareOptions, prepare
+from data_pipeline.text.tokenization import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks import loader as benchmark
 from benchmarks.loader_peers import PEERS, Job, Peer, finished
-from data_pipeline.batch import Batch, SplitConfig
-from data_pipeline.loader import TrainLoader
+from data_pipeline.reading.batch import Batch, SplitConfig
+from data_pipeline.reading.loader import TrainLoader
 
 
 def test_loader(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

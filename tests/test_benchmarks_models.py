@@ -13,8 +13,8 @@ import torch
 from benchmarks import attention, gpu, lm_head, sampling, train_step
 from benchmarks.lm_head import peak_bytes
 from benchmarks.plain_dit import PlainDiT
-from data_pipeline.errors import UserError
-from data_pipeline.tokenization import train_tokenizer
+from data_pipeline.core.errors import UserError
+from data_pipeline.text.tokenization import train_tokenizer
 from modeling.attention import Segments
 from modeling.text_dit import TextDiT, TextDiTConfig
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain.hosts import read_hostfile
+from pretrain.jobs.hosts import read_hostfile
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "configs" / "cluster"
@@ -44,10 +44,9 @@ def test_slurm_requeues_what_a_restart_brings_on(code: int, again: bool, tmp_pat
 
 @pytest.mark.slow
 def test_a_pod_that_is_told_to_go_saves_and_says_so(tmp_path: Path) -> None:
-    import tiny_run
-
-    from pretrain.launcher import free_port
-    from pretrain.slices import saved_steps
+    from pretrain.checkpoint.slices import saved_steps
+    from pretrain.ranks.launcher import free_port
+    from tests.pretrain import tiny_run
 
     job = list(yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text()))[1]["spec"]
     (container,) = job["template"]["spec"]["containers"]

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.manifest import FeatureManifest, Manifest, MemberInfo, ShardInfo, TokenizerInfo, shard_name
-from data_pipeline.shards import Member, token_members, write_shard
+from data_pipeline.format.manifest import FeatureManifest, Manifest, MemberInfo, ShardInfo, TokenizerInfo, shard_name
+from data_pipeline.format.shards import Member, token_members, write_shard
 
 VOCAB_SIZE, ROW_TOKENS, CODES = 512, 64, 5
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.manifest import Manifest, ShardInfo, shard_name
-from data_pipeline.shards import token_members, write_shard
-from data_pipeline.tokenization import load_tokenizer, train_tokenizer
+from data_pipeline.format.manifest import Manifest, ShardInfo, shard_name
+from data_pipeline.format.shards import token_members, write_shard
+from data_pipeline.text.tokenization import load_tokenizer, train_tokenizer
 
 ROW_TOKENS = 64
 

@@ -11,21 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sentences import ROW_TOKENS, write_data
 from transformers import Qwen3Config, Qwen3Model
 
-from data_pipeline.batch import SplitConfig
 from data_pipeline.cache_features import main
-from data_pipeline.errors import UserError
-from data_pipeline.feature_cache import feature_members, load_cache, tile
-from data_pipeline.feature_check import compare
-from data_pipeline.feature_job import format_bytes
-from data_pipeline.loader import heldout_batches
-from data_pipeline.manifest import FeatureManifest, Manifest
-from data_pipeline.order import Span
-from data_pipeline.shards import write_shard
-from data_pipeline.stream import FeatureRows, TokenRows
-from data_pipeline.teacher import load_teacher
+from data_pipeline.core.errors import UserError
+from data_pipeline.features.cache import feature_members, load_cache, tile
+from data_pipeline.features.check import compare
+from data_pipeline.features.job import format_bytes
+from data_pipeline.features.teacher import load_teacher
+from data_pipeline.format.manifest import FeatureManifest, Manifest
+from data_pipeline.format.shards import write_shard
+from data_pipeline.reading.batch import SplitConfig
+from data_pipeline.reading.loader import heldout_batches
+from data_pipeline.reading.order import Span
+from data_pipeline.reading.shard_pool import FeatureRows, TokenRows
+from tests.data_pipeline.sentences import ROW_TOKENS, write_data
 
 FAST = ["--sample-tokens", "4000", "--ngram-order", "1"]
 

@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.batch import SplitConfig
-from data_pipeline.codec import ExactCodec
-from data_pipeline.errors import UserError
-from data_pipeline.feature_cache import feature_members, load_cache, member_infos
-from data_pipeline.inspection import verify
-from data_pipeline.loader import TrainLoader
-from data_pipeline.manifest import FeatureManifest, Manifest, fingerprint
-from data_pipeline.order import Span
-from data_pipeline.shards import write_shard
-from data_pipeline.stream import FeatureRows, TokenRows
-from data_pipeline.tokenization import train_tokenizer
+from data_pipeline.core.errors import UserError
+from data_pipeline.features.cache import feature_members, load_cache, member_infos
+from data_pipeline.features.codec import ExactCodec
+from data_pipeline.format.manifest import FeatureManifest, Manifest, fingerprint
+from data_pipeline.format.shards import write_shard
+from data_pipeline.prepare.inspect import verify
+from data_pipeline.reading.batch import SplitConfig
+from data_pipeline.reading.loader import TrainLoader
+from data_pipeline.reading.order import Span
+from data_pipeline.reading.shard_pool import FeatureRows, TokenRows
+from data_pipeline.text.tokenization import train_tokenizer
 from tests.data_pipeline import mutations
 from tests.data_pipeline.conftest import ROW_TOKENS, VOCAB_SIZE, write_prepared
 

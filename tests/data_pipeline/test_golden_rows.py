@@ -16,7 +16,10 @@ import pytest
 
 WORDS = "the a red blue cat dog house tree sees likes and or but very small large".split()  # noqa: SIM905
 CASES = {
-    "defaults": (["--row-tokens", "256", "--max-document-length", "64", "--min-document-length", "5"], "6a3f2dcf5d19f4e322b99b39e70727859cf2319625057457d36ea985ebc60e47"),
+    "defaults": (
+        ["--row-tokens", "256", "--max-document-length", "64", "--min-document-length", "5"],
+        "6a3f2dcf5d19f4e322b99b39e70727859cf2319625057457d36ea985ebc60e47",
+    ),
     "deduplicated": (
         ["--row-tokens", "128", "--max-document-length", "128", "--seed", "7", "--dedupe", "--heldout-fraction", "0.1"],
         "e06af38885592f9c8d11c9e31c40e0917f654c9117b16dfa324a23319e4ae24c",
@@ -51,9 +54,21 @@ def test_fixed_text_gives_the_arrays_that_it_always_gave(case: str, tmp_path: Pa
     (tmp_path / "source").mkdir()
     write_text(tmp_path / "source")
     write_tokenizer(tmp_path / "tokenizer")
-    command = [sys.executable, "-m", "data_pipeline.prepare", "--source", "source", "--tokenizer", "tokenizer", "--output", "out"]
+    command = [
+        sys.executable,
+        "-m",
+        "data_pipeline.prepare",
+        "--source",
+        "source",
+        "--tokenizer",
+        "tokenizer",
+        "--output",
+        "out",
+    ]
     root = Path(__file__).resolve().parents[2]
-    subprocess.run([*command, *flags], cwd=tmp_path, check=True, env={"PYTHONPATH": str(root), "PATH": "", "HOME": str(tmp_path)})
+    subprocess.run(
+        [*command, *flags], cwd=tmp_path, check=True, env={"PYTHONPATH": str(root), "PATH": "", "HOME": str(tmp_path)}
+    )
     assert digest(tmp_path / "out") == expected
 
 

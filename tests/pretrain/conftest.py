@@ -17,7 +17,7 @@ class Trained(NamedTuple):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Both stages, two steps each. Read only: copy what you change."""
-    import tiny_pipeline
+    from tests.pretrain import tiny_pipeline
 
     return Trained(*tiny_pipeline.train_both(tmp_path_factory.mktemp("pipeline")))
 
@@ -25,6 +25,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 @pytest.fixture(scope="session")
 def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Hugging Face folder of `trained`. Read only."""
-    from pretrain.convert import convert
+    from pretrain.export.convert import convert
 
     return convert(trained.dit, tmp_path_factory.mktemp("export") / "textldm-tiny")

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import forked_ranks
 from safetensors.torch import load_file
 from torch import Tensor
+
+from tests.pretrain import forked_ranks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -31,7 +32,11 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def launch(
-    folder: Path, world_size: int, cases: list[dict[str, Any]], timeout_s: float = 1200, worker: str = "engine_worker"
+    folder: Path,
+    world_size: int,
+    cases: list[dict[str, Any]],
+    timeout_s: float = 1200,
+    worker: str = "tests.pretrain.engine_worker",
 ) -> dict[str, Result]:
     """Run the cases with `world_size` ranks, in one start; raise with the ranks' last words if any of them fails."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.optim import OptimizerSettings, parameter_groups
+from pretrain.engine.optim import OptimizerSettings, parameter_groups
 
 VOCABULARY, WIDTH, ROWS = 37, 11, 6
 """Odd sizes, so that partitions get padding and cut through parameters; 6 rows divide by 1, 2, 3 and 6."""

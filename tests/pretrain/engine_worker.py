@@ -8,14 +8,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import engine_toy as toy
 import torch
 from safetensors.torch import save_file
 
-from pretrain.checkpoint import CheckpointWriter, restore
-from pretrain.distributed import init_distributed
-from pretrain.engine import Engine, EngineSettings
-from pretrain.optim import STATES
+from pretrain.checkpoint.find import CheckpointWriter
+from pretrain.checkpoint.read import restore
+from pretrain.engine.engine import Engine, EngineSettings
+from pretrain.engine.optim import STATES
+from pretrain.ranks.distributed import init_distributed
+from tests.pretrain import engine_toy as toy
 
 
 @dataclasses.dataclass

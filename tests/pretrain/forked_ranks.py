@@ -11,7 +11,7 @@ import traceback
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from pretrain.launcher import free_port
+from pretrain.ranks.launcher import free_port
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "pretrain.train"])
@@ -51,7 +51,7 @@ def be_a_rank(module: str, arguments: list[str], variables: dict[str, str], log:
     try:
         import torch
 
-        from pretrain.distributed import shutdown
+        from pretrain.ranks.distributed import shutdown
 
         torch.set_num_threads(1)
         code = importlib.import_module(module).main(arguments)

@@ -7,9 +7,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.batch import Batch
+from data_pipeline.reading.batch import Batch
 from pretrain import train
-from pretrain.engine import Engine
+from pretrain.engine.engine import Engine
 
 
 def main(argv: list[str]) -> int:

@@ -15,16 +15,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data_pipeline.batch import Batch, SplitConfig
-from data_pipeline.loader import TrainLoader
-from data_pipeline.manifest import Manifest
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.reading.batch import Batch, SplitConfig
+from data_pipeline.reading.loader import TrainLoader
 from modeling.repa import RepaHead
-from pretrain.checkpoint import CheckpointWriter
-from pretrain.config import RunConfig, parse_config
-from pretrain.distributed import Topology, init_distributed
-from pretrain.engine import Engine, EngineSettings
-from pretrain.optim import STATES, OptimizerSettings, parameter_groups
-from pretrain.stages import Stage, build_stage
+from pretrain.checkpoint.find import CheckpointWriter
+from pretrain.config.load import RunConfig, parse_config
+from pretrain.engine.engine import Engine, EngineSettings
+from pretrain.engine.optim import STATES, OptimizerSettings, parameter_groups
+from pretrain.ranks.distributed import Topology, init_distributed
+from pretrain.stages.base import Stage
+from pretrain.stages.registry import build_stage
 
 FEATURE_DIM = 24
 OPTIMIZER = OptimizerSettings(lr=3e-3, eps=1e-3, weight_decay=0.1, grad_clip=1.0, ema_decay=0.9)

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_run
 import torch
 from transformers import Qwen3Config, Qwen3Model
 
 from data_pipeline import cache_features
-from data_pipeline.batch import Batch, SplitConfig
-from data_pipeline.loader import TrainLoader, heldout_batches
-from data_pipeline.manifest import Manifest
-from data_pipeline.prepare import PrepareOptions, prepare
-from data_pipeline.tokenization import train_tokenizer
-from pretrain.config import features_folder, parse_config
-from pretrain.config_schema import VAERun
-from pretrain.stages import VAEStage
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.prepare.__main__ import PrepareOptions, prepare
+from data_pipeline.reading.batch import Batch, SplitConfig
+from data_pipeline.reading.loader import TrainLoader, heldout_batches
+from data_pipeline.text.tokenization import train_tokenizer
+from pretrain.config.load import features_folder, parse_config
+from pretrain.config.schema import VAERun
+from pretrain.stages.vae import VAEStage
+from tests.pretrain import tiny_run
 
 WORDS = [
     "the",

@@ -13,21 +13,18 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-import forked_ranks
-import noted_run
 import psutil
 import pytest
-import tiny_pipeline
-import tiny_run
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint import read_tensors
-from pretrain.faults import EXIT_REQUEUE
-from pretrain.launcher import free_port
-from pretrain.optim import STATES
-from pretrain.slices import saved_steps
-from pretrain.telemetry_sinks import read_metrics
+from pretrain.checkpoint.read import read_tensors
+from pretrain.checkpoint.slices import saved_steps
+from pretrain.engine.optim import STATES
+from pretrain.faults.exits import EXIT_REQUEUE
+from pretrain.ranks.launcher import free_port
+from pretrain.telemetry.sinks import read_metrics
+from tests.pretrain import forked_ranks, noted_run, tiny_pipeline, tiny_run
 
 pytestmark = pytest.mark.slow
 
@@ -242,7 +239,7 @@ def test_sigterm_through_the_launcher(quickstart: Quickstart, tmp_path: Path, re
     assert second < saved_steps(run / "checkpoints")[0][0] == third < STEPS
 
     # To the supervisor alone: the same, and its exit code says so.
-    supervise = [sys.executable, "-m", "pretrain.supervise", "--launcher", " ".join(launcher), "--", *training]
+    supervise = [sys.executable, "-m", "pretrain", "supervise", "--launcher", " ".join(launcher), "--", *training]
     process, log = start(supervise, "supervise")
     process.send_signal(signal.SIGTERM)
     assert process.wait(900) == EXIT_REQUEUE, log.read_text()[-5000:]

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_run
-from engine_launch import Result, largest_relative_difference, launch
 
-from pretrain.optim import STATES
+from pretrain.engine.optim import STATES
+from tests.pretrain import tiny_run
+from tests.pretrain.engine_launch import Result, largest_relative_difference, launch
 
 STEPS, ROWS = 3, 12
 RECOMPUTED = (1, 2)
@@ -65,12 +65,12 @@ def jobs(folder: Path, world_size: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def one_rank(folder: Path) -> dict[str, Result]:
-    return launch(folder / "one", 1, jobs(folder, 1), worker="stage_worker")
+    return launch(folder / "one", 1, jobs(folder, 1), worker="tests.pretrain.stage_worker")
 
 
 @pytest.fixture(scope="module")
 def two_ranks(folder: Path, one_rank: dict[str, Result]) -> dict[str, Result]:
-    return launch(folder / "two", 2, jobs(folder, 2), worker="stage_worker")
+    return launch(folder / "two", 2, jobs(folder, 2), worker="tests.pretrain.stage_worker")
 
 
 @pytest.mark.slow

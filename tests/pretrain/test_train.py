@@ -11,22 +11,25 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import forked_ranks
 import psutil
 import pytest
-import tiny_run
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import UserError
-from data_pipeline.manifest import Manifest
-from pretrain import checkpoint_writer, faults, train
-from pretrain.checkpoint import read_manifest, read_tensors
-from pretrain.engine import Engine
+from data_pipeline.core.errors import UserError
+from data_pipeline.format.manifest import Manifest
+from pretrain import train
+from pretrain.checkpoint import write as checkpoint_writer
+from pretrain.checkpoint.find import read_manifest
+from pretrain.checkpoint.read import read_tensors
+from pretrain.checkpoint.slices import saved_steps
+from pretrain.engine.engine import Engine
+from pretrain.faults.exits import EXIT_FAILED, EXIT_HUNG, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
+from pretrain.faults.watchdog import Watchdog
 from pretrain.session import refuse_other_inputs
-from pretrain.slices import saved_steps
-from pretrain.telemetry import STRAGGLER
-from pretrain.telemetry_sinks import read_metrics
+from pretrain.telemetry.record import STRAGGLER
+from pretrain.telemetry.sinks import read_metrics
+from tests.pretrain import forked_ranks, tiny_run
 
 
 @pytest.fixture(autouse=True)
@@ -108,8 +111,8 @@ def test_a_run_leaves_what_it_promises(straight: Path, data: Path, capsys: pytes
 
 
 def test_the_evaluation_uses_the_ema(straight: Path, data: Path) -> None:
-    from data_pipeline.batch import SplitConfig
-    from data_pipeline.loader import heldout_batches
+    from data_pipeline.reading.batch import SplitConfig
+    from data_pipeline.reading.loader import heldout_batches
 
     stage = tiny_run.TinyStage()
     stage.load_state_dict(read_tensors(straight, state="ema"))
@@ -125,7 +128,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(
 ) -> None:
     config = make_config(tmp_path, data)
     monkeypatch.setenv("TINY_TERM", f"0:{ticket}")
-    assert start(config) == faults.EXIT_REQUEUE
+    assert start(config) == EXIT_REQUEUE
     assert read_manifest(tmp_path / "run" / "checkpoints" / f"step-{ticket // 8 + 1:09d}").step == ticket // 8 + 1
     monkeypatch.delenv("TINY_TERM")
     assert start(config) == 0
@@ -142,7 +145,7 @@ def test_an_evaluation_that_fails_costs_no_steps(
     config = make_config(tmp_path, data, eval_every=2, checkpoint_async=False)
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate", out_of_memory)
-        assert start(config) == faults.EXIT_FAILED
+        assert start(config) == EXIT_FAILED
     assert [step for step, _ in saved_steps(tmp_path / "run" / "checkpoints")] == [2]
     assert start(config) == 0
     assert_same(everything(tmp_path / "run"), everything(straight))
@@ -157,7 +160,7 @@ def test_sigterm_after_a_failed_save_saves_all_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_writer, "write_slices", tiny_run.full_disk_once(checkpoint_writer.write_slices))
         patch.setenv("TINY_TERM", f"0:{ticket}")
-        assert start(config) == faults.EXIT_REQUEUE
+        assert start(config) == EXIT_REQUEUE
     assert "the checkpoint after step 2 could not be written: [Errno 28]" in capsys.readouterr().err
     assert [step for step, _ in saved_steps(tmp_path / "run" / "checkpoints")] == [ticket // 8 + 1]
     assert start(config) == 0
@@ -187,13 +190,13 @@ def test_a_launcher_that_is_killed_while_its_rank_imports_is_missed(tmp_path: Pa
     assert "the launcher's end: writing a checkpoint after step 0" in log.read_text()
 
 
-@pytest.mark.parametrize("phase", faults.Watchdog.PHASES[:-1])
+@pytest.mark.parametrize("phase", Watchdog.PHASES[:-1])
 def test_sigterm_in_any_phase_saves_and_the_same_command_goes_on_bit_for_bit(
     phase: str, tmp_path: Path, data: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    beat = faults.Watchdog.beat
+    beat = Watchdog.beat
 
-    def beat_and_signal(watchdog: faults.Watchdog, step: int, now: str) -> None:
+    def beat_and_signal(watchdog: Watchdog, step: int, now: str) -> None:
         beat(watchdog, step, now)
         if now == phase and step >= 2:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -206,8 +209,8 @@ def test_sigterm_in_any_phase_saves_and_the_same_command_goes_on_bit_for_bit(
         if phase == "setup":
             patch.setattr("pretrain.session.Engine", engine_and_signal)
         else:
-            patch.setattr(faults.Watchdog, "beat", beat_and_signal)
-        assert start(make_config(tmp_path, data)) == faults.EXIT_REQUEUE
+            patch.setattr(Watchdog, "beat", beat_and_signal)
+        assert start(make_config(tmp_path, data)) == EXIT_REQUEUE
     saved = saved_steps(tmp_path / "run" / "checkpoints")
     assert saved[0][0] < 6
     assert start(tmp_path / "c.json") == 0
@@ -228,7 +231,7 @@ def test_a_bad_step_is_skipped_and_written_down(tmp_path: Path, data: Path, monk
 
 def test_too_many_bad_steps_stop_the_run(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setenv("TINY_NAN", "18,26,34")
-    assert start(make_config(tmp_path, data, max_skips=2)) == faults.EXIT_SKIPS
+    assert start(make_config(tmp_path, data, max_skips=2)) == EXIT_SKIPS
     assert "3 steps (2, 3, 4) were skipped" in capsys.readouterr().err
     assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) == 3
 
@@ -264,7 +267,7 @@ def test_data_without_held_out_rows_is_refused_unless_nothing_is_evaluated(
     del fields["fingerprint"], fields["format_version"]
     (data / "manifest.json").write_text(Manifest.create(**fields).model_dump_json())
     config = make_config(tmp_path, data)
-    assert start(config, "--dry-run") == faults.EXIT_USER
+    assert start(config, "--dry-run") == EXIT_USER
     error = capsys.readouterr().err
     assert "train.eval_every=0" in error
     assert "--heldout-fraction" in error
@@ -281,10 +284,10 @@ def test_a_changed_run_is_refused_with_both_values(
         ("data.streams=2", "data.streams was 4, is 2"),
         ("optimizer.lr=0.5", "add --allow-change optimizer.lr"),
     ):
-        assert train.main(["--config", config, "--set", override]) == faults.EXIT_USER
+        assert train.main(["--config", config, "--set", override]) == EXIT_USER
         assert expected in capsys.readouterr().err
     other = tiny_run.write_data(tmp_path / "other", seed=1)
-    assert train.main(["--config", config, "--set", f"data.path={other}"]) == faults.EXIT_USER
+    assert train.main(["--config", config, "--set", f"data.path={other}"]) == EXIT_USER
     assert "fingerprint was" in capsys.readouterr().err
 
 
@@ -321,7 +324,7 @@ def test_fresh_puts_the_old_run_aside(tmp_path: Path, data: Path) -> None:
     assert start(config, "--fresh", "--set", "train.seed=1") == 0
     assert (tmp_path / "run.1" / "checkpoints" / "latest").exists()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["seed"] == 1
-    assert start(config, "--fresh", "--set", "data.path=nowhere") == faults.EXIT_USER
+    assert start(config, "--fresh", "--set", "data.path=nowhere") == EXIT_USER
     assert (tmp_path / "run").exists()  # a mistake puts nothing aside
 
 
@@ -338,7 +341,7 @@ def test_damaged_checkpoints_are_passed_over_but_never_forgotten(
     assert_same(everything(tmp_path / "run"), everything(straight))
     for file in checkpoints.glob("step-*/rank-*"):
         file.write_bytes(b"x")
-    assert start(config) == faults.EXIT_USER
+    assert start(config) == EXIT_USER
     assert "none of them is complete" in capsys.readouterr().err
 
 
@@ -371,7 +374,7 @@ def test_two_ranks_train_as_one_and_survive_a_full_disk_and_a_signal_to_one_of_t
     config = make_config(tmp_path, data)
     # Rank 1 learns only from rank 0 that the save after step 2 failed.
     ranks = start_ranks(config, TINY_TERM="1:21", TINY_FULL="0")
-    assert forked_ranks.finish(ranks) == [faults.EXIT_REQUEUE] * 2, output_of(config)
+    assert forked_ranks.finish(ranks) == [EXIT_REQUEUE] * 2, output_of(config)
     assert "rank 0: the checkpoint after step 2 could not be written" in output_of(config)
     assert [step for step, _ in saved_steps(tmp_path / "run" / "checkpoints")] == [3]
     assert forked_ranks.finish(start_ranks(config)) == [0, 0], output_of(config)
@@ -393,7 +396,7 @@ def test_a_nan_on_one_rank_is_skipped_by_both(tmp_path: Path, data: Path) -> Non
 @pytest.mark.slow
 def test_an_error_on_one_rank_ends_it_at_once(tmp_path: Path, data: Path) -> None:
     config = make_config(tmp_path, data)
-    assert forked_ranks.finish(start_ranks(config, TINY_RAISE="1:21")) == [faults.EXIT_FAILED] * 2, output_of(config)
+    assert forked_ranks.finish(start_ranks(config, TINY_RAISE="1:21")) == [EXIT_FAILED] * 2, output_of(config)
     assert "injected" in output_of(config)
 
 
@@ -412,7 +415,7 @@ def test_a_frozen_rank_is_named_by_the_others_which_end(tmp_path: Path, data: Pa
     finally:
         forked_ranks.kill([alive, frozen])
     output = output_of(config)
-    assert alive.exitcode == faults.EXIT_HUNG, output
+    assert alive.exitcode == EXIT_HUNG, output
     assert watchdog_s <= took_s <= watchdog_s + 30
     assert "in phase compute of step 2; rank 1 on" in output
     assert "is silent for" in output

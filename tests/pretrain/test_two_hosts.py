@@ -9,19 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import forked_ranks
 import pytest
-import tiny_pipeline
-import tiny_run
 import torch
 from torch import Tensor
-from two_hosts import REPOSITORY, Host, TwoHosts, kill, two_hosts, wait_for, what_is_missing
 
-from pretrain.checkpoint import read_tensors
-from pretrain.faults import EXIT_LOST
-from pretrain.hosts import launch_variables
-from pretrain.optim import STATES
-from pretrain.telemetry_sinks import read_metrics
+from pretrain.checkpoint.read import read_tensors
+from pretrain.engine.optim import STATES
+from pretrain.faults.exits import EXIT_LOST
+from pretrain.jobs.hosts import launch_variables
+from pretrain.telemetry.sinks import read_metrics
+from tests.pretrain import forked_ranks, tiny_pipeline, tiny_run
+from tests.pretrain.two_hosts import REPOSITORY, Host, TwoHosts, kill, two_hosts, wait_for, what_is_missing
 
 MISSING = what_is_missing()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
@@ -178,7 +176,7 @@ def test_a_killed_rank_and_a_cut_link_end_the_job_and_the_same_command_resumes(c
 def test_the_supervisor_brings_a_job_through_a_killed_rank(cluster: TwoHosts, runs: Runs) -> None:
     name = "dit-zero1"
     arguments = ["--hostfile", str(cluster.hostfile), "--", "--config", str(runs.configs[name])]
-    process, log = start(cluster, runs.configs[name], [sys.executable, "-m", "pretrain.supervise", *arguments])
+    process, log = start(cluster, runs.configs[name], [sys.executable, "-m", "pretrain", "supervise", *arguments])
     await_step(runs, name, 12, process, log)
     kill(only_rank(cluster.hosts[1]))
     finish(process, log)
@@ -210,7 +208,7 @@ def test_other_launchers_train_the_same(launcher: str, cluster: TwoHosts, runs: 
 
 
 def test_the_hosts_check_sees_both(cluster: TwoHosts, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pretrain.hosts", "check", str(cluster.hostfile), "--shared", str(tmp_path)]
+    command = [sys.executable, "-m", "pretrain", "hosts", "check", str(cluster.hostfile), "--shared", str(tmp_path)]
     process, log = start(cluster, tmp_path / "check", command)
     finish(process, log)
     assert [line.split(",")[0] for line in log.read_text().splitlines()] == ["host1 answers", "host2 answers"]

@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-import tiny_run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from data_pipeline.manifest import Manifest
-from data_pipeline.tokenization import tokenizer_hash
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.text.tokenization import tokenizer_hash
 from pretrain import train
+from tests.pretrain import tiny_run
 
 WORDS = ["<|endoftext|>", *(f"w{i}" for i in range(1, tiny_run.VOCABULARY))]
 

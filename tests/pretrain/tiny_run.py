@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data_pipeline.batch import FILLER, Batch
-from data_pipeline.manifest import Manifest, ShardInfo, TokenizerInfo, shard_name
-from data_pipeline.shards import token_members, write_shard
+from data_pipeline.format.manifest import Manifest, ShardInfo, TokenizerInfo, shard_name
+from data_pipeline.format.shards import token_members, write_shard
+from data_pipeline.reading.batch import FILLER, Batch
 
 VOCABULARY, ROW_TOKENS, ROWS_PER_STEP = 64, 32, 8
 
@@ -150,7 +150,8 @@ def full_disk(*_: object) -> None:
 def main(argv: list[str]) -> int:
     """pretrain/train.py with `TinyStage` in the place of the configuration's stage."""
     import pretrain.session
-    from pretrain import checkpoint_writer, train
+    from pretrain import train
+    from pretrain.checkpoint import write as checkpoint_writer
 
     if os.environ.get("TINY_FULL") == os.environ.get("RANK"):
         checkpoint_writer.write_slices = full_disk_once(checkpoint_writer.write_slices)

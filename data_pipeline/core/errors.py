@@ -1,0 +1,33 @@
+"""The one error class for users' mistakes, and the wrapper that every command's `main` runs under."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_USER = 2
+"""The exit code of a user's mistake."""
+
+
+class UserError(ValueError):
+    """Bad input: the message says what was found, what was expected and what to do. Commands print it without a traceback."""
+
+
+def cli(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
+    """Wrap a command's `main(argv)`: a UserError becomes one line on stderr and exit code 2, Ctrl-C becomes 130."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv) or 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_USER
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # `command | head`: the reader has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
+    return run

@@ -1,0 +1,198 @@
+"""Where prepared folders lie: local paths, or URLs read through a local cache. Files are written atomically, and only locally.
+
+https is read with the standard library; every other scheme (s3, gs, hf, ...) is fsspec's, with the package that it asks for.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from data_pipeline.core.errors import UserError
+
+CACHE_GIGABYTES = 100.0
+_TIMEOUT_S = 60.0
+_RETRY_SECONDS = (0.5, 2.0, 8.0, 20.0)  # waits between five attempts: outlasts a restarting proxy, not a missing bucket
+_CHUNK_BYTES = 1 << 20
+
+Result = TypeVar("Result")
+
+
+def is_url(location: str) -> bool:
+    """Whether the location is a URL rather than a local path."""
+    return "://" in location
+
+
+def local_folder(location: str) -> Path:
+    """The path of a folder that is written, or whose files are looked through. Raises UserError for a URL."""
+    if is_url(location):
+        raise UserError(
+            f"{location} is a URL, expected a local folder: outputs are written locally, copy the folder afterwards; and "
+            "a folder is looked through where it is local"
+        )
+    return Path(location)
+
+
+def read_bytes(folder: str, name: str) -> bytes:
+    """Contents of a small file of the folder. Raises FileNotFoundError when there is none."""
+    if not is_url(folder):
+        with open_file(Path(folder) / name) as file:
+            return file.read()
+
+    def read() -> bytes:
+        with _open_url(f"{folder}/{name}") as file:
+            return file.read()
+
+    return _with_retries(f"{folder}/{name}", read)
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """Open a local file for reading. Raises OSError for anything else of that name: a pipe would wait for its writer."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 (returned)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "Not a file", str(path))
+    return file
+
+
+class ShardFiles:
+    """Shard files of a folder as local paths; those of a URL are kept in a cache of bounded size, named by their SHA-256.
+
+    Args:
+        folder: local path or URL.
+        cache_dir: folder of the cache (None: `textldm/shards` in the user's cache folder); several processes may share it.
+        cache_gigabytes: when a download exceeds this, files not used for longest are removed. An open shard stays readable.
+    """
+
+    def __init__(self, folder: str, cache_dir: str | None = None, cache_gigabytes: float = CACHE_GIGABYTES):
+        self._folder = folder
+        self._cache = Path(cache_dir) if cache_dir else user_cache() / "shards"
+        self._cache_bytes = int(cache_gigabytes * 1e9)
+
+    def path(self, name: str, num_bytes: int, sha256: str) -> Path:
+        """Local path of a shard, downloaded first if need be. Raises UserError if it cannot be had."""
+        if not is_url(self._folder):
+            return Path(self._folder) / name
+        path = self._cache / f"{sha256}.tar"
+        try:
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # recently used, but not changed
+        except FileNotFoundError:
+            url = f"{self._folder}/{name}"
+            try:
+                _with_retries(url, lambda: _download(url, path, num_bytes, sha256))
+            except FileNotFoundError:
+                raise UserError(f"{url} does not exist, but the manifest names it: upload the folder again") from None
+            self._evict(path)
+        return path
+
+    def is_evicted(self, path: Path) -> bool:
+        """Whether a cached file is gone again."""
+        return is_url(self._folder) and not path.exists()
+
+    def discard(self, path: Path) -> bool:
+        """Forget a cached file that turned out to be damaged, so that the next attempt downloads it again; False if it is no copy."""
+        if is_url(self._folder):
+            path.unlink(missing_ok=True)
+        return is_url(self._folder)
+
+    def _evict(self, newest: Path) -> None:
+        """Remove the least recently used files until the cache is within its limit; `newest` stays."""
+        files = []
+        for path in self._cache.glob("*.tar"):
+            with contextlib.suppress(FileNotFoundError):  # another process may evict at the same time
+                status = path.stat()
+                files.append((status.st_atime, status.st_size, path))
+        excess = sum(size for _, size, _ in files) - self._cache_bytes
+        for _, size, path in sorted(files):
+            if excess > 0 and path != newest:
+                path.unlink(missing_ok=True)
+                excess -= size
+
+
+def user_cache() -> Path:
+    """This project's folder below the user's cache folder; below the temporary folder if there is no home to write to."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    writable = os.access(home if home.exists() else home.parent, os.W_OK)
+    return (home if writable else Path(tempfile.gettempdir())) / "textldm"
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside `path` that takes its name only after everything is written and on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable: without it a power cut may forget the new name."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _download(url: str, path: Path, num_bytes: int, sha256: str) -> None:
+    """Copy a file into the cache; OSError if it is not the promised one, which a new attempt may mend."""
+    digest, count = hashlib.sha256(), 0
+    with _open_url(url) as source, atomic_write(path) as file:
+        while chunk := source.read(_CHUNK_BYTES):
+            file.write(chunk)
+            digest.update(chunk)
+            count += len(chunk)
+        if count != num_bytes:
+            raise OSError(f"got {count} bytes, the manifest says {num_bytes}")
+        if digest.hexdigest() != sha256:
+            raise OSError(f"SHA-256 is {digest.hexdigest()[:16]}..., the manifest says {sha256[:16]}...")
+
+
+def _open_url(url: str) -> Any:
+    if url.startswith(("http://", "https://")):
+        try:
+            return urllib.request.urlopen(url, timeout=_TIMEOUT_S)
+        except urllib.error.HTTPError as error:
+            if error.code in (404, 410):
+                raise FileNotFoundError(url) from None
+            raise
+    import fsspec
+
+    return fsspec.open(url, "rb").open()
+
+
+def _with_retries(url: str, action: Callable[[], Result]) -> Result:
+    """Call the action until it succeeds, waiting longer each time. What cannot get better with time is not tried again."""
+    for wait in (*_RETRY_SECONDS, None):
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except (ImportError, ValueError) as error:  # fsspec: the scheme's package is missing, or the scheme is unknown
+            raise UserError(f"{url}: cannot be read ({error}); install that package, or use another URL") from None
+        except Exception as error:  # every scheme has network errors of its own
+            if wait is None:
+                raise UserError(
+                    f"{url}: cannot be read after {len(_RETRY_SECONDS) + 1} attempts "
+                    f"({type(error).__name__}: {error}); check the address, the network and the credentials"
+                ) from None
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")

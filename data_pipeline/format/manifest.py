@@ -1,0 +1,251 @@
+"""The manifests of prepared folders: what the shards hold, their hashes, and the fingerprint that a resumed run
+compares.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from data_pipeline.core import storage
+from data_pipeline.core.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+SPLITS = ("train", "heldout")
+
+MAX_SHARDS = 100_000  # of a split: five digits
+_SHA256 = r"^[0-9a-f]{64}$"
+_SHARD_NAME = r"^(train|heldout)-[0-9]{5}\.tar$"  # no separators: a manifest cannot point out of its folder
+_Count = Annotated[int, Field(gt=0, lt=1 << 48)]  # sums of them fit 64 bits
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class TokenizerInfo(_Strict):
+    """Identity of a tokenizer. `sha256` is over its canonical tokenizer.json; `vocab_size` is the largest id + 1."""
+
+    name: str
+    revision: str | None
+    sha256: str = Field(pattern=_SHA256)
+    vocab_size: _Count
+    special_ids: dict[str, int]
+    eos_id: int | None
+
+
+class ShardInfo(_Strict):
+    """One token shard. `tokens` counts those in windows, without the rows' unfilled tails."""
+
+    name: str = Field(pattern=_SHARD_NAME)
+    rows: _Count
+    windows: _Count
+    tokens: _Count
+    bytes: _Count
+    sha256: str = Field(pattern=_SHA256)
+
+
+class FeatureShardInfo(_Strict):
+    """One feature shard, with the same rows as the token shard of the same name."""
+
+    name: str = Field(pattern=_SHARD_NAME)
+    rows: _Count
+    bytes: _Count
+    sha256: str = Field(pattern=_SHA256)
+
+
+class MemberInfo(_Strict):
+    """dtype (NumPy name) and shape of one array of a feature shard's row."""
+
+    dtype: Literal["int8", "uint8", "int16", "uint16", "float16", "float32"]
+    shape: list[_Count]
+
+
+class Manifest(_Strict):
+    """A prepared folder. `source`, `text_field`, `source_files`, `statistics` and the tokenizer's name inform; everything
+    else enters the fingerprint. `source_files` is `sources.files_hash`; both are None in folders of earlier versions.
+    """
+
+    format_version: Literal[1]
+    fingerprint: str = Field(pattern=_SHA256)
+    row_tokens: _Count
+    token_dtype: Literal["uint16", "uint32"]
+    min_window: _Count
+    max_window: _Count
+    seed: int
+    heldout_fraction: float = Field(ge=0, lt=1)
+    dedupe: bool
+    tokenizer: TokenizerInfo
+    splits: dict[str, list[ShardInfo]]
+    source: str
+    text_field: str | None = None
+    source_files: str | None = Field(default=None, pattern=_SHA256)
+    statistics: dict[str, int]
+
+    @classmethod
+    def load(cls, folder: str | object) -> "Manifest":
+        """Read and check `<folder>/manifest.json`; the folder may be a URL. Raises UserError on any deviation."""
+        return load_checked(cls, folder, "prepare the data again (textldm prepare ... --fresh)")
+
+    @classmethod
+    def create(cls, **fields: Any) -> "Manifest":
+        """A manifest of the fields with its fingerprint filled in."""
+        return create_fingerprinted(cls, format_version=FORMAT_VERSION, **fields)
+
+    @field_validator("splits")
+    @classmethod
+    def _check_names(cls, splits: dict[str, list[ShardInfo]]) -> dict[str, list[ShardInfo]]:
+        return check_shard_names(splits)
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> "Manifest":
+        if self.max_window > self.row_tokens:
+            raise ValueError(f"max_window {self.max_window} is larger than row_tokens {self.row_tokens}")
+        for shard in (shard for shards in self.splits.values() for shard in shards):
+            if not shard.rows <= shard.windows <= shard.tokens <= shard.rows * self.row_tokens:
+                raise ValueError(f"the counts of {shard.name} contradict each other: {shard}")
+        return self
+
+    def content(self) -> dict[str, Any]:
+        """The fields that determine what training sees."""
+        fields = self.model_dump(exclude={"fingerprint", "source", "text_field", "source_files", "statistics"})
+        fields["tokenizer"] = {name: fields["tokenizer"][name] for name in ("sha256", "vocab_size", "eos_id")}
+        return fields
+
+    def fill(self, split: str = "train") -> float:
+        """Share of the rows' places that windows fill."""
+        places = self.row_tokens * sum(shard.rows for shard in self.splits[split])
+        return sum(shard.tokens for shard in self.splits[split]) / places if places else 1.0
+
+
+class FeatureManifest(_Strict):
+    """A feature cache beside a prepared folder. `teacher` and `codec` describe what made it; `tokens_fingerprint` is
+    the token shards'.
+    """
+
+    format_version: Literal[1]
+    fingerprint: str = Field(pattern=_SHA256)
+    tokens_fingerprint: str = Field(pattern=_SHA256)
+    row_tokens: _Count
+    members: dict[str, MemberInfo]
+    teacher: dict[str, Any]
+    codec: dict[str, Any]
+    splits: dict[str, list[FeatureShardInfo]]
+    statistics: dict[str, float] = {}
+
+    @classmethod
+    def load(cls, folder: str | object) -> "FeatureManifest":
+        """Read and check `<folder>/manifest.json`. Raises UserError on any deviation."""
+        return load_checked(cls, folder, "cache the features again (data_pipeline/cache_features.py)")
+
+    @classmethod
+    def create(cls, **fields: Any) -> "FeatureManifest":
+        """A manifest of the fields with its fingerprint filled in."""
+        return create_fingerprinted(cls, format_version=FORMAT_VERSION, **fields)
+
+    @field_validator("splits")
+    @classmethod
+    def _check_names(cls, splits: dict[str, list[FeatureShardInfo]]) -> dict[str, list[FeatureShardInfo]]:
+        return check_shard_names(splits)
+
+    @model_validator(mode="after")
+    def _check_members(self) -> "FeatureManifest":
+        if sorted(self.members) != ["features", "scales"]:
+            raise ValueError(f"the members are {sorted(self.members)}, expected features and scales")
+        for name, info in self.members.items():
+            if len(info.shape) not in (1, 2) or info.shape[0] != self.row_tokens:
+                raise ValueError(
+                    f"{name} has the shape {info.shape}, expected [{self.row_tokens}] or [{self.row_tokens}, n]"
+                )
+        return self
+
+    def content(self) -> dict[str, Any]:
+        """The fields that determine what training sees."""
+        return self.model_dump(exclude={"fingerprint", "statistics"})
+
+    def check_matches(self, tokens: Manifest, folder: object) -> None:
+        """Raise UserError unless this cache was made for exactly these token shards."""
+        if self.tokens_fingerprint != tokens.fingerprint or self.row_tokens != tokens.row_tokens:
+            raise UserError(
+                f"{folder}/{MANIFEST_NAME}: these features belong to token shards with fingerprint {self.tokens_fingerprint[:16]}..., "
+                f"but the data's is {tokens.fingerprint[:16]}...: cache the features of this data again"
+            )
+        for split, shards in self.splits.items():
+            found = [(shard.name, shard.rows) for shard in shards]
+            expected = [(shard.name, shard.rows) for shard in tokens.splits.get(split, [])]
+            if found != expected:
+                raise UserError(
+                    f"{folder}/{MANIFEST_NAME}: the {split} feature shards {found[:3]}... differ from the token shards "
+                    f"{expected[:3]}...: "
+                    "finish the feature cache, or make it again"
+                )
+
+
+AnyManifest = TypeVar("AnyManifest", Manifest, FeatureManifest)
+
+
+def check_shard_names(splits: Mapping[str, list[Any]]) -> Any:
+    """Refuse shards that are missing, out of order, named twice, or of another split."""
+    if sorted(splits) != sorted(SPLITS):
+        raise ValueError(f"the splits are {sorted(splits)}, expected {sorted(SPLITS)}")
+    for split, shards in splits.items():
+        for index, shard in enumerate(shards):
+            if shard.name != shard_name(split, index):
+                raise ValueError(
+                    f"shard {index} of {split} is called {shard.name}, expected {shard_name(split, index)}"
+                )
+    return splits
+
+
+def shard_name(split: str, index: int) -> str:
+    """File name of a shard."""
+    return f"{split}-{index:05d}.tar"
+
+
+def fingerprint(content: Mapping[str, Any]) -> str:
+    """SHA-256 of the content's canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def create_fingerprinted(kind: type[AnyManifest], **fields: Any) -> AnyManifest:
+    draft = kind(fingerprint="0" * 64, **fields)
+    return draft.model_copy(update={"fingerprint": fingerprint(draft.content())})
+
+
+def load_checked(kind: type[AnyManifest], folder: object, remedy: str) -> AnyManifest:
+    """Read a manifest, check every field, and recompute its fingerprint."""
+    path = f"{folder}/{MANIFEST_NAME}"
+    try:
+        text = storage.read_bytes(str(folder), MANIFEST_NAME)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {folder} is not a finished prepared folder; {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    try:
+        fields = json.loads(text, object_pairs_hook=_no_duplicates)
+        manifest = kind.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"{path}: {place or 'the whole file'}: {first['msg']} (found {first['input']!r:.80}); {remedy}"
+        ) from None
+    except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8, a duplicate key, or endless brackets
+        raise UserError(f"{path} is not a manifest: {error}; {remedy}") from None
+    expected = fingerprint(manifest.content())
+    if manifest.fingerprint != expected:
+        raise UserError(
+            f"{path}: the fingerprint {manifest.fingerprint[:16]}... does not match the contents ({expected[:16]}...): "
+            f"the file was changed after it was written; {remedy}"
+        )
+    return manifest
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError(f"duplicate key among {sorted(name for name, _ in pairs)}")
+    return fields

@@ -1,0 +1,108 @@
+"""The work folder of prepare: what was asked for, so that a killed run continues only with the same arguments and
+source.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.storage import atomic_write
+from data_pipeline.format.manifest import MANIFEST_NAME, Manifest
+from data_pipeline.prepare.encode import load_result
+from data_pipeline.text.sources import Source
+from data_pipeline.text.tokenization import LoadedTokenizer
+
+WORK_FOLDER = ".prepare"
+SOURCE_FILES = "--source (hash of its files' names and sizes)"
+
+
+def finished_arguments(manifest: Manifest) -> dict[str, Any]:
+    """What a finished folder was prepared with, as far as it records it, by the names of the command line."""
+    earlier = {
+        "--source": manifest.source,
+        SOURCE_FILES: manifest.source_files,
+        "--text-field": manifest.text_field,
+        "--tokenizer (hash)": manifest.tokenizer.sha256,
+        "--row-tokens": manifest.row_tokens,
+        "--max-document-length": manifest.max_window,
+        "--min-document-length": manifest.min_window,
+        "--heldout-fraction": manifest.heldout_fraction,
+        "--seed": manifest.seed,
+        "--dedupe": manifest.dedupe,
+        "--shards": len(manifest.splits["train"]),
+    }
+    return {name: value for name, value in earlier.items() if value is not None}
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], output: Path) -> None:
+    """Refuse to continue with other arguments, naming both values."""
+    changed = [
+        f"{name} was {before.get(name)!r}, now {value!r}" for name, value in now.items() if before.get(name) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{output} was begun with other arguments: {'; '.join(changed)}. Repeat the earlier ones, choose another "
+            "--output, "
+            "or start over with --fresh"
+        )
+
+
+def open_work(output: Path, source: Source, tokenizer: LoadedTokenizer, arguments: Mapping[str, Any]) -> Path:
+    """Create the work folder of an output, or check that it belongs to the same arguments and the same source."""
+    work = output / WORK_FOLDER
+    units = [asdict(unit) for unit in source.units]
+    plan = work / "plan.json"
+    if plan.exists():
+        earlier = json.loads(plan.read_text())
+        check_same(earlier["arguments"], arguments, output)
+        if earlier["units"] != units:
+            raise UserError(
+                f"{output} was begun with another source, or {source.name} changed since: "
+                f"{len(earlier['units'])} parts then, {len(units)} now, first difference "
+                f"{_first_difference(earlier['units'], units)}. Start over with --fresh"
+            )
+        return work
+    tokenizer.save(work / "tokenizer")
+    with atomic_write(plan) as file:
+        file.write(json.dumps({"arguments": arguments, "units": units}).encode())
+    return work
+
+
+def _first_difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
+    for old, new in zip(before, now):
+        if old != new:
+            return f"{old} -> {new}"
+    return str((before + now)[min(len(before), len(now))])
+
+
+def check_complete(work: Path, num_units: int) -> None:
+    """Refuse to go on while any unit of the source is not encoded."""
+    missing = [index for index in range(num_units) if load_result(work, index) is None]
+    if missing:
+        raise UserError(
+            f"--merge: {len(missing)} of {num_units} parts of the source are not encoded yet (the first is number "
+            f"{missing[0]}): "
+            "run the missing --part i/n first"
+        )
+
+
+def remove_earlier(output: Path) -> None:
+    """Remove what an earlier run wrote, and nothing else."""
+    (output / MANIFEST_NAME).unlink(missing_ok=True)
+    for pattern in ("train-?????.tar", "heldout-?????.tar"):
+        for path in output.glob(pattern):
+            path.unlink()
+    for folder in (WORK_FOLDER, "tokenizer"):
+        shutil.rmtree(output / folder, ignore_errors=True)
+    remove_leftovers(output)
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove temporary files that killed runs left."""
+    for pattern in (".*.tar.*.tmp", f".{MANIFEST_NAME}.*.tmp", "tokenizer/.*.tmp"):
+        for path in output.glob(pattern):
+            path.unlink(missing_ok=True)

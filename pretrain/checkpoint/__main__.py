@@ -1,0 +1,57 @@
+"""Checkpoints: finding the newest complete one, restoring it into any sharding, reading it without DeepSpeed.
+
+    textldm checkpoint inspect runs/vae_base      what is in the newest checkpoint
+    textldm checkpoint verify runs/vae_base       read every byte of it
+
+What the files are: slices.py. How they are written while training goes on: checkpoint_writer.py.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_pipeline.core.errors import cli
+from pretrain.checkpoint.find import checkpoint_of
+from pretrain.checkpoint.read import verify
+from pretrain.checkpoint.slices import (
+    Manifest,
+    read_manifest,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+def _describe(manifest: Manifest) -> str:
+    num_parameters = sum(manifest.shape(name).numel() for name in manifest.parameters)
+    num_bytes = sum(file["bytes"] for file in manifest.files.values())
+    lines = [
+        f"{manifest.path}: step {manifest.step:,}, saved by {manifest.world_size} rank(s), "
+        f"ZeRO-{manifest.zero_stage}, {manifest.precision}",
+        f"{num_parameters:,} parameters in {len(manifest.parameters)} tensors, states {', '.join(manifest.states)}; "
+        f"{num_bytes / 1e6:,.1f} MB in {len(manifest.files)} file(s)",
+        f"versions {manifest.versions}; kept beside: {', '.join(manifest.extra) or 'nothing'}",
+    ]
+    for name, parameter in manifest.parameters.items():
+        lines.append(f"  {name:<60} {parameter['shape']!s:<20} {'decay' if parameter['decays'] else 'no decay'}")
+    return "\n".join(lines)
+
+
+@cli
+def main(argv: list[str] | None = None) -> None:
+    """Command line: inspect or verify a checkpoint."""
+    parser = argparse.ArgumentParser(prog="textldm checkpoint", description="Look into a checkpoint without DeepSpeed.")
+    parser.add_argument("action", choices=["inspect", "verify"])
+    parser.add_argument("path", type=Path, help="a run's folder (its newest checkpoint) or a checkpoint's folder")
+    arguments = parser.parse_args(argv)
+    path = checkpoint_of(arguments.path)
+    if arguments.action == "inspect":
+        print(_describe(read_manifest(path)))
+    else:
+        manifest = verify(path)
+        print(f"{path}: complete and unaltered; {len(manifest.files)} file(s), step {manifest.step:,}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(None))

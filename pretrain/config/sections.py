@@ -1,0 +1,234 @@
+"""Sections of a run's configuration that both stages have: every key with its type, default, unit and meaning.
+
+Marks: [paper] is stated by TextLDM (arXiv 2605.07748). The stages' own sections: config_schema.py.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration. Unknown keys, wrong types and non-finite numbers are errors."""
+
+    model_config = STRICT
+
+
+class About(Section):
+    """What this configuration is for; nothing reads it but people."""
+
+    purpose: str = ""
+    """What the run makes, and why these values."""
+    command: str = ""
+    """The command that starts it."""
+    hardware: str = ""
+    """What it was sized for, and how long it takes there."""
+    expected: str = ""
+    """What a healthy run shows."""
+
+
+class Split(Section):
+    """How windows are cut into segments (data_pipeline.batch.SplitConfig)."""
+
+    kind: Literal["none", "truncate", "context"]
+    """truncate: stage 1, a window becomes two segments, so that all lengths are reconstructed; context: stage 2."""
+    truncate_probability: Share = 0.5
+    """Share of windows that are cut (kind truncate)."""
+    context_min: Share = 0.1
+    """Smallest share of a window that is context (kind context)."""
+    context_max: Share = 0.9
+    """Largest share of a window that is context (kind context)."""
+    min_tokens: PositiveInt = 4
+    """Shortest segment, in tokens."""
+
+
+class Data(Section):
+    """Prepared text and how a step's global batch is drawn from it."""
+
+    path: str
+    """Folder that textldm prepare wrote (manifest.json, shards, tokenizer)."""
+    streams: PositiveInt
+    """Independent sequences of rows. The number of ranks must divide it; it fixes the order of the data for good."""
+    rows_per_step: PositiveInt
+    """Rows of one optimizer step over all ranks; times the manifest's row_tokens = tokens a step."""
+    micro_batch_rows: PositiveInt
+    """Most rows of one forward and backward pass on one rank; training takes the largest divisor of the rank's rows within
+    it. Memory only: the gradients do not depend on it."""
+    split: Split
+    """How windows are cut into segments."""
+    verify: bool = True
+    """Check each shard's SHA-256 when it is opened."""
+    workers: NonNegativeInt = 1
+    """Threads that read and decode rows ahead; 0: when they are asked for."""
+    prefetch_steps: PositiveInt = 2
+    """Steps that are prepared ahead."""
+    cache_dir: str | None = None
+    """Folder for copies of remote shards (a URL in data.path); none: textldm/shards in the user's cache folder."""
+    cache_gigabytes: PositiveFloat = 100.0
+    """When the copies take more, those not used for longest are removed."""
+
+    def reading(self) -> dict[str, Any]:
+        """How shards are opened: what loaders and `TokenRows` take beside the folder."""
+        return self.model_dump(include={"verify", "cache_dir", "cache_gigabytes"})
+
+
+class Optimizer(Section):
+    """AdamW on fp32 masters, with the EMA as one more state."""
+
+    lr: PositiveFloat
+    """Peak learning rate [paper, stage 1: 1e-4]."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment, each in [0, 1)."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.01
+    """On matrices; biases, norms and embeddings are exempt [paper, stage 1: 0.01]."""
+    grad_clip: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 leaves gradients as they are."""
+    ema_decay: Share = 0.9999
+    """Share of the average that a step keeps."""
+    ema_warmup: bool = True
+    """Decay at step s is min(ema_decay, (1 + s) / (10 + s)): a young average forgets its random start faster."""
+
+
+class Schedule(Section):
+    """Learning rate over the run: linear warm-up, then a shape."""
+
+    kind: Literal["cosine", "constant", "wsd"] = "cosine"
+    """wsd: constant, then linear decay at the end (warm-up, stable, decay)."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up from 0."""
+    min_ratio: Share = 0.0
+    """Last learning rate over the peak."""
+    decay_steps: NonNegativeInt = 0
+    """Steps of the decay; 0: all after the warm-up (cosine), the last tenth (wsd)."""
+
+
+class Train(Section):
+    """The run itself: length, sharding, checkpoints, evaluation, faults."""
+
+    run: str = ""
+    """Run folder; empty: runs/<name of the config>."""
+    steps: PositiveInt
+    """Optimizer steps in all."""
+    seed: NonNegativeInt = 0
+    """Key of everything random."""
+    precision: Literal["fp32", "bf16", "auto"] = "auto"
+    """Of forward and backward; masters and sums are fp32 always. auto: bf16 where the device multiplies it (GPUs, CPUs with AMX)."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What ranks share out: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where masters, moments and EMA live: on the device, in the host's memory, or in files in offload_folder."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where parameters live between uses (ZeRO 3)."""
+    offload_folder: str = ""
+    """For nvme: a folder on every host's local disk; 36 bytes per parameter that a rank holds, freed when the job ends."""
+    activation_checkpointing: NonNegativeInt = 0
+    """Recompute every n-th block in backward (1: all, about a third more work, least memory); 0: none."""
+    compile: bool = False
+    """torch.compile the model's blocks."""
+    deterministic: bool = False
+    """torch.use_deterministic_algorithms: bit-equal repeats on GPUs, slower."""
+    checkpoint_every: PositiveInt = 1000
+    """Steps between checkpoints; the last step always has one."""
+    checkpoint_async: bool = True
+    """Write from a host copy while training goes on."""
+    keep_last: PositiveInt = 2
+    """Checkpoints to keep."""
+    keep_every: NonNegativeInt = 0
+    """Also keep every checkpoint whose step is a multiple of this; 0: none."""
+    eval_every: NonNegativeInt = 1000
+    """Steps between held-out evaluations, with EMA weights; 0: never."""
+    eval_rows: PositiveInt = 64
+    """Held-out rows of an evaluation, over all ranks."""
+    eval_samples: NonNegativeInt = 2
+    """Continuations of held-out contexts written at each evaluation, from the same noise every time (stage dit); 0: none."""
+    log_every: PositiveInt = 10
+    """Steps between logged lines; between them nothing is reduced over ranks or written."""
+    watchdog_s: PositiveFloat = 1800.0
+    """Seconds without a finished step after which all stacks are printed and the job ends (exit code 86)."""
+    timeout_s: PositiveFloat = 1800.0
+    """Seconds after which a collective operation that some rank does not join fails."""
+    grace_s: PositiveFloat = 120.0
+    """Seconds from SIGTERM or SIGUSR1 to the end of the checkpoint (then exit code 85)."""
+    spike_sigmas: NonNegativeFloat = 0.0
+    """Skip a step whose gradient norm exceeds the recent median by so many robust deviations; 0: if not finite only."""
+    spike_window: PositiveInt = 128
+    """Recent steps from which the median and deviation are taken."""
+    max_skips: NonNegativeInt = 5
+    """Skipped steps that are tolerated within skip_window; one more stops the run."""
+    skip_window: PositiveInt = 100
+    """Steps over which skips are counted."""
+    rewind: bool = False
+    """Instead of stopping at too many skips: go back to the previous checkpoint, once, and leave the bad rows out."""
+
+
+class Diagnose(Section):
+    """What `textldm diagnose` measures, and the thresholds between go and no-go (docs/diagnosis.md)."""
+
+    rows: PositiveInt = 32
+    """Held-out rows that are measured."""
+    sample_tokens: PositiveInt = 2048
+    """Tokens of the held-out windows whose targets are generated, contexts included."""
+    training_rows: PositiveInt = 4096
+    """Training rows at most whose words and n-grams the generated text is compared with."""
+    guidance_scale: NonNegativeFloat = 7.0
+    """Of the generated text [paper: 7]."""
+    belief_scale: NonNegativeFloat = 1.0
+    """Of the generated text, with posterior prediction: factor of the network's token logits [paper: no such prediction]."""
+    num_steps: PositiveInt = 50
+    """Solver steps of the generated text [paper: 50]."""
+    solver: Literal["euler", "heun", "multistep"] = "euler"
+    """Of the generated text [paper: euler]."""
+    sweep_scales: tuple[NonNegativeFloat, ...] = (1.0, 2.0, 4.0, 7.0)
+    """Guidance scales of the sweep, with second-order steps on a quarter of sample_tokens; none: no sweep."""
+    min_token_accuracy: Share = 0.99
+    """Held-out tokens that the VAE gives back; what it loses, no DiT can generate."""
+    max_posterior_noise_share: Share = 0.8
+    """Share of a sampled latent's variance that is noise, mean over channels. Near 1 the KL has swallowed the signal."""
+    min_basin_radius: NonNegativeFloat = 0.25
+    """Noise in standard deviations under which 90 % of tokens still decode: the error that the flow may leave."""
+    min_repa_excess: float = 0.2
+    """REPA cosine minus that of shuffled positions; arbitrary pairs alone reach about 0.66 in real models."""
+    min_blind_floor_removed: float = 0.3
+    """Fraction of the blind floor, mean of four quarters. A reproduction that failed had removed 0.007."""
+    min_unigram_floor_removed: float = 0.0
+    """Fraction of the unigram floor in the first quarter of t, where least context is needed; language begins above 0."""
+    min_estimate_accuracy: Share = 0.9
+    """Target tokens that the one-step estimate decodes at t = 0.05: the last steps of sampling must not do harm."""
+    min_context_gap: float = 0.0
+    """Flow loss with a foreign context minus with the true one, in every quarter of t but the last (nearly all noise)."""
+    max_length_ratio: PositiveFloat = 1.5
+    """Flow loss of the worst target length over the mean; a length that training never saw stands out."""
+    max_latent_rms: PositiveFloat = 1.5
+    """Root mean square of generated latents, 1 in the data; guidance that overshoots inflates them."""
+    min_distinct_ratio: NonNegativeFloat = 0.5
+    """distinct-2 of generated tokens over that of the true continuations, equally many."""
+    min_entropy_ratio: NonNegativeFloat = 0.8
+    """Token entropy of generated text over that of the true continuations; function-word soup is low."""
+    min_real_word_share: Share = 0.8
+    """Generated words that occur in the training text."""
+    max_copied_excess: Share = 0.1
+    """Generated 6-word sequences found in the training text, minus the share of those in true held-out continuations."""
+    max_generalisation_gap: NonNegativeFloat = 0.1
+    """Held-out flow loss over that of training rows, minus 1."""
+
+
+class TelemetrySection(Section):
+    """What is recorded besides metrics.jsonl."""
+
+    progress_bar: bool = True
+    """In a terminal; elsewhere one plain line every log_every steps."""
+    wandb: bool = False
+    """Send the logged lines to Weights & Biases."""
+    wandb_mode: Literal["auto", "online", "offline"] = "auto"
+    """auto: online when an API key is configured, else offline (upload later with `wandb sync`)."""
+    wandb_project: str = "textldm"
+    """Project at Weights & Biases."""
+    tensorboard: bool = False
+    """Write TensorBoard event files into the run folder (needs the tensorboard package)."""
+    peak_tflops: PositiveFloat | None = None
+    """Dense peak of one device at the run's precision, in TFLOP/s, for MFU; none: from a table of GPUs."""

@@ -1,0 +1,289 @@
+"""The measurements behind `textldm diagnose`: figures that tell a healthy run from a dead one (docs/diagnosis.md).
+
+Every function takes a model with its weights loaded, in eval mode, and batches on its device; nothing here is random but what row
+keys fix. What is asked of generated text (checks 7 to 9): text_checks.py.
+
+Shape letters: T packed tokens, M real tokens of several batches, Z latent dim.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.reading.batch import FILLER, PREFIX, SUFFIX, Batch
+from modeling import flow
+from modeling.attention import Segments
+from modeling.floors import NAMES as FLOOR_NAMES
+from modeling.floors import Floors, measure_floors
+from modeling.text_vae import TextVAE
+from pretrain.stages.base import Stage, row_noise
+from pretrain.stages.dit import QUARTERS, DiTStage
+from pretrain.stages.latent_space import MIN_STD
+from pretrain.telemetry.metrics import MetricSums
+
+NOISE_LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+BASIN_ACCURACY = 0.9
+TIMES = (0.05, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
+LENGTH_EDGES = (16, 32, 64, 128, 256, 512, 1024)
+MIN_LENGTH_TOKENS = 64
+"""Fewer target tokens than this say nothing about a length."""
+FLOOR_SAMPLES = 2048
+# Averages of 0/1 over tokens: this many give them to half a percent or one.
+BASIN_TOKENS, ESTIMATE_TOKENS = 8192, 4096
+
+Sums = dict[str, tuple[float, float]]
+Tick = Callable[[], None]
+
+
+def _no_tick() -> None:
+    """Default of the progress callbacks, which are called once a batch."""
+
+
+@torch.no_grad()
+def heldout_metrics(stage: Stage, batches: Sequence[Batch], tick: Tick = _no_tick) -> dict[str, float]:
+    """The stage's own metrics, averaged over the batches."""
+    sums = MetricSums()
+    for batch in batches:
+        counts = {name: max(count, 1) for name, count in stage.token_counts(batch).items()}
+        sums.add(stage(batch, counts).metrics)
+        tick()
+    return {name: total / weight for name, (total, weight) in sums.totals().items() if weight}
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The VAE's posteriors of all real tokens, on the CPU: means, variances [M, Z] and tokens [M]."""
+
+    means_MZ: Tensor
+    variances_MZ: Tensor
+    tokens_M: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, vae: TextVAE, batches: Sequence[Batch]) -> "Posterior":
+        """Encode every segment by itself."""
+        means, variances, tokens = [], [], []
+        for batch in batches:
+            segments = Segments.from_lengths(batch.segment_lengths, batch.tokens_T.device)
+            real_T = batch.roles_T != FILLER
+            mean_TZ, log_variance_TZ, _ = vae.encode(batch.tokens_T, segments)
+            means.append(mean_TZ.float().cpu()[real_T])
+            variances.append(log_variance_TZ.float().exp().cpu()[real_T])
+            tokens.append(batch.tokens_T.cpu()[real_T])
+        return cls(torch.cat(means), torch.cat(variances), torch.cat(tokens))
+
+    def standardise(self, vae: TextVAE) -> None:
+        """Set the statistics of a VAE that no stage 2 has measured yet."""
+        vae.latents_mean.copy_(self.means_MZ.double().mean(0))
+        vae.latents_std.copy_(self.means_MZ.double().std(0).clamp_min(MIN_STD))
+
+    def noise(self) -> dict[str, Any]:
+        """Check 2: s = E[sigma^2] / Var(mu) per channel, and the least flow loss per quarter that a model of *samples* can have.
+
+        Whoever knows the mean exactly still has to guess the sample's own noise, of variance s in units of the mean's.
+        """
+        ratio_Z = self.variances_MZ.double().mean(0) / self.means_MZ.double().var(0).clamp_min(1e-12)
+        quarters = ((torch.arange(32, dtype=torch.float64) + 0.5) / 32).view(QUARTERS, -1)
+        return {
+            "posterior_noise_per_channel": ratio_Z.tolist(),
+            "posterior_noise_median": ratio_Z.median().item(),
+            # Not the mean of s, which one dead channel (Var(mu) near 0) makes anything.
+            "posterior_noise_share": (ratio_Z / (1 + ratio_Z)).mean().item(),
+            "dead_channels": int((ratio_Z > 10).sum()),
+            "oracle_floor": [flow.covariance_floor(times, ratio_Z).mean().item() for times in quarters],
+        }
+
+    def floors(self) -> Floors:
+        """Check 1 for a VAE: the floors of its latents, each channel with mean 0 and variance 1."""
+        means_MZ = self.means_MZ.double()
+        standardised_MZ = (means_MZ - means_MZ.mean(0)) / means_MZ.std(0).clamp_min(MIN_STD)
+        order_M = torch.randperm(len(means_MZ), generator=torch.Generator().manual_seed(0))
+        return measure_floors(standardised_MZ[order_M].float(), self.tokens_M[order_M], num_samples=FLOOR_SAMPLES)
+
+
+def by_quarter(floors: Floors) -> dict[str, list[float]]:
+    """Mean of each floor over each quarter of t."""
+    return {name: getattr(floors, f"{name}_G").view(QUARTERS, -1).mean(1).tolist() for name in FLOOR_NAMES}
+
+
+@torch.no_grad()
+def decoder_basin(vae: TextVAE, batches: Sequence[Batch], tick: Tick = _no_tick) -> list[float]:
+    """Check 3: token accuracy after Gaussian noise of each of `NOISE_LEVELS` on the standardised latents."""
+    right, total = [0] * len(NOISE_LEVELS), 0
+    for batch in first_tokens(batches, BASIN_TOKENS):
+        segments = Segments.from_lengths(batch.segment_lengths, batch.tokens_T.device)
+        real_T = (batch.roles_T != FILLER).to(batch.tokens_T.device)
+        latents_TZ = vae.standardize(vae.encode(batch.tokens_T, segments)[0])
+        noise_TZ = row_noise(batch, latents_TZ.shape[1])
+        for i, level in enumerate(NOISE_LEVELS):
+            decoded_T = vae.decode_tokens(latents_TZ + level * noise_TZ, segments)
+            right[i] += int(((decoded_T == batch.tokens_T) & real_T).sum())
+        total += int(real_T.sum())
+        tick()
+    return [count / max(total, 1) for count in right]
+
+
+def basin_radius(accuracies: Sequence[float], accuracy: float = BASIN_ACCURACY) -> float:
+    """The noise level at which the accuracy falls below `accuracy`, linear between `NOISE_LEVELS`; 0 if it is never reached."""
+    if not accuracies[0] >= accuracy:
+        return 0.0
+    for i in range(1, len(accuracies)):
+        if accuracies[i] < accuracy:
+            share = (accuracies[i - 1] - accuracy) / (accuracies[i - 1] - accuracies[i])
+            return NOISE_LEVELS[i - 1] + share * (NOISE_LEVELS[i] - NOISE_LEVELS[i - 1])
+    return NOISE_LEVELS[-1]
+
+
+@torch.no_grad()
+def estimate_accuracy(stage: DiTStage, batches: Sequence[Batch], tick: Tick = _no_tick) -> list[float]:
+    """Check 3: share of target tokens that decode correctly from the one-step estimate of z at each of `TIMES`."""
+    right, total = [0] * len(TIMES), 0
+    for batch in first_tokens(batches, ESTIMATE_TOKENS):
+        for i, time in enumerate(TIMES):
+            estimate_TZ, is_target_T = stage.one_step_estimate(batch, time)
+            segments = Segments.from_lengths(batch.segment_lengths, estimate_TZ.device)
+            decoded_T = stage.vae.decode_tokens(estimate_TZ, segments)
+            right[i] += int(((decoded_T == batch.tokens_T) & is_target_T).sum())
+        total += batch.num_tokens(SUFFIX)
+        tick()
+    return [count / max(total, 1) for count in right]
+
+
+def first_tokens(batches: Sequence[Batch], max_tokens: int) -> list[Batch]:
+    """The first batches, until they hold `max_tokens` real tokens."""
+    chosen, tokens = [], 0
+    for batch in batches:
+        if tokens < max_tokens:
+            chosen.append(batch)
+            tokens += batch.num_tokens(PREFIX, SUFFIX)
+    return chosen
+
+
+@dataclass(frozen=True)
+class FlowFigures:
+    """Flow loss of each batch as (sum, weight) by name, with true and with foreign contexts, at the same times and noise.
+
+    Names are those of `stages.FlowErrors.metrics`; by_length: (sum, weight) by the upper edge of the target's length.
+    """
+
+    true: list[Sums]
+    foreign: list[Sums]
+    by_length: dict[int, tuple[float, float]]
+
+    @cached_property
+    def losses(self) -> list[float]:
+        """Per quarter of t, with true contexts."""
+        return [_mean(self.true, f"flow_q{q + 1}") for q in range(QUARTERS)]
+
+    @cached_property
+    def foreign_losses(self) -> list[float]:
+        """Per quarter of t, with foreign contexts."""
+        return [_mean(self.foreign, f"flow_q{q + 1}") for q in range(QUARTERS)]
+
+    @cached_property
+    def floors(self) -> dict[str, list[float]]:
+        """Check 1: what predictors without language reach, per quarter, at the same times."""
+        return {name: [_mean(self.true, f"{name}_floor_q{q + 1}") for q in range(QUARTERS)] for name in FLOOR_NAMES}
+
+    @property
+    def floors_removed(self) -> dict[str, list[float]]:
+        """Check 1: the fraction of each floor that the model has removed; below the unigram floor language begins."""
+        return floors_removed(self.losses, self.floors)
+
+    @property
+    def floors_removed_error(self) -> list[float]:
+        """Standard error of those fractions over batches, the floors taken as known (of the unigram floor, the largest)."""
+        errors = [_standard_error(self.true, None, f"flow_q{q + 1}") for q in range(QUARTERS)]
+        return [error / floor for error, floor in zip(errors, self.floors["unigram"])]
+
+    @property
+    def context_gap(self) -> list[float]:
+        """Check 5: flow loss with another document's context minus with the true one, per quarter."""
+        return [foreign - true for foreign, true in zip(self.foreign_losses, self.losses)]
+
+    @property
+    def context_gap_error(self) -> list[float]:
+        """Standard error of the gaps over batches."""
+        return [_standard_error(self.foreign, self.true, f"flow_q{q + 1}") for q in range(QUARTERS)]
+
+    @property
+    def loss_by_length(self) -> dict[str, float]:
+        """Check 6: flow loss, mean of the four quarters, by the target's length in tokens."""
+        found = sorted(self.by_length.items())
+        return {f"<= {edge}": total / count for edge, (total, count) in found if count >= QUARTERS * MIN_LENGTH_TOKENS}
+
+
+@torch.no_grad()
+def flow_figures(stage: DiTStage, batches: Sequence[Batch], tick: Tick = _no_tick) -> FlowFigures:
+    """Measure the flow loss of all batches, every window once in each quarter of t, with its own and with a foreign context."""
+    true, foreign = [], []
+    by_length: dict[int, tuple[float, float]] = {}
+    for batch in batches:
+        if not batch.num_tokens(SUFFIX):
+            continue
+        latents_TZ = stage.latents(batch)
+        foreign_TZ = exchange_contexts(batch, latents_TZ)
+        pairs = []
+        for quarter in range(QUARTERS):
+            with_own = stage.heldout_flow(batch, latents_TZ, latents_TZ, quarter)
+            with_foreign = stage.heldout_flow(batch, latents_TZ, foreign_TZ, quarter)
+            pairs.append((with_own.metrics(), with_foreign.metrics()))
+            _add_by_length(by_length, batch, with_own.error_T.cpu())
+        true.append(_summed([own for own, _ in pairs]))
+        foreign.append(_summed([other for _, other in pairs]))
+        tick()
+    return FlowFigures(true, foreign, by_length)
+
+
+def floors_removed(losses: Sequence[float], floors: dict[str, list[float]]) -> dict[str, list[float]]:
+    """1 - loss / floor for each floor and quarter."""
+    return {name: [1 - loss / floor for loss, floor in zip(losses, values)] for name, values in floors.items()}
+
+
+def exchange_contexts(batch: Batch, latents_TZ: Tensor) -> Tensor:
+    """Latents with each window's context replaced by that of the next window that has one, repeated or cut to its length."""
+    starts = torch.tensor([0, *batch.segment_lengths]).cumsum(0).tolist()
+    segments = zip(starts, batch.segment_lengths, batch.segment_roles)
+    places = [(start, length) for start, length, role in segments if role == PREFIX]
+    exchanged_TZ = latents_TZ.clone()
+    for (start, length), (source, available) in zip(places, places[1:] + places[:1]):
+        index = torch.arange(length, device=latents_TZ.device) % available + source
+        exchanged_TZ[start : start + length] = latents_TZ[index]
+    return exchanged_TZ
+
+
+def _add_by_length(sums: dict[int, tuple[float, float]], batch: Batch, error_T: Tensor) -> None:
+    """Add the errors of a batch's targets under the smallest edge that is not below the target's length."""
+    errors = error_T.double().split(batch.segment_lengths)
+    for error, length, role in zip(errors, batch.segment_lengths, batch.segment_roles):
+        if role == SUFFIX:
+            edge = next((edge for edge in LENGTH_EDGES if length <= edge), 2 ** math.ceil(math.log2(length)))
+            total, count = sums.get(edge, (0.0, 0.0))
+            sums[edge] = (total + float(error.sum()), count + length)
+
+
+def _summed(parts: Sequence[dict[str, Tensor]]) -> Sums:
+    totals = {name: torch.stack([part[name] for part in parts]).double().sum(0).tolist() for name in parts[0]}
+    return {name: (total, weight) for name, (total, weight) in totals.items()}
+
+
+def _mean(sums: Sequence[Sums], name: str) -> float:
+    total, weight = (sum(part[name][i] for part in sums) for i in (0, 1))
+    return total / weight if weight else math.nan
+
+
+def _standard_error(sums: Sequence[Sums], minus: Sequence[Sums] | None, name: str) -> float:
+    """Of the weighted mean over batches, of a metric or of its paired difference to another."""
+    mean = _mean(sums, name) - (_mean(minus, name) if minus else 0.0)
+    total, variance = 0.0, 0.0
+    for i, part in enumerate(sums):
+        value, weight = part[name]
+        value -= minus[i][name][0] if minus else 0.0
+        total += weight
+        variance += (value - weight * mean) ** 2
+    return math.sqrt(variance) / total if total and len(sums) > 1 else math.nan

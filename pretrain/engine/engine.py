@@ -1,0 +1,289 @@
+"""The training engine: DeepSpeed behind five calls. The only file that imports deepspeed.
+
+    engine = Engine(stage, EngineSettings(zero_stage=2), OptimizerSettings(), init_distributed())
+    for batch in micro_batches:
+        metrics = engine.forward_backward(batch, counts, last=batch is micro_batches[-1])
+    measured = engine.measure()                       # the same loss and gradient norm on every rank
+    engine.step(step, lr, skip=not math.isfinite(measured.loss))
+
+What is promised, and how it is kept:
+- The gradient is the plain sum over micro-batches and ranks of d loss. DeepSpeed averages over ranks and accumulation
+  steps; the loss is multiplied by the number of ranks before, and the division by accumulation steps is left out.
+- Gradient norm, clipping and skipping are our own, so that they mean the same at every ZeRO stage (DeepSpeed's norm is
+  None at stage 0 in fp32, and its overflow rules differ between stages). DeepSpeed's clipping is off.
+- Gradients are accumulated, reduced and applied in fp32, whatever the model computes in.
+"""
+
+import io
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data_pipeline.core.errors import UserError
+from pretrain.engine.optim import OptimizerSettings, build_optimizer
+from pretrain.engine.partition import Partition, partition_of
+from pretrain.engine.settings import EngineSettings, check_settings, deepspeed_config
+from pretrain.ranks.distributed import Topology
+
+__all__ = ["Engine", "EngineSettings", "Measured"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Loss of the whole step and global gradient norm before clipping, both equal on every rank, bit for bit."""
+
+    loss: float
+    grad_norm: float
+
+
+class _BareLoss:
+    """Stands in for a stage's `forward`: returns the loss alone and keeps the whole output.
+
+    ZeRO-3 finds the start of a module's backward pass by the tensors in its output: it cannot look into a dataclass,
+    and must not wait for gradients of the metrics.
+    """
+
+    def __init__(self, stage: nn.Module) -> None:
+        self.forward = stage.forward
+        self.output: Any = None
+
+    def __call__(self, batch: Any, counts: dict[str, int]) -> Tensor:
+        self.output = self.forward(batch, counts)
+        return self.output.loss
+
+    def take(self) -> Any:
+        """The output of the last call, forgotten here, so that no graph outlives its micro-batch."""
+        output, self.output = self.output, None
+        return output
+
+
+class Engine:
+    """A stage under DeepSpeed.
+
+    Args:
+        stage: module whose `forward(batch, counts)` returns an object with `.loss` (a scalar: this micro-batch's sum
+            over tokens / the step's global counts) and `.metrics`. Ranks that built it with other weights get rank 0's.
+            All its parameters are trained (keep frozen models out of it), and in a micro-batch all ranks must use the
+            same ones: multiply by a mask rather than branch on the data, or ZeRO 1 to 3 mix up their collectives.
+        settings, optimizer: see there.
+        topology: from `init_distributed`.
+
+    Raises: UserError for settings that DeepSpeed cannot do or that contradict one another.
+    """
+
+    def __init__(
+        self, stage: nn.Module, settings: EngineSettings, optimizer: OptimizerSettings, topology: Topology
+    ) -> None:
+        check_settings(settings)
+        _check_trainable(stage)
+        self.stage, self.settings, self.optimizer_settings, self.topology = stage, settings, optimizer, topology
+        on_gpu = topology.device.type == "cuda" and settings.offload_optimizer == "none"
+        base = build_optimizer(stage, optimizer, fused=on_gpu)
+        names = {p: name for name, p in stage.named_parameters()}
+        decays = {names[p]: group["decays"] for group in base.param_groups for p in group["params"]}
+        self._bare_loss = stage.forward = _BareLoss(stage)
+        deepspeed = _load_deepspeed()
+        statistics = {name: buffer.clone() for name, buffer in self.buffers().items()}
+        self._torch_linear = torch.nn.functional.linear
+        with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints a dozen lines of memory figures
+            self._deepspeed, wrapped, _, _ = deepspeed.initialize(
+                model=stage,
+                optimizer=base,
+                config=deepspeed_config(settings, sum(p.numel() for p in names)),
+                dist_init_required=False,
+            )
+        # In bf16 DeepSpeed rounds buffers too; statistics keep their precision.
+        for name, buffer in self.buffers().items():
+            buffer.data = statistics[name].to(buffer.device)
+        folder = Path(settings.offload_folder)
+        files = folder if settings.offload_optimizer == "nvme" else None
+        self.partition: Partition = partition_of(
+            names, decays, wrapped, base, topology.rank, topology.world_size, files
+        )
+        if settings.offload_parameters == "nvme":
+            self.partition.keep_parameters_in_files(folder)
+        self._base = base
+        self._losses: list[Tensor] = []
+        self._measured: Measured | None = None
+
+    def forward_backward(self, batch: Any, counts: dict[str, int], last: bool) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch; returns the stage's metrics, detached, not yet summed over ranks.
+
+        Every rank calls it `accumulation_steps` times a step, the last time with `last=True`.
+        """
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+        loss = self._deepspeed(batch, counts)
+        output = self._bare_loss.take()
+        self._losses.append(loss.detach().double())
+        self._deepspeed.backward(loss * self.topology.world_size, scale_wrt_gas=False)
+        return {name: value.detach() if isinstance(value, Tensor) else value for name, value in output.metrics.items()}
+
+    def measure(self) -> Measured:
+        """Loss and gradient norm of the step, in one all-reduce, after its last micro-batch.
+
+        Every rank gets the same two numbers, so whatever is decided from them (non-finite, too large) is agreed.
+        """
+        if self._measured is None:
+            if not self._losses:
+                raise RuntimeError("measure() or step() before forward_backward(): there is no gradient")
+            squared_norm = self.partition.squared_gradient_norm().to(self.topology.device)
+            both = torch.stack([torch.stack(self._losses).sum(), squared_norm])
+            if self.topology.world_size > 1:
+                dist.all_reduce(both)
+            loss, squared = both.tolist()
+            self._measured = Measured(loss, math.sqrt(squared) if squared >= 0 else math.nan)
+        return self._measured
+
+    def step(self, step: int, lr: float, skip: bool = False) -> Measured:
+        """Update number `step` (counted from 0) at learning rate `lr`: clip, AdamW, EMA.
+
+        With `skip`, or if the gradient norm is not finite, nothing changes: weights, moments, EMA and Adam's counter
+        keep their bits, and the gradients are dropped. `skip` must be the same on every rank.
+        """
+        measured = self.measure()
+        clip = self.optimizer_settings.grad_clip
+        self._base.skip = skip or not math.isfinite(measured.grad_norm)
+        self._base.clip_factor = min(1.0, clip / (measured.grad_norm + 1e-6)) if clip > 0 else 1.0
+        self._base.ema_decay = self.optimizer_settings.ema_decay_at(step)
+        for group in self._base.param_groups:
+            group["lr"] = lr
+        self._deepspeed.step()
+        self.partition.forget_gradients()
+        self._losses, self._measured = [], None
+        return measured
+
+    @torch.no_grad()
+    def evaluate(self, batch: Any, counts: dict[str, int]) -> Any:
+        """The stage's output for one held-out batch, in eval mode and without gradients.
+
+        Under ZeRO-3 weights are gathered on the way, so every rank must call it equally often.
+        """
+        was_training = self.stage.training
+        self.stage.eval()
+        try:
+            self._deepspeed(batch, counts)
+        finally:
+            self.stage.train(was_training)
+        return self._bare_loss.take()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """`function()` in place of the stage's forward pass, as in `evaluate`: what calls the stage's modules by itself.
+
+        Every rank must call it, and pass through the same modules.
+        """
+        forward = self._bare_loss.forward
+        self._bare_loss.forward = lambda batch, counts: SimpleNamespace(loss=None, result=function())
+        try:
+            return self.evaluate(None, {}).result
+        finally:
+            self._bare_loss.forward = forward
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Within, the model computes with the EMA; afterwards with the trained weights again, bit for bit. Collective.
+
+        Masters and EMA change places, so there is no second copy; nothing may be saved or trained within.
+        """
+        self.partition.swap_weights_and_ema()
+        try:
+            yield
+        finally:
+            self.partition.swap_weights_and_ema()
+
+    @torch.no_grad()
+    def gather_full(self, state: str = "weight") -> dict[str, Tensor]:
+        """Full fp32 CPU tensors of a state ("weight", "exp_avg", "exp_avg_sq", "ema") on every rank. Collective."""
+        parameters = self.partition.parameters
+        sizes = [parameter.numel for parameter in parameters.values()]
+        packed = torch.zeros(sum(sizes), device=self.topology.device)
+        full = dict(zip(parameters, packed.split(sizes), strict=True))
+        for held, view in self.partition.views(state, self.partition.owned):
+            full[held.name][held.start : held.start + held.numel] = view
+        if self.topology.world_size > 1:
+            dist.all_reduce(packed)
+        return {name: tensor.cpu().clone().view(parameters[name].shape) for name, tensor in full.items()}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The stage's persistent buffers, such as latent statistics; checkpoints keep them beside the parameters."""
+        return {
+            f"{prefix}.{name}" if prefix else name: buffer
+            for prefix, module in self.stage.named_modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set
+        }
+
+    def aliases(self) -> dict[str, str]:
+        """Further names of tied parameters -> the name under which they are trained and saved."""
+        first = {id(p): name for name, p in self.stage.named_parameters()}
+        every = self.stage.named_parameters(remove_duplicate=False)
+        return {name: first[id(p)] for name, p in every if first[id(p)] != name}
+
+    def parameter_table(self) -> str:
+        """Parameter groups with their dtypes, sizes, and bytes of this rank; printed at start."""
+        parameters = self.partition.parameters
+        settings, model_bytes = self.settings, 2 if self.settings.precision == "bf16" else 4
+        where = {"none": "on the device", "cpu": "on the host", "nvme": f"in files in {settings.offload_folder}"}
+        columns = ("group", "tensors", "parameters", "model", "states", "model MB/rank", "states MB/rank")
+        lines = [
+            f"ZeRO-{settings.zero_stage} on {self.topology.world_size} rank(s), computes in {settings.precision}; "
+            f"fp32 masters, moments and EMA {where[settings.offload_optimizer]}, gradients accumulated and reduced in fp32",
+            "{:<10} {:>8} {:>15} {:>6} {:>7} {:>14} {:>15}".format(*columns),
+        ]
+        for label, decays in (("decay", True), ("no decay", False)):
+            names = {name for name, parameter in parameters.items() if parameter.decays is decays}
+            total = sum(parameters[name].numel for name in names)
+            held = sum(h.numel for h in self.partition.held if h.name in names)
+            in_model = held if settings.zero_stage == 3 else total
+            lines.append(
+                f"{label:<10} {len(names):>8,} {total:>15,} {'bf16' if model_bytes == 2 else 'fp32':>6} {'fp32':>7} "
+                f"{in_model * model_bytes / 1e6:>14,.1f} {held * 16 / 1e6:>15,.1f}"
+            )
+        return "\n".join(lines)
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers; the stage is a plain module again (under ZeRO-3 without weights)."""
+        self._deepspeed.destroy()
+        # ZeRO-3 puts a linear of its own in torch's place, for the whole process; under autocast it rounds differently.
+        torch.nn.functional.linear = self._torch_linear
+        self.stage.forward = self._bare_loss.forward
+
+
+def _load_deepspeed() -> Any:
+    """The package, imported late: that takes seconds, which `--help` or a mistake in a configuration can spare."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # it warns when it guesses
+    import deepspeed
+
+    # Its shared-memory collective compiles for a minute and leaks 66 MiB of /dev/shm per rank. Same bits without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)
+    return deepspeed
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Keep out two warnings about what is done on purpose: a subclass of AdamW, and a batch that is a dataclass."""
+    return not any(known in record.getMessage() for known in ("untested optimizer", "unknown inputs or outputs type"))
+
+
+def _check_trainable(stage: nn.Module) -> None:
+    frozen = [name for name, p in stage.named_parameters() if not p.requires_grad]
+    if frozen:
+        raise UserError(
+            f"the stage registers {len(frozen)} frozen parameter(s), the first is {frozen[0]}: hold frozen models where "
+            "nn.Module does not register them, so that DeepSpeed neither shards nor saves them"
+        )

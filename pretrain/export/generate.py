@@ -1,0 +1,175 @@
+"""Continue prompts with an exported model.
+
+    textldm generate --model export/textldm-xl --prompt "Once upon a time" --max-new-tokens 64
+
+The noise of a prompt is keyed by the seed and its place in the list: what else is in the list does not matter.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from data_pipeline.core.devices import device_of
+from data_pipeline.core.errors import UserError, cli
+from modeling.flow import GRIDS
+from modeling.sampler import SOLVERS
+from modeling.textldm import TextLDM, TextLDMConfig
+
+DEFAULT_NEW_TOKENS = 128
+TRAJECTORY_TEXTS = 8
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt and what the model made of it; counts are tokens, before and without the end-of-text token."""
+
+    prompt: str
+    continuation: str
+    num_prompt_tokens: int
+    num_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of sampling; None takes the exported config's default."""
+
+    max_new_tokens: int | None = None
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    solver: str | None = None
+    grid: str | None = None
+    belief_scale: float | None = None
+    seed: int = 0
+
+
+def load_exported(source: str | Path, device: str | torch.device = "cpu") -> tuple[TextLDM, Any]:
+    """Model (in eval mode) and tokenizer of an exported folder or hub id, by this repository's code.
+
+    Raises: UserError when it is not there, or is not a complete export.
+    """
+    if str(source).startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+        raise UserError(f"--model {source}: no such folder; expected what textldm convert wrote, or a hub id")
+    source = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else str(source)
+    try:
+        kind = TextLDMConfig.get_config_dict(source)[0].get("model_type")
+        if kind != TextLDMConfig.model_type:
+            found = f"holds a model of type {kind}" if kind else "has no config.json that names a model"
+            raise UserError(f"--model {source} {found}; expected what textldm convert wrote")
+        loaded: Any = TextLDM.from_pretrained(source, output_loading_info=True)
+        model, report = loaded
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, config=model.config)
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--model {source} cannot be loaded ({reason}); expected what textldm convert wrote") from None
+    problems = {what: sorted(map(str, names))[:3] for what, names in report.items() if names}
+    if problems:
+        raise UserError(f"--model {source}: its weights do not fit its config.json: {problems}; export it again")
+    return model.eval().to(device), tokenizer
+
+
+def continue_prompts(
+    model: TextLDM, tokenizer: Any, prompts: list[str], options: Options, trajectory: Path | None = None
+) -> list[Continuation]:
+    """Continuations of all prompts, drawn together.
+
+    Args:
+        trajectory: JSON file for the first prompt's text on its way from noise: a list of {"t", "text"}, t falling to 0.
+
+    Raises: UserError for requests beyond the model's windows or vocabulary.
+    """
+    ids = [tokenizer(prompt, add_special_tokens=False, split_special_tokens=True).input_ids for prompt in prompts]
+    request = asdict(options)
+    limit = model.config.max_window - max(map(len, ids), default=0)
+    if options.max_new_tokens is None:
+        request["max_new_tokens"] = max(1, min(DEFAULT_NEW_TOKENS, limit))
+    num_steps = options.num_steps or model.config.num_steps
+    wanted = {round(i * (num_steps - 1) / (TRAJECTORY_TEXTS - 1)) for i in range(TRAJECTORY_TEXTS)}
+    stages: list[dict[str, Any]] = []
+
+    def keep(step: int, t: float, tokens: list[torch.Tensor]) -> None:
+        if step in wanted:
+            stages.append({"t": t, "text": tokenizer.decode(tokens[0])})
+
+    try:
+        tokens = model.generate(ids, on_step=keep if trajectory else None, **request)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    texts = [tokenizer.decode(new) for new in tokens]
+    if trajectory:
+        stages.append({"t": 0.0, "text": texts[0]})
+        try:
+            trajectory.parent.mkdir(parents=True, exist_ok=True)
+            trajectory.write_text(json.dumps(stages, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--trajectory {trajectory} cannot be written ({error.strerror})") from None
+    return [Continuation(*row) for row in zip(prompts, texts, map(len, ids), map(len, tokens))]
+
+
+def read_prompts(given: list[str], file: Path | None) -> list[str]:
+    """The prompts of the command line, then those of a file, one a line. Raises: UserError."""
+    prompts = list(given)
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt-file {file} cannot be read: {error}") from None
+        prompts += [line for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(
+            'nothing to continue; give --prompt TEXT (--prompt "" starts from nothing) or --prompt-file FILE'
+        )
+    return prompts
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="textldm generate", description=main.__doc__)
+    parser.add_argument("--model", required=True, help="exported folder, or hub id")
+    parser.add_argument("--prompt", action="append", default=[], help="text to continue; can be repeated")
+    parser.add_argument("--prompt-file", type=Path, help="file of prompts, one a line; empty lines are left out")
+    parser.add_argument("--max-new-tokens", type=int, help=f"default {DEFAULT_NEW_TOKENS}, or what the window leaves")
+    parser.add_argument("--num-steps", type=int, help="solver steps; default of the export")
+    parser.add_argument("--guidance-scale", type=float, help="1 is none; default of the export")
+    parser.add_argument("--solver", choices=SOLVERS, help="default of the export")
+    parser.add_argument("--grid", choices=GRIDS, help="of the solver's times; default of the export")
+    parser.add_argument(
+        "--belief-scale", type=float, help="with posterior prediction: 1 is none; default of the export"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    parser.add_argument("--trajectory", type=Path, help="write the first prompt's text at several t as JSON")
+    return parser
+
+
+@cli
+def main(argv: list[str] | None = None) -> None:
+    """Continue prompts with an exported TextLDM."""
+    given = make_parser().parse_args(argv)
+    prompts = read_prompts(given.prompt, given.prompt_file)
+    for name in ("num_steps", "max_new_tokens"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(given, name)}; expected at least 1")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model, tokenizer = load_exported(given.model, device_of(given.device))
+    options = Options(**{field.name: getattr(given, field.name) for field in fields(Options)})
+    for number, found in enumerate(continue_prompts(model, tokenizer, prompts, options, given.trajectory)):
+        if given.json:
+            print(json.dumps(asdict(found), ensure_ascii=False))
+        else:
+            rule = "" if number == 0 else "\n"
+            print(f"{rule}[{found.num_prompt_tokens} tokens] {found.prompt}")
+            print(f"[+{found.num_new_tokens} tokens] {found.continuation}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,113 @@
+"""README.md of an exported folder: what the model is, how to use it, and what it was made from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.format.manifest import Manifest
+from modeling.textldm import TextLDM
+from pretrain.checkpoint.slices import Manifest as CheckpointManifest
+
+CARD = """---
+library_name: transformers
+license: {license_id}
+tags:
+- text-generation
+- latent-diffusion
+- flow-matching
+---
+
+# {name}
+
+A latent diffusion language model (TextLDM, arXiv 2605.07748). A TextVAE ({vae_millions:,.1f}M parameters) turns every token into
+a continuous latent of {latent_dim} channels; a TextDiT ({dit_millions:,.1f}M) turns noise into the latents of a continuation,
+given those of the prompt, by flow matching; the VAE's decoder reads all tokens off them in one parallel pass. The number
+of network evaluations does not depend on the length.
+
+## Use
+
+```python
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True)  # or the path of this folder
+prompts = ["Once upon a time"]
+ids = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
+for prompt, continuation in zip(prompts, model.generate(ids, max_new_tokens={new_tokens}, seed=0)):
+    print(prompt + tokenizer.decode(continuation))
+```
+
+`generate` also takes `num_steps` (default {num_steps}), `guidance_scale` ({guidance_scale:g}), `belief_scale`
+({belief_scale:g}), `solver` ({solver}; there are euler, heun and multistep) and `noise`. Prompt and continuation together have
+at most {max_window} tokens. The noise of a prompt depends on the seed and its place alone, so a result does not depend on what
+else is in the batch.
+
+## Made from
+
+| | |
+|---|---|
+| weights | {weights} of step {step:,}, checkpoint saved by {world_size} rank(s) in {precision} |
+| data | {source} |
+| data fingerprint | `{fingerprint}` |
+| tokens in training shards | {tokens:,} |
+| tokenizer | {tokenizer} ({vocab_size:,} ids) |
+| purpose | {purpose} |
+
+It continues text like its training data, with their errors and biases. It was not tuned to follow instructions, nor made safe for any use.
+
+<details><summary>Training configuration</summary>
+
+```json
+{config}
+```
+</details>
+"""
+
+
+def model_card(
+    model: TextLDM, manifest: Manifest, saved: CheckpointManifest, weights: str, name: str, license_id: str
+) -> str:
+    """The card's text, in Markdown with the hub's metadata on top."""
+    config, shape = saved.extra["config"], model.config
+    return CARD.format(
+        name=name,
+        license_id=license_id,
+        latent_dim=model.dit.config.latent_dim,
+        dit_millions=_num_parameters(model.dit) / 1e6,
+        vae_millions=_num_parameters(model.vae) / 1e6,
+        new_tokens=min(128, shape.max_window // 2),
+        num_steps=shape.num_steps,
+        guidance_scale=shape.guidance_scale,
+        belief_scale=shape.belief_scale,
+        solver=shape.solver,
+        max_window=shape.max_window,
+        weights="moving average (EMA)" if weights == "ema" else "last weights",
+        step=saved.step,
+        world_size=saved.world_size,
+        precision=saved.precision,
+        source=_place(manifest.source),
+        fingerprint=manifest.fingerprint,
+        tokens=sum(shard.tokens for shard in manifest.splits["train"]),
+        tokenizer=manifest.tokenizer.name,
+        vocab_size=manifest.tokenizer.vocab_size,
+        purpose=config.get("about", {}).get("purpose") or "not stated",
+        config=json.dumps(_without_places(config), indent=1),
+    )
+
+
+def _num_parameters(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _place(source: str) -> str:
+    """A hub id or URL as it is, of a file or folder only its name."""
+    return Path(source).name if Path(source).is_absolute() else source
+
+
+def _without_places(config: dict[str, Any]) -> dict[str, Any]:
+    """What determined the weights, with folders by their last names: where they lay is nobody's business."""
+    told = {name: dict(config[name]) for name in ("model", "flow", "data", "optimizer", "schedule", "train")}
+    for section, key in (("model", "vae"), ("data", "path"), ("train", "run")):
+        told[section][key] = Path(told[section][key]).name
+    told["data"].pop("cache_dir", None)
+    return told

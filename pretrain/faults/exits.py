@@ -1,0 +1,91 @@
+"""What a run does when something goes wrong: signals, hangs, bad gradients, exceptions, memory.
+
+A process ends with one of the codes of `EXIT_CODES`, promptly: a rank that lingers leaves the others waiting in a
+collective operation. What all ranks must decide alike is decided from numbers that all of them have.
+"""
+
+import os
+import sys
+import time
+import traceback
+
+import torch
+
+from data_pipeline.core.errors import EXIT_USER, UserError
+from pretrain.faults.spikes import TooManySkips
+from pretrain.ranks.distributed import await_cause, goodbye
+from pretrain.ranks.peers import EXIT_LOST
+
+EXIT_OK, EXIT_FAILED, EXIT_REQUEUE, EXIT_HUNG, EXIT_SKIPS = 0, 1, 85, 86, 87
+EXIT_CODES = {
+    EXIT_OK: "finished",
+    EXIT_FAILED: "an error on some rank; its traceback says which",
+    EXIT_USER: "a mistake in the input, named in one line",
+    EXIT_REQUEUE: "SIGTERM or SIGUSR1: a checkpoint is written; start the same command again to go on",
+    EXIT_HUNG: "no progress for train.watchdog_s; stacks are in the run folder; restarting resumes",
+    EXIT_SKIPS: "too many steps with bad gradients; a restart would meet them again (skipped.jsonl)",
+    EXIT_LOST: "another rank was killed or its host is out of reach, and is named; restarting resumes",
+}
+
+
+def exit_code_of(error: BaseException, rank: int = 0) -> int:
+    """Print what went wrong on this rank, as one line for users' mistakes and with a traceback else; the exit code."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else EXIT_FAILED
+    if isinstance(error, KeyboardInterrupt):
+        print(f"rank {rank}: interrupted", file=sys.stderr, flush=True)
+        return 130
+    if isinstance(error, TooManySkips):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_SKIPS
+    if isinstance(error, UserError):
+        if rank:  # most likely rank 0 says the same, and the launcher ends this process before it repeats it
+            time.sleep(3)
+        prefix = f"rank {rank}: " if rank else ""
+        print(f"error: {prefix}{error}", file=sys.stderr, flush=True)
+        return EXIT_USER
+    if is_communication_error(error):
+        await_cause()
+    lines = "".join(traceback.format_exception(error)).rstrip()
+    print(f"rank {rank}:\n{lines}", file=sys.stderr, flush=True)
+    if is_out_of_memory(error):
+        print(f"rank {rank}: {out_of_memory_advice()}", file=sys.stderr, flush=True)
+    return EXIT_FAILED
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """True for a collective operation that failed: mostly the consequence of something on another rank."""
+    gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    return gloo or isinstance(error, torch.distributed.DistError)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for a device's or the host's failed allocation."""
+    cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def out_of_memory_advice() -> str:
+    """What was resident, and what to lower, cheapest first."""
+    gib = 2**30
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        resident = (
+            f"{torch.cuda.memory_allocated() / gib:.1f} GiB in tensors, {torch.cuda.memory_reserved() / gib:.1f} GiB"
+            f" reserved, peak {torch.cuda.max_memory_allocated() / gib:.1f} GiB;"
+            f" the device has {total / gib:.1f} GiB, {free / gib:.1f} free"
+        )
+    else:
+        resident = "host memory is used up"
+    return (
+        f"out of memory: {resident}. Lower data.micro_batch_rows (gradients stay the same); then"
+        " train.activation_checkpointing=1, a higher train.zero_stage, train.offload_optimizer=cpu or nvme"
+    )
+
+
+def leave(code: int) -> None:
+    """End the process now, and the job's others with it: no destructor, thread or process group holds it up."""
+    goodbye(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,49 @@
+"""What a run does when something goes wrong: signals, hangs, bad gradients, exceptions, memory.
+
+A process ends with one of the codes of `EXIT_CODES`, promptly: a rank that lingers leaves the others waiting in a
+collective operation. What all ranks must decide alike is decided from numbers that all of them have.
+"""
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from pretrain.ranks.launcher import first_launchers, launchers
+
+
+class Signals:
+    """Notes SIGTERM and SIGUSR1, which schedulers send before they take the machine, instead of dying of them.
+
+    The end of deepspeed's launcher counts as one: a signal to it alone ends it, but not its ranks, which would train on
+    beside those of the next start.
+    """
+
+    def __init__(self) -> None:
+        self._received: str | None = None
+        self._launchers = first_launchers()
+        self.on_first: Callable[[], None] = lambda: None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @property
+    def received(self) -> str | None:
+        """This rank's; the loop sums it over all ranks with its token counts, so that all stop at one step."""
+        if self._received is None and self._launchers is not None and self._launchers != launchers():
+            self._stop("the launcher's end")
+        return self._received
+
+    def _note(self, number: int, _: object) -> None:
+        self._stop(signal.Signals(number).name)
+
+    def _stop(self, reason: str) -> None:
+        if self._received is None:
+            self._received = reason
+            self.on_first()

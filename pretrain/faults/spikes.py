@@ -1,0 +1,96 @@
+"""What a run does when something goes wrong: signals, hangs, bad gradients, exceptions, memory.
+
+A process ends with one of the codes of `EXIT_CODES`, promptly: a rank that lingers leaves the others waiting in a
+collective operation. What all ranks must decide alike is decided from numbers that all of them have.
+"""
+
+import json
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pretrain.ranks.distributed import barrier
+
+
+class TooManySkips(RuntimeError):
+    """More steps than train.max_skips within train.skip_window had bad gradients."""
+
+
+class SpikeGuard:
+    """Decides which steps are skipped, from numbers that are the same on every rank, and stops when there are too many.
+
+    A step is skipped when its loss or gradient norm is not finite, or (sigmas > 0) when its norm exceeds the median of
+    the last `window` accepted norms by more than `sigmas` robust standard deviations (1.4826 x median absolute
+    deviation, at least 1 % of the median). The state belongs into checkpoints: a resumed run must
+    decide as the uninterrupted one.
+    """
+
+    MIN_HISTORY = 16
+
+    def __init__(self, sigmas: float, window: int, max_skips: int, skip_window: int):
+        self._sigmas, self._max_skips, self._skip_window = sigmas, max_skips, skip_window
+        self._norms: deque[float] = deque(maxlen=window)
+        self._skipped_steps: list[int] = []
+
+    def verdict(self, step: int, loss: float, grad_norm: float) -> str | None:
+        """Why the step must be skipped, or None."""
+        reason = self._reason(loss, grad_norm)
+        if reason is None:
+            self._norms.append(grad_norm)
+        else:
+            self._skipped_steps = [s for s in self._skipped_steps if s > step - self._skip_window] + [step]
+        return reason
+
+    def enforce(self, step: int) -> None:
+        """Raise TooManySkips if the bound is exceeded, after the rows of the last one are written down."""
+        if len(self._skipped_steps) > self._max_skips:
+            steps = ", ".join(map(str, self._skipped_steps))
+            raise TooManySkips(
+                f"step {step}: {len(self._skipped_steps)} steps ({steps}) were skipped within {self._skip_window}, more"
+                f" than train.max_skips {self._max_skips}. skipped.jsonl says why and names their rows; lower"
+                " optimizer.lr, or set train.rewind=true to go back and leave those rows out"
+            )
+
+    def _reason(self, loss: float, grad_norm: float) -> str | None:
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if not math.isfinite(grad_norm):
+            return f"the gradient norm is {grad_norm}"
+        if self._sigmas and len(self._norms) >= min(self.MIN_HISTORY, self._norms.maxlen or 1):
+            median = statistics.median(self._norms)
+            deviation = 1.4826 * statistics.median(abs(norm - median) for norm in self._norms)
+            sigma = max(deviation, 0.01 * median)
+            if grad_norm > median + self._sigmas * sigma:
+                return (
+                    f"the gradient norm is {grad_norm:.4g}, {(grad_norm - median) / sigma:.0f} sigmas over {median:.4g}"
+                )
+        return None
+
+    def state(self) -> dict[str, list]:
+        """What a checkpoint must carry."""
+        return {"norms": list(self._norms), "skipped_steps": self._skipped_steps}
+
+    def load(self, state: dict[str, list]) -> None:
+        """The inverse of `state`."""
+        self._norms.clear()
+        self._norms.extend(state["norms"])
+        self._skipped_steps = list(state["skipped_steps"])
+
+
+def record_skip(run: Path, rank: int, world_size: int, entry: dict[str, Any], batches: Iterable[Any]) -> None:
+    """Append this rank's rows of a skipped step to skipped.jsonl, one rank after the other. Collective.
+
+    A line names every row (ticket, split, shard, row, epoch) and each window's uniform numbers; the first gives t.
+    """
+    rows = [[r.ticket, r.split, r.shard, r.row, r.epoch] for batch in batches for r in batch.rows]
+    uniforms = [batch.window_uniforms_W2.tolist() for batch in batches]
+    line = json.dumps({**entry, "rank": rank, "time": time.time(), "rows": rows, "window_uniforms": uniforms})
+    for writer in range(world_size):
+        if writer == rank:
+            with open(run / "skipped.jsonl", "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        barrier()

@@ -1,0 +1,192 @@
+"""The hosts of a job: the hostfile, who answers, and what deepspeed's launcher must be told to reach and leave them.
+
+    textldm hosts check hosts            does every host answer, with the same versions and files?
+    eval "$(textldm hosts export)"       before `deepspeed --hostfile ...`; textldm supervise does it itself
+
+deepspeed starts the other hosts' processes by ssh, with hardly any of this shell's variables and without noticing a
+host that is gone. So `export` names a file with the variables that matter there (DS_ENV_FILE; the user's own
+.deepspeed_env is part of it and wins), and lets ssh ask for signs of life. Ports, users and keys belong in ~/.ssh/config,
+which everything here and deepspeed obey.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+from data_pipeline.core.errors import UserError, cli
+from data_pipeline.core.storage import atomic_write, user_cache
+
+FORWARDED = re.compile(
+    r"(OMP|MKL|KMP|GLOO|NCCL|UCX|CUDA|PYTORCH|TORCH|TORCHINDUCTOR|TRITON|HF|TOKENIZERS|WANDB|DS)_\w+|LD_LIBRARY_PATH"
+    r"|XDG_CACHE_HOME"
+)
+KEPT_HERE = re.compile(r"\w*(KEY|TOKEN(?!IZERS)|SECRET|PASSWORD)\w*|DS_ENV_FILE|CUDA_VISIBLE_DEVICES")
+"""Secrets would be seen in process lists (put them into each host's files); the others are each host's own matter."""
+UNSAFE = re.compile(r"[\"'`$\\\n]")
+"""deepspeed pastes a value into a shell command, in double quotes at best."""
+MADE_HERE = re.compile(r"deepspeed_env-[0-9a-f]{12}")
+USERS_FILE = "TEXTLDM_DS_ENV_FILE"
+"""The DS_ENV_FILE of the user, of which the one that `launch_variables` made has taken the place."""
+SSH_OPTIONS = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ConnectTimeout=10"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Number of ranks ("slots") of every host, in order. Raises: UserError naming the line."""
+    if not path.is_file():
+        raise UserError(f"there is no hostfile {path}; expected lines like those of configs/cluster/hosts.example")
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        match = re.match(r"(\S+)\s+slots=(\d+)\s*(#.*)?$", line.strip())
+        if not match or match[1] in hosts or not int(match[2]):
+            reason = f"{match[1]} again" if match and match[1] in hosts else repr(line)
+            raise UserError(f"{path}, line {number}: found {reason}; expected one line a host, like `node01 slots=8`")
+        hosts[match[1]] = int(match[2])
+    if not hosts:
+        raise UserError(f"{path} names no host; expected lines like `node01 slots=8`")
+    return hosts
+
+
+def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that another host's processes need. Raises: UserError for a value that no shell command can hold."""
+    found = {
+        name: value for name, value in environ.items() if FORWARDED.fullmatch(name) and not KEPT_HERE.fullmatch(name)
+    }
+    for folder in (Path.home(), Path(".")):  # deepspeed's own order: the later one wins
+        file = folder / (_users_file(environ) or ".deepspeed_env")
+        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+            name, equals, value = line.strip().partition("=")
+            if equals and not name.startswith("#"):
+                found[name.strip()] = value.strip()
+    unsafe = [name for name, value in found.items() if UNSAFE.search(value.strip('"'))]
+    if unsafe:
+        raise UserError(
+            f"{', '.join(unsafe)} cannot be passed to other hosts: quotes, backslashes, dollar signs and line ends do not"
+            " survive deepspeed's command line. Unset it here and set it in each host's own environment"
+        )
+    return dict(sorted(found.items()))
+
+
+def _users_file(environ: Mapping[str, str]) -> str | None:
+    """DS_ENV_FILE as the user set it, also in a shell that has since exported ours: its values are from then."""
+    named = environ.get("DS_ENV_FILE", "")
+    return environ.get(USERS_FILE) if MADE_HERE.fullmatch(Path(named).name) else named or None
+
+
+def launch_variables(environ: Mapping[str, str], more: Mapping[str, str] = {}) -> dict[str, str]:
+    """The variables with which `deepspeed --hostfile` must be started, `more` being passed on to every host as well."""
+    lines = "".join(f"{name}={value}\n" for name, value in {**forwarded(environ), **more}.items())
+    file = user_cache() / f"deepspeed_env-{hashlib.sha256(lines.encode()).hexdigest()[:12]}"
+    with atomic_write(file) as out:
+        out.write(lines.encode())
+    options = environ.get("PDSH_SSH_ARGS_APPEND", "")
+    if "ServerAliveInterval" not in options:
+        options = f"{options} {SSH_OPTIONS}".strip()
+    users = _users_file(environ)
+    return {"DS_ENV_FILE": str(file), "PDSH_SSH_ARGS_APPEND": options} | ({USERS_FILE: users} if users else {})
+
+
+def on_host(host: str, command: str, timeout_s: float = 20.0) -> subprocess.CompletedProcess[str] | None:
+    """Run a shell command on a host by ssh; None if the host does not answer in time. Raises: UserError without ssh."""
+    try:
+        done = subprocess.run(
+            ["ssh", *shlex.split(SSH_OPTIONS), "-o", "BatchMode=yes", host, command],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout_s,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return None
+    except FileNotFoundError:
+        raise UserError(
+            "there is no ssh on the PATH, by which the other hosts are reached: install OpenSSH's client"
+        ) from None
+    return None if done.returncode == 255 else done  # ssh's own failure
+
+
+def on_hosts(hosts: Iterable[str], command: str) -> dict[str, subprocess.CompletedProcess[str] | None]:
+    """`on_host` for several at once."""
+    names = list(hosts)
+    with ThreadPoolExecutor(max_workers=min(64, len(names) or 1)) as pool:
+        return dict(zip(names, pool.map(lambda host: on_host(host, command), names)))
+
+
+def answering(hosts: Iterable[str]) -> list[str]:
+    """Those that can be logged into."""
+    return [host for host, done in on_hosts(hosts, "true").items() if done is not None and done.returncode == 0]
+
+
+def versions() -> dict[str, str]:
+    """What must be the same on all hosts."""
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in ("torch", "deepspeed")}
+
+
+def check(hosts: Mapping[str, int], shared: Path) -> list[str]:
+    """A line a host; those with something wrong contain the word "but". `shared` is to be seen by all of them."""
+    shared.mkdir(parents=True, exist_ok=True)
+    sign = shared / f".seen-from-all-hosts-{uuid.uuid4().hex}"
+    sign.touch()
+    python, folder = shlex.quote(sys.executable), shlex.quote(str(ROOT))
+    report = f"{python} -m pretrain hosts report {shlex.quote(str(sign.resolve()))}"
+    try:
+        answers = on_hosts(hosts, f"cd {folder} && {report}")
+    finally:
+        sign.unlink()
+    return [_describe(host, slots, answers[host], shared) for host, slots in hosts.items()]
+
+
+def _describe(host: str, slots: int, done: subprocess.CompletedProcess[str] | None, shared: Path) -> str:
+    if done is None:
+        return f"{host}: expected to answer, but does not: `ssh {host} true` must work without a password"
+    if done.returncode:
+        return f"{host} answers, but {sys.executable} in {ROOT} does not run there: {done.stderr.strip()[-300:]}"
+    try:  # the last line: what a login shell's own files say comes first
+        found = json.loads(done.stdout.strip().rpartition("\n")[2])
+    except ValueError:
+        return f"{host} answers, but not with a report: {done.stdout.strip()[-300:]!r}; its shell's start-up files must not print"
+    problems = [f"has {name} {found[name]}, here is {own}" for name, own in versions().items() if found[name] != own]
+    if not found["sees"]:
+        problems.append(f"does not see {shared}: run folders and data must lie on a file system that all hosts share")
+    if found["gpus"] and found["gpus"] < slots:
+        problems.append(f"has {found['gpus']} GPU(s) for slots={slots}")
+    state = f"{host} answers, {slots} rank(s), {found['gpus'] or 'no'} GPU(s)"
+    return f"{state}, but {'; '.join(problems)}" if problems else f"{state}, same versions, sees {shared}"
+
+
+@cli
+def main(argv: list[str] | None = None) -> int:
+    """Command line: check the hosts, or print what a shell must export before deepspeed."""
+    parser = argparse.ArgumentParser(prog="textldm hosts", description="The hosts of a job.")
+    actions = parser.add_subparsers(dest="action", required=True)
+    checking = actions.add_parser("check", help="does every host answer, with the same versions and files?")
+    checking.add_argument("hostfile", type=Path)
+    checking.add_argument("--shared", type=Path, default=Path("runs"), help="folder that all must see (default: runs)")
+    actions.add_parser("export", help="shell commands to run before `deepspeed --hostfile`")
+    reporting = actions.add_parser("report", help="what `check` asks each host for, as JSON")
+    reporting.add_argument("sign", type=Path)
+    arguments = parser.parse_args(argv)
+    if arguments.action == "export":
+        for name, value in launch_variables(os.environ).items():
+            print(f"export {name}={shlex.quote(value)}")
+    elif arguments.action == "report":
+        gpus = len([file for file in Path("/dev").glob("nvidia*") if file.name[6:].isdigit()])
+        print(json.dumps(versions() | {"sees": arguments.sign.exists(), "gpus": gpus}))
+    else:
+        lines = check(read_hostfile(arguments.hostfile), arguments.shared)
+        print("\n".join(lines))
+        return 1 if any(" but " in line for line in lines) else 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(None))

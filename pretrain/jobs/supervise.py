@@ -1,0 +1,321 @@
+"""Keep a training job alive: restart it from its newest checkpoint, on the hosts that answer, until it is finished.
+
+    textldm supervise --hostfile hosts -- --config dit_xl --set train.steps=400000
+
+What follows `--` goes to pretrain/train.py; without a hostfile the job runs on this machine. A host that does not answer
+is left out as long as the ranks that remain can share the data's streams. Exit codes of the job (`train.py --help`):
+
+    0        finished: so does this command
+    2, 87    a restart would end the same way: given up, with that code
+    85       asked to stop by a signal: started again at once
+    others   started again after a pause; given up after --max-failures starts in a row without a new checkpoint
+
+A signal to this command stops the job, and this command ends with the job's code: 85, unless something else went wrong.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.core.errors import UserError, cli
+from data_pipeline.format.manifest import Manifest
+from pretrain.checkpoint.slices import FOLDER, saved_steps
+from pretrain.config.load import RunConfig, check_ranks, load_config
+from pretrain.faults.exits import EXIT_CODES, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
+from pretrain.jobs.hosts import ROOT, answering, launch_variables, on_hosts, read_hostfile
+from pretrain.session import fingerprints, put_aside
+from pretrain.train import make_parser as train_parser
+
+JOB = "TEXTLDM_JOB"
+"""A variable in the environment of all of a job's processes, by which those that outlive it are found."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 120.0
+DEAD_S = 120.0
+"""A launcher whose ranks have written no heartbeat for so long waits in vain (faults.HEARTBEAT_S is much shorter)."""
+POLL_S = 2.0
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
+"""What may end a job that is being stopped, from its scheduler or from here."""
+
+
+@dataclass
+class Plan:
+    """What is supervised: the run's configuration, the arguments of train.py, and how and where it is launched.
+
+    `fresh` is no argument of train.py here: the run folder is put aside before the first start, and by no later one.
+    """
+
+    config: RunConfig
+    arguments: list[str]
+    fresh: bool
+    hosts: dict[str, int]
+    launcher: list[str]
+    max_failures: int
+    wait_s: float
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return self.config.run_folder
+
+    def newest_step(self) -> int:
+        """Step of the newest checkpoint, unchecked; 0 without one."""
+        return next((step for step, _ in saved_steps(self.run / FOLDER)), 0)
+
+
+class Supervisor:
+    """Starts the job again and again; `stop` may be called at any time, from a signal handler."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self._job = plan, uuid.uuid4().hex
+        self._stop: str | None = None
+
+    def stop(self, number: int, _: object = None) -> None:
+        """Let the job write a checkpoint and end, then end too."""
+        self._stop = self._stop or signal.Signals(number).name
+
+    def run(self) -> int:
+        """Until the job is finished, hopeless, or to be stopped; the exit code. Raises: UserError."""
+        failures, pause_s, fresh = 0, FIRST_PAUSE_S, self.plan.fresh
+        while True:
+            hosts = self._available_hosts()
+            if self._stop:
+                return EXIT_REQUEUE
+            if fresh:
+                put_aside(self.plan.run)
+                fresh = False
+            before = self.plan.newest_step()
+            where = ", ".join(f"{host} ({slots})" for host, slots in hosts.items()) or "this machine"
+            say(f"starting from step {before} on {where}")
+            code = self._run_job(hosts)
+            self._end_leftovers(hosts)
+            after = self.plan.newest_step()
+            unfinished = after < self.plan.config.train.steps
+            # deepspeed says 0 when a signal ended its pdsh.
+            if self._stop and unfinished and (code == EXIT_OK or ended_by(code) in STOPPING):
+                code = EXIT_REQUEUE
+            if code == EXIT_OK and unfinished:
+                say(f"the launcher says all is well, but the run is at step {after} of {self.plan.config.train.steps}")
+                code = EXIT_FAILED
+            say(f"the job ended with exit code {code} ({meaning(code)}) at step {after}")
+            if code in (EXIT_OK, EXIT_USER, EXIT_SKIPS):
+                return code
+            if self._stop:
+                return code
+            if after > before:
+                failures, pause_s = 0, FIRST_PAUSE_S
+            failures += after <= before
+            if failures > self.plan.max_failures:
+                say(f"giving up: {failures} starts in a row brought no new checkpoint")
+                return code
+            if code != EXIT_REQUEUE:
+                say(
+                    f"starting again in {pause_s:.0f} s; {failures} of {self.plan.max_failures} failures without progress"
+                )
+                self._sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def _sleep(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not self._stop and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, 1.0))
+
+    def _available_hosts(self) -> dict[str, int]:
+        """Hosts that answer and whose ranks can share the data; waits for them. Raises: UserError."""
+        hosts, deadline = self.plan.hosts, time.monotonic() + self.plan.wait_s
+        while hosts and not self._stop:
+            alive = answering(hosts)
+            for host in hosts.keys() - set(alive):
+                say(f"{host} does not answer")
+            chosen, problem = usable(self.plan.config, {host: hosts[host] for host in alive})
+            if chosen:
+                for host in set(alive) - chosen.keys():
+                    say(f"{host} answers, but is left out: with it, the ranks cannot share out the data")
+                return chosen
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{len(alive)} of {len(hosts)} hosts answer ({', '.join(alive) or 'none'}), which is not enough: {problem};"
+                    f" waited {self.plan.wait_s:.0f} s (--wait-s)"
+                )
+            say(f"waiting for hosts: {problem}")
+            self._sleep(min(10.0, self.plan.wait_s / 4))
+        return hosts
+
+    def _run_job(self, hosts: Mapping[str, int]) -> int:
+        """Start the job and wait for its end; the launcher's exit code."""
+        script = [str(ROOT / "pretrain" / "train.py"), *self.plan.arguments]
+        environment, command = os.environ | {JOB: self._job}, [*self.plan.launcher, *script]
+        if hosts:
+            hostfile = self.plan.run.parent / f".{self.plan.run.name}.hosts"
+            hostfile.parent.mkdir(parents=True, exist_ok=True)
+            hostfile.write_text("".join(f"{host} slots={slots}\n" for host, slots in hosts.items()), encoding="utf-8")
+            environment |= launch_variables(os.environ, {JOB: self._job})
+            # Without force_multi, deepspeed would take a single remaining host for this machine.
+            command = [*self.plan.launcher, "--hostfile", str(hostfile), "--force_multi", *script]
+        say(shlex.join(command))
+        heartbeats = Heartbeats(self.plan.run)
+        # In a session of its own: Ctrl-C reaches this process alone, which stops the job in order.
+        launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+        deadline = None
+        while launcher.poll() is None:
+            if self._stop and deadline is None:
+                say(f"{self._stop}: stopping the job")
+                deadline = time.monotonic() + self.plan.config.train.grace_s + DEAD_S
+                if not heartbeats.signal_main_rank(hosts):
+                    deadline = 0.0
+            late = deadline is not None and time.monotonic() > deadline
+            if late or heartbeats.silent_s() > DEAD_S:
+                say("the ranks are silent, but their launcher goes on: ending what is left of the job")
+                self._end_leftovers(hosts)
+                launcher.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                launcher.wait(POLL_S)
+        if launcher.returncode < 0 or self._stop:
+            # Who signals every process of a job ends its launcher at once, while the ranks write their checkpoint.
+            deadline = time.monotonic() + self.plan.config.train.grace_s
+            while self._leftovers(hosts) and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+        return launcher.returncode if launcher.returncode >= 0 else 128 - launcher.returncode  # as shells say it
+
+    def _leftovers(self, hosts: Mapping[str, int], then: str = "") -> bool:
+        """Whether processes of this job are alive on the hosts that answer; `then` gets their ids."""
+        marked = f"grep -lsF {JOB}={self._job} /proc/[0-9]*/environ | cut -d/ -f3 {then}"
+        if hosts:
+            answers = [done.stdout.splitlines() for done in on_hosts(hosts, marked).values() if done is not None]
+            return any(line.isdigit() for lines in answers for line in lines)  # a login shell may say other things
+        return bool(subprocess.run(["sh", "-c", marked], check=False, capture_output=True).stdout)
+
+    def _end_leftovers(self, hosts: Mapping[str, int]) -> None:
+        """Kill what outlived the job, such as a frozen rank."""
+        self._leftovers(hosts, "| xargs -r kill -KILL")
+
+
+class Heartbeats:
+    """What the ranks' heartbeat files (faults.py) say since this object was made."""
+
+    def __init__(self, run: Path) -> None:
+        self._folder = run / "heartbeats"
+        self._last = self._read()
+        self._changed_at: float | None = None
+
+    def silent_s(self) -> float:
+        """Seconds since any rank last wrote one; 0 before the first."""
+        found = self._read()
+        if found != self._last:
+            self._last, self._changed_at = found, time.monotonic()
+        return 0.0 if self._changed_at is None else time.monotonic() - self._changed_at
+
+    def signal_main_rank(self, hosts: Mapping[str, int]) -> bool:
+        """SIGUSR1 to rank 0, which tells the others; False if it has not started to train."""
+        self.silent_s()
+        text = self._last.get("rank-00000.json")
+        if self._changed_at is None or text is None:
+            return False
+        beat = json.loads(text)
+        command = f"kill -USR1 {beat['pid']}"
+        first = next(iter(hosts), None)
+        if first is None or beat["host"] == socket.gethostname():
+            return subprocess.run(["sh", "-c", command], check=False).returncode == 0
+        done = on_hosts([first], command)[first]
+        return done is not None and done.returncode == 0
+
+    def _read(self) -> dict[str, str]:
+        found = {}
+        for file in self._folder.glob("rank-*.json"):
+            with contextlib.suppress(OSError):
+                found[file.name] = file.read_text(encoding="utf-8")
+        return found
+
+
+def usable(config: RunConfig, alive: Mapping[str, int]) -> tuple[dict[str, int], str]:
+    """The most of these hosts, from the first on, whose ranks can share out the data; else why none can."""
+    problem = "no host answers"
+    for count in range(len(alive), 0, -1):
+        chosen = dict(list(alive.items())[:count])
+        try:
+            check_ranks(config, sum(chosen.values()))
+        except UserError as error:
+            problem = problem if count < len(alive) else str(error)
+        else:
+            return chosen, ""
+    return {}, problem
+
+
+def meaning(code: int) -> str:
+    """In words, of a rank's or a launcher's exit code."""
+    ended = ended_by(code)
+    return f"ended by {ended.name}" if ended else EXIT_CODES.get(code, "unknown")
+
+
+def ended_by(code: int) -> signal.Signals | None:
+    """The signal that ended a rank, as launchers say it: 128 + n, or 256 - n."""
+    if code > 128:
+        with contextlib.suppress(ValueError):
+            return signal.Signals(code - 128 if code < 160 else 256 - code)
+    return None
+
+
+def say(message: str) -> None:
+    """A line of the log."""
+    print(f"supervise {time.strftime('%F %T')}: {message}", flush=True)
+
+
+def make_plan(argv: list[str] | None) -> Plan:
+    """From the command line. Raises: UserError."""
+    parser = argparse.ArgumentParser(
+        prog="textldm supervise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hostfile", type=Path, help="hosts of the job; without it, this machine")
+    parser.add_argument("--launcher", default="deepspeed", help='its command, e.g. "deepspeed --master_port 29501"')
+    parser.add_argument(
+        "--max-failures", type=int, default=3, metavar="N", help="in a row, without a new checkpoint (3)"
+    )
+    parser.add_argument("--wait-s", type=float, default=600.0, metavar="S", help="for hosts, when too few answer (600)")
+    parser.add_argument("train", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="of pretrain/train.py")
+    arguments = parser.parse_args(argv)
+    training = arguments.train[1:] if arguments.train[:1] == ["--"] else arguments.train
+    parsed = train_parser().parse_args(training)
+    if parsed.dry_run:
+        raise UserError("--dry-run ends by itself; run it with pretrain/train.py, not under textldm supervise")
+    config = load_config(parsed.config, [*parsed.set, *([f"train.run={parsed.run}"] if parsed.run else [])])
+    hosts = read_hostfile(arguments.hostfile) if arguments.hostfile else {}
+    if hosts:
+        check_ranks(config, sum(hosts.values()))
+    launcher = shlex.split(arguments.launcher)
+    if any(argument.startswith("--ssh_port") for argument in launcher):
+        raise UserError(
+            "--launcher has --ssh_port, which the supervisor's own ssh does not see: set Port in ~/.ssh/config"
+        )
+    if not launcher or not shutil.which(launcher[0]):
+        raise UserError(
+            f"there is no {launcher[0] if launcher else 'command'} on the PATH to start the job by: activate the environment"
+            " that has it, or give --launcher with its path"
+        )
+    if parsed.fresh:  # argparse takes it abbreviated too
+        training = [argument for argument in training if len(argument) < 3 or not "--fresh".startswith(argument)]
+        Manifest.load(config.data.path)
+        fingerprints(config)  # a mistake puts nothing aside
+    return Plan(config, training, parsed.fresh, hosts, launcher, arguments.max_failures, arguments.wait_s)
+
+
+@cli
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    supervisor = Supervisor(make_plan(argv))
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, supervisor.stop)
+    return supervisor.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(None))

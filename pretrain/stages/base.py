@@ -1,0 +1,65 @@
+"""The two stages: each owns its models and turns a batch into a loss. Nothing else differs between training a VAE and a DiT.
+
+A stage's loss for a micro-batch is its sum over tokens divided by the *step's* token counts over all micro-batches and ranks, so
+that gradients add up to the same whatever the number of ranks, rows or accumulation steps. Frozen models hide from DeepSpeed:
+they are not registered as submodules, so they are neither sharded nor optimised nor saved.
+
+Shape letters: T packed tokens, B rows, D width, Z latent dim, F teacher features, W windows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.reading.batch import Batch
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """Scalar loss of a micro-batch and (sum, weight) pairs of what is logged."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def row_noise(batch: Batch, channels: int, purpose: int = 0) -> Tensor:
+    """Standard normal noise fp32 [T, channels], a function of each row's key alone: the same on every rank and in every run.
+
+    Noise of another `purpose` is independent.
+    """
+    device = batch.tokens_T.device
+    generator = torch.Generator(device)
+    rows = []
+    for key in batch.row_keys_B.tolist():
+        generator.manual_seed(key ^ purpose)
+        rows.append(torch.randn(batch.row_tokens, channels, generator=generator, device=device))
+    return torch.cat(rows)
+
+
+def weighted(values_T: Tensor, weights_T: Tensor) -> Tensor:
+    """(sum of values times weights, sum of weights), detached, for the log."""
+    return torch.stack(((values_T.detach() * weights_T).sum(), weights_T.sum()))
+
+
+class Stage(nn.Module):
+    """What the loop knows of a stage: `token_counts` and `flops` of a batch, `forward`, and the number of the current step."""
+
+    step = 0
+
+    def token_counts(self, batch: Batch) -> dict[str, int]:
+        """Tokens that the loss is normalised by, by name, from the batch's metadata alone."""
+        raise NotImplementedError
+
+    def flops(self, batch: Batch) -> float:
+        """Model FLOPs of the batch's forward and backward pass; frozen models count their forward pass."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, counts: dict[str, int]) -> StageOutput:
+        """The micro-batch's part of the step's loss. In eval mode nothing is random."""
+        raise NotImplementedError
+
+
+def ramp(step: int, warmup_steps: int) -> float:
+    """Linear from 0 to 1 over the first `warmup_steps` steps."""
+    return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0

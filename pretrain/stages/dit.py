@@ -1,0 +1,230 @@
+"""The two stages: each owns its models and turns a batch into a loss. Nothing else differs between training a VAE and a DiT.
+
+A stage's loss for a micro-batch is its sum over tokens divided by the *step's* token counts over all micro-batches and ranks, so
+that gradients add up to the same whatever the number of ranks, rows or accumulation steps. Frozen models hide from DeepSpeed:
+they are not registered as submodules, so they are neither sharded nor optimised nor saved.
+
+Shape letters: T packed tokens, B rows, D width, Z latent dim, F teacher features, W windows.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_pipeline.core.errors import UserError
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.reading.batch import PREFIX, SUFFIX, Batch
+from modeling import flow, losses
+from modeling.attention import Segments
+from modeling.floors import NAMES as FLOOR_NAMES
+from modeling.floors import Floors
+from modeling.text_dit import TextDiT, TokenHead
+from modeling.text_vae import TextVAE
+from pretrain.config.load import DiTRun, times_of
+from pretrain.ranks.distributed import barrier
+from pretrain.stages.base import Stage, StageOutput, row_noise, weighted
+from pretrain.stages.latent_space import (
+    LATENTS_NAME,
+    load_vae,
+    measured_latents,
+    posterior_mean,
+    read_latents,
+    read_posterior,
+)
+from pretrain.telemetry.flops import transformer_flops
+
+QUARTERS = 4
+TIME_NOISE, POSTERIOR_NOISE = 1, 2
+"""Purposes of keyed noise beside the flow's own: the spread of times over a window's tokens, and draws from the VAE's posterior."""
+
+
+@dataclass(frozen=True)
+class FlowErrors:
+    """Flow loss per token (mean over channels) at the times `time_T`; `weights_T` is 1 at targets."""
+
+    error_T: Tensor
+    weights_T: Tensor
+    time_T: Tensor
+    floors: Floors
+    token_ce: Tensor | None = None
+
+    def loss(self, token_weight: float) -> Tensor:
+        """Sum over the target tokens, with the token cross-entropy's share."""
+        total = (self.error_T * self.weights_T).sum()
+        return total if self.token_ce is None else total + token_weight * self.token_ce
+
+    def metrics(self) -> dict[str, Tensor]:
+        """The loss, and it per quarter of t beside the three floors at the very same times."""
+        metrics = {"flow": weighted(self.error_T, self.weights_T)}
+        if self.token_ce is not None:
+            metrics["token_ce"] = torch.stack((self.token_ce.detach(), self.weights_T.sum()))
+        quarter_T = (self.time_T * QUARTERS).long().clamp(0, QUARTERS - 1)
+        floors = self.floors.at(self.time_T)
+        for quarter in range(QUARTERS):
+            weights_T = self.weights_T * (quarter_T == quarter)
+            metrics[f"flow_q{quarter + 1}"] = weighted(self.error_T, weights_T)
+            for name in FLOOR_NAMES:
+                metrics[f"{name}_floor_q{quarter + 1}"] = weighted(floors[name], weights_T)
+        return metrics
+
+
+class DiTStage(Stage):
+    """L_FM = E || v(z_t, z_c) - v* ||^2 on the target tokens of a frozen VAE's latents (TextLDM, stage 2), per channel."""
+
+    latents_mean: Tensor
+    latents_std: Tensor
+
+    def __init__(self, config: DiTRun, manifest: Manifest, device: torch.device):
+        super().__init__()
+        self.config = config
+        vae = load_vae(config.model.vae, manifest).to(device)
+        if vae.config.latent_dim != config.model.latent_dim:
+            raise UserError(
+                f"model.latent_dim is {config.model.latent_dim}, but the VAE in {config.model.vae} has latent_dim"
+                f" {vae.config.latent_dim}: set model.latent_dim={vae.config.latent_dim}, or name another VAE"
+            )
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            measured_latents(vae, config, manifest, device)
+        barrier()
+        floors = read_latents(config.run_folder / LATENTS_NAME, vae).to(device)
+        self._frozen: dict[str, Any] = {"vae": vae, "floors": floors}
+        shape = config.model.architecture()
+        shape.vocab_size = vae.config.vocab_size
+        self.dit = TextDiT(shape)
+        if self.dit.posterior is not None:
+            read_posterior(config.run_folder / LATENTS_NAME, self.dit.posterior)
+        self.token_head: TokenHead | None = None
+        if config.flow.token_loss_weight and self.dit.posterior is None:
+            self.token_head = TokenHead(config.model.width, vae.config.vocab_size)
+        # Part of the checkpoint, so that an export needs nothing but it.
+        self.register_buffer("latents_mean", vae.latents_mean.clone())
+        self.register_buffer("latents_std", vae.latents_std.clone())
+        self.times = times_of(config.flow, config.model.latent_dim)
+
+    @property
+    def vae(self) -> TextVAE:
+        """The frozen VAE."""
+        return self._frozen["vae"]
+
+    @property
+    def floors(self) -> Floors:
+        """What predictors without language reach on this VAE's latents."""
+        return self._frozen["floors"]
+
+    def token_counts(self, batch: Batch) -> dict[str, int]:
+        """`targets`: tokens whose velocity is learned."""
+        return {"targets": batch.num_tokens(SUFFIX)}
+
+    def flops(self, batch: Batch) -> float:
+        shape, vae = self.config.model, self.vae.config
+        weights = 12 * shape.width**2 * shape.num_layers + 2 * shape.width * shape.latent_dim
+        if shape.prediction == "posterior":
+            weights += vae.vocab_size * (shape.width + 3 * shape.latent_dim)
+        own = transformer_flops(
+            weights,
+            shape.num_layers,
+            shape.width,
+            batch.window_lengths,
+        )
+        encoder = 12 * vae.width**2 * vae.num_encoder_layers
+        return own + transformer_flops(encoder, vae.num_encoder_layers, vae.width, batch.segment_lengths, passes=1)
+
+    def forward(self, batch: Batch, counts: dict[str, int]) -> StageOutput:
+        latents_TZ = self.latents(batch)
+        if self.training:
+            time_W = self.times.quantile(batch.window_uniforms_W2[:, 0])
+            keep_context_W = batch.window_uniforms_W2[:, 1] >= self.config.flow.context_drop
+            result = self.flow_errors(batch, latents_TZ, latents_TZ, time_W, keep_context_W)
+            return StageOutput(result.loss(self.config.flow.token_loss_weight) / counts["targets"], result.metrics())
+        results = [self.heldout_flow(batch, latents_TZ, latents_TZ, quarter) for quarter in range(QUARTERS)]
+        found = [result.metrics() for result in results]
+        metrics = {name: torch.stack([pairs[name] for pairs in found]).sum(0) for name in found[0]}
+        total = torch.stack([result.loss(0.0) for result in results]).mean()
+        return StageOutput(total / counts["targets"], metrics)
+
+    def heldout_flow(self, batch: Batch, latents_TZ: Tensor, context_TZ: Tensor, quarter: int) -> "FlowErrors":
+        """Errors with every window at one time of a quarter of [0, 1], uniformly, always with a context."""
+        time_W = (batch.window_uniforms_W2[:, 0] + quarter) / QUARTERS
+        return self.flow_errors(batch, latents_TZ, context_TZ, time_W, torch.ones_like(time_W, dtype=torch.bool))
+
+    def latents(self, batch: Batch) -> Tensor:
+        """Standardised latents fp32 [T, Z], context and target of a window encoded separately."""
+        mean_TZ = posterior_mean(self.vae, batch)
+        if self.config.flow.target == "sample" and self.training:
+            segments = Segments.from_lengths(batch.segment_lengths, mean_TZ.device)
+            with torch.no_grad():
+                log_variance_TZ = self.vae.encode(batch.tokens_T, segments)[1]
+            noise_TZ = row_noise(batch, mean_TZ.shape[1], purpose=POSTERIOR_NOISE)
+            mean_TZ = mean_TZ + (0.5 * log_variance_TZ).exp() * noise_TZ
+        return self.vae.standardize(mean_TZ)
+
+    def flow_errors(
+        self, batch: Batch, latents_TZ: Tensor, context_TZ: Tensor, time_W: Tensor, keep_context_W: Tensor
+    ) -> "FlowErrors":
+        """Squared error of the velocity per token, at one time a window, or in training at times spread about it.
+
+        Args:
+            latents_TZ: standardised latents, whose targets are noised; context_TZ: from where the contexts are taken.
+            keep_context_W: windows whose context is given; the others see zero vectors.
+        """
+        windows, is_target_T, time_T, inputs_TZ, noise_TZ = self._noised(
+            batch, latents_TZ, context_TZ, time_W, keep_context_W
+        )
+        estimate_TZ = self._earlier_estimate(batch, inputs_TZ, is_target_T, time_T, windows)
+        output = self.dit.outputs(inputs_TZ, is_target_T, time_T, windows, estimate_TZ)
+        error_T = losses.squared_error(output.velocity_TZ, flow.velocity(latents_TZ, noise_TZ))
+        weights_T, token_ce = is_target_T.float(), None
+        if output.logits_TV is not None:
+            token_ce = (F.cross_entropy(output.logits_TV, batch.tokens_T, reduction="none") * weights_T).sum()
+        elif self.token_head is not None:
+            weight_VD = self.token_head.weight
+            token_ce, _ = losses.linear_cross_entropy(output.hidden_TD, weight_VD, batch.tokens_T, weights_T)
+        return FlowErrors(error_T, weights_T, time_T, self._frozen["floors"], token_ce)
+
+    def one_step_estimate(self, batch: Batch, time: float) -> tuple[Tensor, Tensor]:
+        """Standardised latents [T, Z] with the network's estimate of z at the targets, all noised to `time`, and where they are [T]."""
+        latents_TZ = self.latents(batch)
+        time_W = torch.full_like(batch.window_uniforms_W2[:, 0], time)
+        windows, is_target_T, time_T, inputs_TZ, _ = self._noised(
+            batch, latents_TZ, latents_TZ, time_W, torch.ones_like(time_W, dtype=torch.bool)
+        )
+        velocity_TZ = self.dit(inputs_TZ, is_target_T, time_T, windows)
+        estimate_TZ = self.dit.estimate(velocity_TZ, inputs_TZ, time_T)
+        return torch.where(is_target_T[:, None], estimate_TZ, latents_TZ), is_target_T
+
+    def _noised(
+        self, batch: Batch, latents_TZ: Tensor, context_TZ: Tensor, time_W: Tensor, keep_context_W: Tensor
+    ) -> tuple[Segments, Tensor, Tensor, Tensor, Tensor]:
+        """What the network sees: windows, where targets are [T], their times [T], noisy targets beside clean contexts; and the noise."""
+        device = latents_TZ.device
+        windows = Segments.from_lengths(batch.window_lengths, device)
+        time_T, keep_context_T = time_W.to(device)[windows.ids_T], keep_context_W.to(device)[windows.ids_T]
+        if self.training and self.config.flow.time_spread:
+            spread_T = self.config.flow.time_spread * row_noise(batch, 1, purpose=TIME_NOISE)[:, 0]
+            time_T = flow.move_logit(time_T, spread_T)
+        time_T = time_T.float()
+        roles_T = batch.roles_T.to(device, non_blocking=True)
+        is_target_T = roles_T == SUFFIX
+        noise_TZ = row_noise(batch, latents_TZ.shape[1])
+        noisy_TZ = flow.interpolate(latents_TZ, noise_TZ, time_T[:, None])
+        shown_TZ = context_TZ * (keep_context_T & (roles_T == PREFIX))[:, None]
+        return windows, is_target_T, time_T, torch.where(is_target_T[:, None], noisy_TZ, shown_TZ), noise_TZ
+
+    def _earlier_estimate(
+        self, batch: Batch, inputs_TZ: Tensor, is_target_T: Tensor, time_T: Tensor, windows: Segments
+    ) -> Tensor | None:
+        """Self-conditioning: the network's own estimate of z, without gradient, for a keyed share of windows (all in eval mode)."""
+        if not self.config.model.self_conditioning:
+            return None
+        with torch.no_grad():
+            velocity_TZ = self.dit(inputs_TZ, is_target_T, time_T, windows)
+            estimate_TZ = self.dit.estimate(velocity_TZ, inputs_TZ, time_T)
+        if not self.training:
+            return estimate_TZ
+        # The time's uniform number, scrambled: no further key is needed, and it stays a function of the row.
+        gate_W = (batch.window_uniforms_W2[:, 0] * 65536) % 1 < self.config.flow.self_conditioning_share
+        return estimate_TZ * gate_W.to(inputs_TZ.device)[windows.ids_T][:, None]

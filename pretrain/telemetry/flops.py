@@ -1,0 +1,48 @@
+"""What a run tells: one JSON line a logged step, a progress bar or plain lines, and on request wandb and TensorBoard.
+
+Between logging steps nothing is reduced, written or waited for: metrics are summed on the device, as (sum, weight).
+A logging step costs one small all-reduce, in which every rank also gets what the others measured.
+
+MFU = model FLOPs a second and device / the device's dense peak. Model FLOPs (`transformer_flops`) count a multiply-add
+as two, forward once and backward twice, attention over true segment lengths in both directions, the output layer, and
+frozen models' forward; embedding look-ups, norms and recomputed activations count nothing.
+
+Goodput = wall time of the steps that made the present weights, skipped ones left out, over all wall time since the
+run's first start: start-up, evaluation, checkpoints, lost steps and the time between restarts count against it.
+"""
+
+import re
+from collections.abc import Sequence
+
+# Vendors' dense peaks in TFLOP/s: (bf16 with fp32 accumulation, fp32 without TF32). The longest name found as whole words counts.
+PEAK_TFLOPS = {
+    "A100": (312.0, 19.5), "A800": (312.0, 19.5), "A10G": (70.0, 31.2), "A10": (125.0, 31.2), "L4": (121.0, 30.3),
+    "L40S": (362.0, 91.6), "A40": (150.0, 37.4), "H100 PCIe": (756.0, 51.0), "H100 NVL": (835.0, 60.0),
+    "H100": (989.0, 67.0), "H800": (989.0, 67.0), "H200": (989.0, 67.0), "GH200": (989.0, 67.0), "H20": (148.0, 44.0),
+    "B200": (2250.0, 75.0),
+    "GB200": (2500.0, 80.0), "RTX 3090": (71.0, 35.6), "RTX 4090": (165.0, 82.6), "RTX 5090": (210.0, 105.0),
+}  # fmt: skip
+
+
+def transformer_flops(weights: float, layers: int, width: int, lengths: Sequence[int], passes: int = 3) -> float:
+    """FLOPs of bidirectional Transformer layers over packed segments.
+
+    2 FLOPs per weight and token, and 2 x 2 x length^2 x width per layer and segment for q k^T and the sum of values.
+
+    Args:
+        weights: of the matrices that every token passes through (no embedding table).
+        lengths: tokens of each segment.
+        passes: 3 for forward and backward, 1 for a frozen model's forward.
+    """
+    tokens, squares = float(sum(lengths)), float(sum(length * length for length in lengths))
+    return passes * (2.0 * weights * tokens + 4.0 * layers * width * squares)
+
+
+def peak_flops(device_name: str, precision: str, configured_tflops: float | None = None) -> float | None:
+    """A device's dense peak in FLOP/s at this precision; None for devices that nobody described (CPUs)."""
+    if configured_tflops is not None:
+        return configured_tflops * 1e12
+    matches = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", device_name, re.IGNORECASE)]
+    if not matches:
+        return None
+    return PEAK_TFLOPS[max(matches, key=len)][0 if precision == "bf16" else 1] * 1e12

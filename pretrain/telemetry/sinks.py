@@ -1,0 +1,229 @@
+"""Where rank 0 writes: metrics.jsonl and log.txt always, a progress bar in terminals, wandb and TensorBoard when asked.
+
+A recorder that fails (no network, no package, a full account) is reported once and dropped: it never ends a run.
+"""
+
+import json
+import math
+import netrc
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pretrain.config.load import RunConfig
+
+METRICS_NAME, LOG_NAME = "metrics.jsonl", "log.txt"
+
+
+def read_metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The lines of one kind ("train", "eval") by step; of steps that a restart repeated, the last. No torn lines."""
+    lines: dict[int, dict[str, Any]] = {}
+    for line in _lines(run / METRICS_NAME):
+        if line.get("kind") == kind:
+            lines[line["step"]] = line
+    return [lines[step] for step in sorted(lines)]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    parsed = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            parsed.append(json.loads(text))
+        except ValueError:  # torn by a kill
+            continue
+    return parsed
+
+
+def _first_time(path: Path) -> float | None:
+    """When the first line was written."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.loads(file.readline())["time"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+class Sinks:
+    """All recorders of rank 0."""
+
+    def __init__(self, run: Path, config: RunConfig, start_step: int):
+        run.mkdir(parents=True, exist_ok=True)
+        self._steps = config.train.steps
+        self.first_start = _first_time(run / METRICS_NAME) or time.time()
+        self._metrics = _open_for_lines(run / METRICS_NAME)
+        self._log = _open_for_lines(run / LOG_NAME)
+        self._bar = None
+        if config.telemetry.progress_bar and sys.stderr.isatty():
+            self._bar = tqdm(total=self._steps, initial=start_step, unit="step", dynamic_ncols=True)
+        makers = {"wandb": start_wandb, "tensorboard": start_tensorboard}
+        self._recorders: dict[str, Callable[[dict[str, float], int], None]] = {}
+        self._closers: dict[str, Callable[[], None]] = {}
+        for name in (name for name in makers if getattr(config.telemetry, name)):
+            self._try(name, lambda make=makers[name]: make(run, config))
+
+    def _try(self, name: str, start: Callable) -> None:
+        try:
+            self._recorders[name], self._closers[name] = start()
+        except Exception as error:  # whatever it is, the run matters more
+            self.say(f"{name} is left out: {type(error).__name__}: {error}")
+
+    def train(self, line: dict[str, Any], eta_s: float) -> None:
+        """A logged step."""
+        self.write(line)
+        self._record(line)
+        text = describe_step(line)
+        self._to_log(f"step {line['step']}/{self._steps}  {text}")
+        if self._bar is not None:
+            self._bar.update(line["step"] - self._bar.n)
+            self._bar.set_postfix_str(text)
+        else:
+            print(f"step {line['step']}/{self._steps}  {text}  eta {duration(eta_s)}", flush=True)
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """A held-out evaluation."""
+        self.write(line)
+        self._record(line)
+        figures = {name.removeprefix("eval/"): value for name, value in line.items() if name.startswith("eval/")}
+        self.say(f"held-out after step {line['step']}:  {describe_figures(figures)}")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """One flushed line in metrics.jsonl; numbers that JSON lacks become null."""
+        finite = {name: None if _is_odd(value) else value for name, value in line.items()}
+        self._metrics.write(json.dumps({**finite, "time": time.time()}) + "\n")
+        self._metrics.flush()
+
+    def say(self, text: str) -> None:
+        """A line in the terminal, above the bar, and in log.txt."""
+        self._to_log(text)
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, flush=True)
+
+    def _to_log(self, text: str) -> None:
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._log.flush()
+
+    def _record(self, line: Mapping[str, Any]) -> None:
+        numbers = {n: float(v) for n, v in line.items() if isinstance(v, int | float) and n not in ("step", "time")}
+        for name, record in list(self._recorders.items()):
+            try:
+                record(numbers, line["step"])
+            except Exception as error:
+                del self._recorders[name]
+                self.say(f"{name} is left out from here: {type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        """Flush and close all."""
+        if self._bar is not None:
+            self._bar.close()
+        for name, close in self._closers.items():
+            try:
+                close()
+            except Exception as error:
+                self.say(f"{name} did not close: {type(error).__name__}: {error}")
+        self._metrics.close()
+        self._log.close()
+
+
+def start_wandb(run: Path, config: RunConfig) -> tuple[Callable, Callable]:
+    """A Weights & Biases run, continued by a restart because its id is in the run folder, as its files are."""
+    import wandb
+
+    mode = config.telemetry.wandb_mode
+    if mode == "auto":
+        mode = "online" if _has_wandb_key() else "offline"
+    identity = run / "wandb-id.txt"
+    if not identity.exists():
+        identity.write_text(os.urandom(4).hex(), encoding="utf-8")
+    session = wandb.init(
+        project=config.telemetry.wandb_project,
+        name=run.name,
+        id=identity.read_text(encoding="utf-8").strip(),
+        resume="allow",
+        dir=run,
+        mode=mode,
+        config=config.model_dump(mode="json"),
+        settings=wandb.Settings(silent=True),
+    )
+    # wandb drops steps that are not larger than its last, but those that a restart repeats must be taken: so the step
+    # is a metric of its own.
+    session.define_metric("step")
+    session.define_metric("*", step_metric="step")
+    return lambda numbers, step: session.log({**numbers, "step": step}), session.finish
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def start_tensorboard(run: Path, config: RunConfig) -> tuple[Callable, Callable]:
+    """TensorBoard event files in <run>/tensorboard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(run / "tensorboard"))
+
+    def record(numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+
+    return record, writer.close
+
+
+def describe_step(line: Mapping[str, Any]) -> str:
+    """A logged step in one line for people."""
+    parts = [
+        f"loss {line['loss']:.4f}",
+        f"norm {line['grad_norm']:.3g}",
+        f"lr {line['lr']:.2e}",
+        f"{line['tokens_per_s']:,.0f} tokens/s",
+        f"wait {line['wait_share']:.0%}",
+    ]
+    if "mfu" in line:
+        parts.append(f"mfu {line['mfu']:.1%}")
+    return "  ".join(parts)
+
+
+def describe_figures(figures: Mapping[str, float]) -> str:
+    """Named figures in one line; those called x_q1, x_q2, ... become one list x [...]."""
+    lists: dict[str, list[float]] = {}
+    for name, value in figures.items():
+        lists.setdefault(re.sub(r"_q\d+$", " by quarter of t", name), []).append(value)
+    texts = {name: " ".join(f"{value:.4g}" for value in values) for name, values in lists.items()}
+    return "  ".join(f"{name} [{text}]" if " by " in name else f"{name} {text}" for name, text in texts.items())
+
+
+def duration(seconds: float) -> str:
+    """1 d 02:03:04."""
+    whole = max(0, round(seconds))
+    days, rest = divmod(whole, 86400)
+    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days} d {clock}" if days else clock
+
+
+def _open_for_lines(path: Path) -> Any:
+    """Append to a file of lines; a line that a kill cut off is ended first."""
+    torn = False
+    if path.exists() and path.stat().st_size > 0:
+        with open(path, "rb") as written:
+            written.seek(-1, os.SEEK_END)
+            torn = written.read() != b"\n"
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+    if torn:
+        file.write("\n")
+    return file
+
+
+def _is_odd(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -1,0 +1,159 @@
+"""Prepared folders behind URLs: the same batches, a bounded cache, patience with a bad network and clear words at its end."""
+
+import http.server
+import os
+import threading
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.core import storage
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.storage import ShardFiles, atomic_write
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.reading.batch import SplitConfig
+from data_pipeline.reading.loader import TrainLoader
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves files; the first requests of each address fail, the next is cut short."""
+
+    failures = 0
+    requests: list[str] = []  # noqa: RUF012 (shared on purpose)
+
+    def do_GET(self) -> None:
+        self.requests.append(self.path)
+        seen = self.requests.count(self.path)
+        if seen <= self.failures:
+            self.send_error(503)
+        elif seen == self.failures + 1 and self.failures:
+            data = Path(self.translate_path(self.path)).read_bytes()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+        else:
+            super().do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(prepared: Path) -> Iterator[str]:
+    Handler.requests, Handler.failures = [], 0
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(prepared))) as instance:
+        threading.Thread(target=instance.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{instance.server_port}"
+        instance.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_RETRY_SECONDS", (0.01, 0.02, 0.03))
+
+
+def tickets_and_tokens(data: object, cache: Path, **changes: object) -> list:
+    loader = TrainLoader(
+        str(data), None, seed=1, streams=5, rows_per_step=10, micro_batch_rows=10, split=SplitConfig("context"),
+        cache_dir=str(cache), **changes,
+    )  # fmt: skip
+    with loader:
+        batches = [batch for step in islice(loader, 6) for batch in step]
+    return [(batch.rows, batch.tokens_T.tolist(), batch.segment_lengths) for batch in batches]
+
+
+def test_http_gives_the_same_batches_and_downloads_once(prepared: Path, server: str, tmp_path: Path) -> None:
+    expected = tickets_and_tokens(prepared, tmp_path)
+    assert tickets_and_tokens(server, tmp_path) == expected
+    shards = [path for path in Handler.requests if path.endswith(".tar")]
+    assert tickets_and_tokens(server, tmp_path) == expected
+    assert [path for path in Handler.requests if path.endswith(".tar")] == shards
+    assert len(set(shards)) == len(shards) == len(list(tmp_path.glob("*.tar")))
+
+
+def test_a_cache_smaller_than_the_data_stays_small(prepared: Path, server: str, tmp_path: Path) -> None:
+    limit = 20_000
+    assert tickets_and_tokens(server, tmp_path, cache_gigabytes=limit / 1e9) == tickets_and_tokens(prepared, tmp_path)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= limit
+
+
+def test_what_was_not_used_for_longest_goes_first_and_use_changes_nothing(
+    prepared: Path, server: str, tmp_path: Path
+) -> None:
+    infos = Manifest.load(prepared).splits["train"][:3]
+    files = ShardFiles(server, str(tmp_path), cache_gigabytes=(sum(info.bytes for info in infos) - 1) / 1e9)
+    first, second = (files.path(info.name, info.bytes, info.sha256) for info in infos[:2])
+    for path, then in ((first, 10), (second, 20)):
+        os.utime(path, ns=(then, 5))
+    assert files.path(infos[0].name, infos[0].bytes, infos[0].sha256) == first
+    assert first.stat().st_mtime_ns == 5  # else an open shard's index would be worth nothing
+    files.path(infos[2].name, infos[2].bytes, infos[2].sha256)
+    assert first.exists()
+    assert not second.exists()
+
+
+def test_failing_and_cut_answers_are_retried(prepared: Path, server: str, tmp_path: Path) -> None:
+    Manifest.load(server)
+    Handler.failures = 2
+    manifest = Manifest.load(prepared)
+    info = manifest.splits["train"][0]
+    path = ShardFiles(server, str(tmp_path)).path(info.name, info.bytes, info.sha256)
+    assert path.read_bytes() == (prepared / info.name).read_bytes()
+    assert Handler.requests.count(f"/{info.name}") == 4
+
+
+def test_a_dead_server_is_named_at_last(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9/.*after 4 attempts.*check the address"):
+        ShardFiles("http://127.0.0.1:9", str(tmp_path)).path("train-00000.tar", 5, "0" * 64)
+
+
+def test_missing_files_are_not_retried(server: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a finished prepared folder"):
+        Manifest.load(server + "/nowhere")
+    with pytest.raises(UserError, match="the manifest names it"):
+        ShardFiles(server, str(tmp_path)).path("train-99999.tar", 5, "0" * 64)
+    assert len(Handler.requests) == 2
+
+
+def test_other_contents_behind_the_url_are_refused(server: str, tmp_path: Path) -> None:
+    info = Manifest.load(server).splits["train"][0]
+    with pytest.raises(UserError, match="SHA-256"):
+        ShardFiles(server, str(tmp_path)).path(info.name, info.bytes, "0" * 64)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cached_file_that_rots_is_fetched_again(prepared: Path, server: str, tmp_path: Path) -> None:
+    expected = tickets_and_tokens(server, tmp_path)
+    first = expected[0][0][0]  # some cached shards were only read ahead, and need not be read again
+    shard = Manifest.load(prepared).splits[first.split][first.shard]
+    path = tmp_path / f"{shard.sha256}.tar"
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+    requests = len(Handler.requests)
+    assert tickets_and_tokens(server, tmp_path) == expected
+    assert [name for name in Handler.requests[requests:] if name.endswith(".tar")] == [f"/{shard.name}"]
+    assert path.read_bytes() != bytes(data)
+
+
+def test_other_schemes_go_through_fsspec(prepared: Path, tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(prepared) + "/", "/data/", recursive=True)
+    assert tickets_and_tokens("memory://data", tmp_path) == tickets_and_tokens(prepared, tmp_path)
+    with pytest.raises(UserError, match="nosuch://"):
+        Manifest.load("nosuch://data")
+
+
+def test_atomic_write_shows_all_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.txt"
+    with atomic_write(path) as file:
+        file.write(b"one")
+        assert not path.exists()
+    with pytest.raises(UnicodeEncodeError), atomic_write(path) as file:
+        file.write(b"two" + "\ud800".encode())
+    assert path.read_bytes() == b"one"
+    assert list(path.parent.iterdir()) == [path]
