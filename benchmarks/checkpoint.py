@@ -30,13 +30,13 @@ from benchmarks.measuring import print_figures
 from data_pipeline.core.errors import UserError, cli
 from modeling.attention import Segments
 from modeling.text_dit import TextDiT, TextDiTConfig
-from pretrain.checkpoint.find import CheckpointWriter
 from pretrain.checkpoint.read import verify
+from pretrain.checkpoint.write import CheckpointWriter
 from pretrain.config.load import load_config
-from pretrain.config.schema import DiTRun
 from pretrain.engine.engine import Engine, EngineSettings
-from pretrain.engine.optim import STATES, OptimizerSettings
+from pretrain.engine.optim import STATES, Optimizer
 from pretrain.ranks.distributed import init_distributed
+from pretrain.stages.dit import DiTRun
 
 BYTES_PER_PARAMETER = 4 * (len(STATES) + 1 + len(STATES))
 """States, gradients, host copy."""
@@ -110,7 +110,7 @@ def measure(shape: TextDiTConfig, folder: Path, repetitions: int) -> dict[str, f
     topology = init_distributed()
     torch.manual_seed(0)
     stage = BareDiT(shape).to(topology.device)
-    engine = Engine(stage, EngineSettings(zero_stage=0), OptimizerSettings(), topology)
+    engine = Engine(stage, EngineSettings(zero_stage=0), Optimizer(lr=3e-4), topology)
     writer = CheckpointWriter(folder, topology, keep_last=1)
     writer.prepare(engine)
     bench = Bench(engine, writer, torch.randn(TOKENS, shape.latent_dim, device=topology.device))

@@ -24,11 +24,8 @@ from data_pipeline.features.codec import Codec
 from data_pipeline.features.codec_choice import FeatureSample, Fidelity, exact
 from data_pipeline.features.job import FeatureJob
 from data_pipeline.format.manifest import MANIFEST_NAME, Manifest
-from data_pipeline.reading.batch import SplitConfig
 from data_pipeline.reading.loader import heldout_batches
-from pretrain.config.load import features_folder
-from pretrain.config.schema import VAERun
-from pretrain.stages.vae import VAEStage
+from pretrain.stages.vae import VAERun, VAEStage
 
 TRAIN_SHARDS = STREAMS = 2
 HELDOUT_ROWS = 16
@@ -60,8 +57,8 @@ def judge(stage: VAEStage, config: VAERun) -> Judged:
     """Losses of the held-out split, in training mode: noise comes from the rows' keys, so it is the same for every stage."""
     batches = heldout_batches(
         config.data.path,
-        features_folder(config),
-        split=SplitConfig(**config.data.split.model_dump()),
+        config.features_folder(),
+        split=config.data.split,
         seed=config.train.seed,
         micro_batch_rows=config.data.micro_batch_rows,
         max_rows=HELDOUT_ROWS,

@@ -35,13 +35,15 @@ from modeling import flow, losses
 from modeling.attention import Segments
 from modeling.text_dit import TextDiT, TextDiTConfig
 from modeling.text_vae import TextVAE, TextVAEConfig
-from pretrain.config.load import RunConfig, load_config
-from pretrain.config.schema import DiTRun, VAERun
+from pretrain.config.load import load_config
+from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import Engine, EngineSettings
-from pretrain.engine.optim import OptimizerSettings
+from pretrain.engine.optim import Optimizer
 from pretrain.ranks.distributed import init_distributed, shutdown
 from pretrain.stages.base import StageOutput
-from pretrain.stages.registry import prepare_blocks
+from pretrain.stages.build import prepare_blocks
+from pretrain.stages.dit import DiTRun
+from pretrain.stages.vae import VAERun
 from pretrain.telemetry.flops import transformer_flops
 
 DATA_SHEET_TFLOPS = 989.0
@@ -177,7 +179,7 @@ def train_figures(name: str, peak: float, device: torch.device, size: Size) -> d
     prepare_blocks(stage.to(device), config.train)
     lengths = list(size.lengths) * (config.data.micro_batch_rows if not size.shape else 1)
     repetitions = size.steps
-    engine = Engine(stage, EngineSettings(1, "bf16"), OptimizerSettings(lr=1e-4), init_distributed())
+    engine = Engine(stage, EngineSettings(1, "bf16"), Optimizer(lr=1e-4), init_distributed())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     number = iter(range(1 << 30))

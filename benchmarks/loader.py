@@ -43,13 +43,13 @@ from benchmarks.plain_run import PlainRun, vae_config
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.format.manifest import Manifest, ShardInfo, TokenizerInfo, shard_name
 from data_pipeline.format.shards import token_members, write_shard
-from data_pipeline.reading.batch import Batch, SplitConfig
+from data_pipeline.reading.batch import Batch, Split
 from data_pipeline.reading.loader import TrainLoader
 
 ROW_TOKENS, VOCAB_SIZE, MIN_WINDOW, MAX_WINDOW = 4096, 151_936, 8, 1024
 RESUME_SHARDS, RESUME_ROWS, RESUME_AT_ROW, RESUME_STREAMS, RESUME_ROWS_PER_STEP = 4000, 512, 10_000_000, 16, 64
 OWN, FIRST_PASS, ROWS_ALONE = "loader", "loader_first_pass", ": rows alone"
-SPLIT = SplitConfig("context")
+SPLIT = Split(kind="context")
 
 
 def main_parser() -> argparse.ArgumentParser:
@@ -207,7 +207,7 @@ def resume_ratio(num_shards: int, repetitions: int, work: Path) -> dict[str, flo
     def first_batch(row: int) -> None:
         loader = TrainLoader(
             data, None, seed=0, streams=RESUME_STREAMS, rows_per_step=RESUME_ROWS_PER_STEP,
-            micro_batch_rows=RESUME_ROWS_PER_STEP, split=SplitConfig("context"), start_step=row // RESUME_ROWS_PER_STEP,
+            micro_batch_rows=RESUME_ROWS_PER_STEP, split=Split(kind="context"), start_step=row // RESUME_ROWS_PER_STEP,
         )  # fmt: skip
         with loader:
             [batch] = loader.next_step()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data_pipeline.format.manifest import Manifest
-from data_pipeline.reading.batch import Batch, RowBlock, RowId, SplitConfig
+from data_pipeline.reading.batch import Batch, RowBlock, RowId, Split
 from data_pipeline.reading.order import Span
 from data_pipeline.reading.shard_pool import TokenRows
 
@@ -75,7 +75,7 @@ def collate_fields(rows: Sequence[dict[str, np.ndarray]]) -> Delivered:
     return collate([(row["tokens"], row["lengths"]) for row in rows])
 
 
-def finished(batches: Iterator[Delivered], split: SplitConfig) -> Iterator[Batch]:
+def finished(batches: Iterator[Delivered], split: Split) -> Iterator[Batch]:
     """The same batches with filler, keyed splits and keyed numbers: what a user has to do for each, by this project's own code."""
     ticket = 0
     for tokens_BR, lengths in batches:

@@ -6,12 +6,12 @@ import torch
 
 from data_pipeline.core.keys import key
 from data_pipeline.format.manifest import Manifest
-from pretrain.config.load import RunConfig, load_config
-from pretrain.config.schema import VAERun
-from pretrain.engine.optim import OptimizerSettings, ScheduleSettings, build_optimizer, learning_rate
+from pretrain.config.load import load_config
+from pretrain.config.schema import RunConfig
+from pretrain.engine.optim import build_optimizer, learning_rate
 from pretrain.ranks.distributed import Topology
 from pretrain.session import open_loader
-from pretrain.stages.vae import VAEStage
+from pretrain.stages.vae import VAERun, VAEStage
 
 
 def vae_config(name: str, overrides: dict[str, Any]) -> VAERun:
@@ -32,7 +32,7 @@ class PlainRun:
         self.stage = VAEStage(config, Manifest.load(config.data.path), device).to(device, dtype)
         self.stage.train()
         self.loader = open_loader(config, Topology(device=device), start_step=0)
-        self.settings = OptimizerSettings(**config.optimizer.model_dump())
+        self.settings = config.optimizer
         self.optimizer = build_optimizer(self.stage, self.settings, fused=device.type == "cuda")
 
     def step(self) -> None:
@@ -45,7 +45,7 @@ class PlainRun:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.stage.parameters() if p.grad is not None])
         self.optimizer.clip_factor = min(1.0, self.settings.grad_clip / (float(norm) + 1e-6))
         self.optimizer.ema_decay = self.settings.ema_decay_at(self.num_steps)
-        schedule = ScheduleSettings(**self.config.schedule.model_dump())
+        schedule = self.config.schedule
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.num_steps, self.settings.lr, schedule, self.config.train.steps)
         self.optimizer.step()

@@ -33,7 +33,7 @@ from modeling import flow
 from modeling.attention import Segments
 from modeling.losses import squared_error
 from modeling.text_dit import TextDiT, TextDiTConfig
-from pretrain.engine.optim import OptimizerSettings, build_optimizer
+from pretrain.engine.optim import Optimizer, build_optimizer
 from pretrain.telemetry.flops import transformer_flops
 
 MIN_WINDOW = 8
@@ -61,7 +61,7 @@ class PackedStep:
 
     def __init__(self, model: TextDiT, lengths: Sequence[int]):
         self.model, self.windows = model, Segments.from_lengths(lengths)
-        self.optimizer = build_optimizer(model, OptimizerSettings())
+        self.optimizer = build_optimizer(model, Optimizer(lr=3e-4))
         self.is_target_T = self.windows.positions_T >= torch.tensor([n // 2 for n in lengths])[self.windows.ids_T]
 
     def __call__(self) -> None:

@@ -19,30 +19,23 @@ import torch
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.keys import key
 from data_pipeline.format.manifest import FeatureManifest, Manifest
-from data_pipeline.reading.batch import SplitConfig
 from data_pipeline.reading.loader import TrainLoader
 from pretrain.checkpoint.find import discard_after, newest_complete
 from pretrain.checkpoint.read import restore
 from pretrain.checkpoint.slices import FOLDER, read_manifest, saved_steps, write_atomically
 from pretrain.checkpoint.write import CheckpointWriter
-from pretrain.config.load import (
-    DiTRun,
-    RunConfig,
-    check_ranks,
-    features_folder,
-    micro_batch_size,
-    refuse_changes,
-    resume_differences,
-)
+from pretrain.config.load import check_ranks, micro_batch_size, refuse_changes, resume_differences
+from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import Engine, EngineSettings
-from pretrain.engine.optim import OptimizerSettings, ScheduleSettings, learning_rate
+from pretrain.engine.optim import learning_rate
 from pretrain.faults.signals import Signals
 from pretrain.faults.spikes import SpikeGuard
 from pretrain.faults.watchdog import Watchdog
 from pretrain.ranks.distributed import Topology, barrier
 from pretrain.stages.base import Stage
+from pretrain.stages.build import build_stage
+from pretrain.stages.dit import DiTRun
 from pretrain.stages.latent_space import vae_fingerprint
-from pretrain.stages.registry import build_stage
 from pretrain.telemetry.record import Telemetry
 
 
@@ -69,7 +62,7 @@ class Session:
 
     def lr(self, step: int) -> float:
         """Learning rate of update number `step`."""
-        schedule = ScheduleSettings(**self.config.schedule.model_dump())
+        schedule = self.config.schedule
         return learning_rate(step, self.config.optimizer.lr, schedule, self.config.train.steps)
 
     def save(self, blocking: bool = False) -> None:
@@ -172,9 +165,7 @@ def open_session(
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(key(train.seed, "initial weights") % 2**63)  # every rank builds the same weights
     stage = build_stage(config, topology.device)
-    engine = Engine(
-        stage, engine_settings(config, topology), OptimizerSettings(**config.optimizer.model_dump()), topology
-    )
+    engine = Engine(stage, engine_settings(config, topology), config.optimizer, topology)
     restored = restore(found, engine) if found else None
     step = restored.step if restored else 0
 
@@ -216,7 +207,7 @@ def open_session(
 def fingerprints(config: RunConfig) -> dict[str, str]:
     """What a run reads besides tokens, by the key that names it: a feature cache, or the VAE's checkpoint."""
     found = {}
-    if features := features_folder(config):
+    if features := config.features_folder():
         found["repa.features"] = FeatureManifest.load(features).fingerprint
     if isinstance(config, DiTRun):
         found["model.vae"] = vae_fingerprint(config.model.vae)
@@ -240,12 +231,12 @@ def open_loader(config: RunConfig, topology: Topology, start_step: int) -> Train
     data = config.data
     return TrainLoader(
         data.path,
-        features_folder(config),
+        config.features_folder(),
         seed=config.train.seed,
         streams=data.streams,
         rows_per_step=data.rows_per_step,
         micro_batch_rows=micro_batch_size(config, topology.world_size),
-        split=SplitConfig(**data.split.model_dump()),
+        split=data.split,
         rank=topology.rank,
         world_size=topology.world_size,
         start_step=start_step,

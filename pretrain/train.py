@@ -27,7 +27,8 @@ if __name__ == "__main__":
 import torch
 
 from data_pipeline.reading.batch import Batch
-from pretrain.config.load import RunConfig, load_config
+from pretrain.config.load import load_config
+from pretrain.config.schema import RunConfig
 from pretrain.faults.exits import EXIT_CODES, EXIT_OK, EXIT_REQUEUE, exit_code_of, leave
 from pretrain.faults.spikes import TooManySkips
 from pretrain.faults.spikes import record_skip as write_skip

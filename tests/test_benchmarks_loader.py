@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import loader as benchmark
 from benchmarks.loader_peers import PEERS, Job, Peer, finished
-from data_pipeline.reading.batch import Batch, SplitConfig
+from data_pipeline.reading.batch import Batch, Split
 from data_pipeline.reading.loader import TrainLoader
 
 
@@ -49,7 +49,7 @@ def test_every_peer_ends_with_the_rows_that_the_loader_gives(peer: Peer, tmp_pat
     manifest = benchmark.random_folder(tmp_path / "data", 4, 6, 1024)
     job = Job(tmp_path / "data", manifest, tmp_path / peer.name, 4)
     peer.write(job)
-    split = SplitConfig("none")  # places of cuts follow a row's number in the order, which is each loader's own
+    split = Split(kind="none")  # places of cuts follow a row's number in the order, which is each loader's own
     options = {"streams": 4, "rows_per_step": 4, "micro_batch_rows": 1, "split": split, "workers": 0}
     loader = TrainLoader(tmp_path / "data", None, seed=0, **options)
     expected = [row for _ in range(6) for batch in loader.next_step() for row in rows_of(batch)]

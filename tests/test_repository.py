@@ -18,7 +18,7 @@ FLOORS = {
         ["textldm"],
     ],
     "pretrain": [
-        "ranks", "config", "engine", "checkpoint", "faults", "telemetry", "stages", "session", "export", "diagnose", "train", "jobs",
+        "ranks", "engine", "checkpoint", "faults", "config", "telemetry", "stages", "session", "export", "diagnose", "train", "jobs",
         "quickstart", "__main__",
     ],
 }  # fmt: skip

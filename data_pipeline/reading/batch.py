@@ -9,14 +9,15 @@ window and a segment of role FILLER.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import torch
+from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
-from data_pipeline.core.errors import UserError
 from data_pipeline.core.keys import hashes, key, uniforms
+from data_pipeline.core.settings import STRICT, Section, Share
 
 FILLER, PREFIX, SUFFIX = 0, 1, 2  # roles of segments
 
@@ -31,38 +32,35 @@ class RowId(NamedTuple):
     epoch: int
 
 
-@dataclass(frozen=True)
-class SplitConfig:
-    """How windows are cut into segments; both parts of a cut window hold at least `min_tokens`, and nothing is thrown
-    away.
+class Split(Section):
+    """How windows are cut into segments; both parts of a cut window hold at least `min_tokens`, and nothing is thrown away.
 
     none: a window is one PREFIX segment.
     truncate (stage 1): with `truncate_probability` a window is cut at a uniform place into PREFIX and SUFFIX.
-    context (stage 2): a window of at least 2 * min_tokens is cut into PREFIX (context) and SUFFIX (target), the
-    context's share uniform in
-        [context_min, context_max]; a shorter window is one SUFFIX segment, a target without context.
+    context (stage 2): a window of at least 2 * min_tokens is cut into PREFIX (context) and SUFFIX (target), the context's share
+    uniform in [context_min, context_max]; a shorter window is one SUFFIX segment, a target without context.
     """
 
-    kind: Literal["none", "truncate", "context"] = "none"
-    truncate_probability: float = 0.5
-    context_min: float = 0.1
-    context_max: float = 0.9
-    min_tokens: int = 4
+    model_config = STRICT | {"frozen": True}
 
-    def __post_init__(self) -> None:
-        if self.kind not in ("none", "truncate", "context"):
-            raise UserError(f"data.split.kind = {self.kind!r}: expected none, truncate or context")
-        if not 0 <= self.truncate_probability <= 1:
-            raise UserError(
-                f"data.split.truncate_probability = {self.truncate_probability}: expected a probability in [0, 1]"
+    kind: Literal["none", "truncate", "context"]
+    """truncate: stage 1, a window becomes two segments, so that all lengths are reconstructed; context: stage 2."""
+    truncate_probability: Share = 0.5
+    """Share of windows that are cut (kind truncate)."""
+    context_min: Share = 0.1
+    """Smallest share of a window that is context (kind context)."""
+    context_max: Share = 0.9
+    """Largest share of a window that is context (kind context)."""
+    min_tokens: PositiveInt = 4
+    """Shortest segment, in tokens."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "context" and not 0 < self.context_min <= self.context_max < 1:
+            raise ValueError(
+                f"data.split.context_min is {self.context_min} and context_max {self.context_max}; expected 0 < min <= max < 1"
             )
-        if not 0 <= self.context_min <= self.context_max <= 1:
-            raise UserError(
-                f"data.split: context_min = {self.context_min}, context_max = {self.context_max}: expected 0 <= "
-                "context_min <= context_max <= 1"
-            )
-        if self.min_tokens < 1:
-            raise UserError(f"data.split.min_tokens = {self.min_tokens}: expected at least 1")
+        return self
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ class RowBlock:
         counts_B: np.ndarray,
         rows: Sequence[RowId],
         seed: int,
-        split: SplitConfig,
+        split: Split,
         features: tuple[np.ndarray, np.ndarray] | None = None,
     ):
         self._tokens_BR, self._rows, self._features = tokens_BR, rows, features
@@ -186,7 +184,7 @@ class RowBlock:
 _key = lru_cache(maxsize=64)(key)
 
 
-def cut_places(lengths_W: np.ndarray, uniforms_W2: np.ndarray, split: SplitConfig) -> np.ndarray:
+def cut_places(lengths_W: np.ndarray, uniforms_W2: np.ndarray, split: Split) -> np.ndarray:
     """Number of tokens in the first part of each window, 0 for a window that stays whole."""
     if split.kind == "none":
         return np.zeros_like(lengths_W)
@@ -218,7 +216,7 @@ def _with_tails(
 
 
 def _segments(
-    lengths_W: np.ndarray, filler_W: np.ndarray, cuts_W: np.ndarray, split: SplitConfig
+    lengths_W: np.ndarray, filler_W: np.ndarray, cuts_W: np.ndarray, split: Split
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Segments (length, role, window) of the windows after cutting."""
     first_W = np.where(cuts_W > 0, cuts_W, lengths_W)

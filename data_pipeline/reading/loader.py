@@ -21,7 +21,7 @@ import numpy as np
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.storage import CACHE_GIGABYTES
 from data_pipeline.format.manifest import FeatureManifest, Manifest
-from data_pipeline.reading.batch import Batch, RowBlock, RowId, SplitConfig
+from data_pipeline.reading.batch import Batch, RowBlock, RowId, Split
 from data_pipeline.reading.order import Order, Span
 from data_pipeline.reading.shard_pool import FeatureRows, TokenRows
 
@@ -61,7 +61,7 @@ class TrainLoader:
         streams: int,
         rows_per_step: int,
         micro_batch_rows: int,
-        split: SplitConfig,
+        split: Split,
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
@@ -195,7 +195,7 @@ def read_rows(
     tickets: np.ndarray,
     split_name: str,
     seed: int,
-    split: SplitConfig,
+    split: Split,
     skip_tickets: frozenset[int] = frozenset(),
 ) -> RowBlock:
     """Read the spans of several streams and interleave their rows by ticket.
@@ -253,7 +253,7 @@ def heldout_batches(
     data: str | Path,
     features: str | Path | None,
     *,
-    split: SplitConfig,
+    split: Split,
     seed: int,
     micro_batch_rows: int,
     rank: int = 0,

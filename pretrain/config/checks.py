@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pretrain.config.schema import Data, Optimizer, Schedule, Train
+    from pretrain.config.schema import Data, Schedule, Train
 
 
 def check_heads(section: str, width: int, head_dim: int) -> None:
@@ -21,21 +21,6 @@ def check_data(data: "Data") -> None:
         raise ValueError(
             f"data.rows_per_step is {data.rows_per_step} and data.streams {data.streams}; a step takes equally many"
             f" rows of each stream: make rows_per_step a multiple, e.g. {multiple}"
-        )
-    split = data.split
-    if split.kind == "context" and not 0 < split.context_min <= split.context_max < 1:
-        raise ValueError(
-            f"data.split.context_min is {split.context_min} and context_max {split.context_max};"
-            " expected 0 < min <= max < 1"
-        )
-
-
-def check_optimizer(optimizer: "Optimizer") -> None:
-    if not all(0 <= beta < 1 for beta in optimizer.betas):
-        raise ValueError(f"optimizer.betas are {list(optimizer.betas)}; each must lie in [0, 1)")
-    if optimizer.ema_decay == 1:
-        raise ValueError(
-            "optimizer.ema_decay is 1, which keeps the first weights for ever; expected below 1, e.g. 0.9999"
         )
 
 

@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from data_pipeline.core.errors import UserError
-from modeling.flow import TimeDistribution, shift_for_dimension
-from pretrain.config.schema import DiTRun, Flow, RunConfig, VAERun
+from pretrain.config.registry import stage_kind, stage_names
+from pretrain.config.schema import RunConfig
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
-STAGES: dict[str, type[RunConfig]] = {"vae": VAERun, "dit": DiTRun}
 
 # What decides which rows step s sees and with which noise: changed, the run is no longer the function of (config, data,
 # step) that its checkpoints belong to, so no flag overrides them.
@@ -82,10 +81,10 @@ def load_config(path_or_name: str | Path, overrides: Sequence[str] = ()) -> RunC
 def parse_config(values: dict[str, Any], source: str, default_name: str = "run") -> RunConfig:
     """Check a dictionary of sections. Messages name `source`; without train.run, the run is runs/<default_name>."""
     stage = values.get("stage")
-    if stage not in STAGES:
+    if stage not in stage_names():
         found = "is missing" if stage is None else f"is {json.dumps(stage)}"
-        raise UserError(f"stage {found} in {source}; expected one of {', '.join(STAGES)}")
-    kind = STAGES[stage]
+        raise UserError(f"stage {found} in {source}; expected one of {', '.join(stage_names())}")
+    kind = stage_kind(stage).config
     try:  # by way of JSON, in which a list may stand for a tuple even in strict mode
         config = kind.model_validate_json(json.dumps(values))
     except ValidationError as error:
@@ -108,17 +107,6 @@ def micro_batch_size(config: RunConfig, world_size: int = 1, at_most: int | None
     rank_rows = config.data.rows_per_step // world_size
     most = min(config.data.micro_batch_rows, at_most or rank_rows, rank_rows)
     return next(rows for rows in range(most, 0, -1) if rank_rows % rows == 0)
-
-
-def features_folder(config: RunConfig) -> str | None:
-    """The feature cache that a run reads beside its tokens, if it has one."""
-    return config.repa.features if isinstance(config, VAERun) and config.repa.weight else None
-
-
-def times_of(flow: Flow, latent_dim: int) -> TimeDistribution:
-    """Distribution of t, in training and as the sampling schedule."""
-    shift = shift_for_dimension(flow.time_shift, latent_dim, flow.time_shift_base_dim)
-    return TimeDistribution(kind=flow.time_kind, mean=flow.time_mean, std=flow.time_std, shift=shift)
 
 
 def resume_differences(old: RunConfig | Mapping[str, Any], new: RunConfig) -> list[Difference]:
@@ -182,9 +170,9 @@ def _explain(kind: type[RunConfig], problem: Any, source: str) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        other = next(run for run in STAGES.values() if run is not kind)
-        if key in other.__pydantic_fields__:
-            return f"section {key} in {source} belongs to the other stage; drop it, or change stage"
+        others = [name for name in stage_names() if key in stage_kind(name).config.__pydantic_fields__]
+        if others:
+            return f"section {key} in {source} belongs to stage {' or '.join(others)}; drop it, or change stage"
         near = nearest(key, [known for known, _, _ in describe(kind)])
         return f"unknown key {key} in {source}; the nearest known key is {near}"
     if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):

@@ -3,18 +3,12 @@
 Marks: [paper] is stated by TextLDM (arXiv 2605.07748). The stages' own sections: config_schema.py.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """A part of the configuration. Unknown keys, wrong types and non-finite numbers are errors."""
-
-    model_config = STRICT
+from data_pipeline.core.settings import Section, Share
+from data_pipeline.reading.batch import Split
 
 
 class About(Section):
@@ -28,21 +22,6 @@ class About(Section):
     """What it was sized for, and how long it takes there."""
     expected: str = ""
     """What a healthy run shows."""
-
-
-class Split(Section):
-    """How windows are cut into segments (data_pipeline.batch.SplitConfig)."""
-
-    kind: Literal["none", "truncate", "context"]
-    """truncate: stage 1, a window becomes two segments, so that all lengths are reconstructed; context: stage 2."""
-    truncate_probability: Share = 0.5
-    """Share of windows that are cut (kind truncate)."""
-    context_min: Share = 0.1
-    """Smallest share of a window that is context (kind context)."""
-    context_max: Share = 0.9
-    """Largest share of a window that is context (kind context)."""
-    min_tokens: PositiveInt = 4
-    """Shortest segment, in tokens."""
 
 
 class Data(Section):
@@ -73,38 +52,6 @@ class Data(Section):
     def reading(self) -> dict[str, Any]:
         """How shards are opened: what loaders and `TokenRows` take beside the folder."""
         return self.model_dump(include={"verify", "cache_dir", "cache_gigabytes"})
-
-
-class Optimizer(Section):
-    """AdamW on fp32 masters, with the EMA as one more state."""
-
-    lr: PositiveFloat
-    """Peak learning rate [paper, stage 1: 1e-4]."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the first and second moment, each in [0, 1)."""
-    eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: NonNegativeFloat = 0.01
-    """On matrices; biases, norms and embeddings are exempt [paper, stage 1: 0.01]."""
-    grad_clip: NonNegativeFloat = 1.0
-    """Largest global gradient norm; 0 leaves gradients as they are."""
-    ema_decay: Share = 0.9999
-    """Share of the average that a step keeps."""
-    ema_warmup: bool = True
-    """Decay at step s is min(ema_decay, (1 + s) / (10 + s)): a young average forgets its random start faster."""
-
-
-class Schedule(Section):
-    """Learning rate over the run: linear warm-up, then a shape."""
-
-    kind: Literal["cosine", "constant", "wsd"] = "cosine"
-    """wsd: constant, then linear decay at the end (warm-up, stable, decay)."""
-    warmup_steps: NonNegativeInt = 0
-    """Steps of linear warm-up from 0."""
-    min_ratio: Share = 0.0
-    """Last learning rate over the peak."""
-    decay_steps: NonNegativeInt = 0
-    """Steps of the decay; 0: all after the warm-up (cosine), the last tenth (wsd)."""
 
 
 class Train(Section):

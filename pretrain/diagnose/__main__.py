@@ -32,14 +32,15 @@ from modeling.flow import EstimatePath
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.read import read_tensors
 from pretrain.checkpoint.slices import read_manifest
-from pretrain.config.load import DiTRun, RunConfig, VAERun, load_config, micro_batch_size, parse_config
+from pretrain.config.load import load_config, micro_batch_size, parse_config
+from pretrain.config.schema import RunConfig
 from pretrain.diagnose import model_checks, text_checks
 from pretrain.diagnose.page import draw
 from pretrain.diagnose.verdicts import Verdict, judge, table
-from pretrain.stages.dit import DiTStage
+from pretrain.stages.build import build_stage
+from pretrain.stages.dit import DiTRun, DiTStage
 from pretrain.stages.latent_space import heldout_rows, load_weights, training_batches
-from pretrain.stages.registry import build_stage
-from pretrain.stages.vae import VAEStage
+from pretrain.stages.vae import VAERun, VAEStage
 
 JSON_NAME, PAGE_NAME = "diagnosis.json", "diagnosis.png"
 SHOWN_SAMPLES = 3

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pretrain.config.load import RunConfig
-from pretrain.config.schema import VAERun
+from pretrain.config.schema import RunConfig
 from pretrain.diagnose.text_checks import COPY_WORDS
+from pretrain.stages.vae import VAERun
 
 Figures = dict[str, Any]
 

@@ -1,6 +1,6 @@
 """The training engine: DeepSpeed behind five calls. The only file that imports deepspeed.
 
-    engine = Engine(stage, EngineSettings(zero_stage=2), OptimizerSettings(), init_distributed())
+    engine = Engine(stage, EngineSettings(zero_stage=2), Optimizer(lr=3e-4), init_distributed())
     for batch in micro_batches:
         metrics = engine.forward_backward(batch, counts, last=batch is micro_batches[-1])
     measured = engine.measure()                       # the same loss and gradient norm on every rank
@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
-from pretrain.engine.optim import OptimizerSettings, build_optimizer
+from pretrain.engine.optim import Optimizer, build_optimizer
 from pretrain.engine.partition import Partition, partition_of
 from pretrain.engine.settings import EngineSettings, check_settings, deepspeed_config
 from pretrain.ranks.distributed import Topology
@@ -84,9 +84,7 @@ class Engine:
     Raises: UserError for settings that DeepSpeed cannot do or that contradict one another.
     """
 
-    def __init__(
-        self, stage: nn.Module, settings: EngineSettings, optimizer: OptimizerSettings, topology: Topology
-    ) -> None:
+    def __init__(self, stage: nn.Module, settings: EngineSettings, optimizer: Optimizer, topology: Topology) -> None:
         check_settings(settings)
         _check_trainable(stage)
         self.stage, self.settings, self.optimizer_settings, self.topology = stage, settings, optimizer, topology

@@ -8,13 +8,14 @@ outside before each update; no scheduler has a state to save.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.settings import Section, Share
 
 STATES = ("weight", "exp_avg", "exp_avg_sq", "ema")
 """What belongs to a parameter: the fp32 master, Adam's two moments, and the EMA of the master."""
@@ -23,48 +24,53 @@ _PIECE = 1 << 15
 """Elements that an update on the CPU takes at a time: seven tensors of them fit a core's second-level cache."""
 
 
-@dataclass
-class OptimizerSettings:
-    """AdamW and EMA. `grad_clip`: largest global gradient norm (0: off). `ema_decay`: its final value."""
+class Optimizer(Section):
+    """AdamW on fp32 masters, with the EMA as one more state."""
 
-    lr: float = 3e-4
+    lr: PositiveFloat
+    """Peak learning rate [paper, stage 1: 1e-4]."""
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
-    ema_decay: float = 0.9999
+    """Decay of the first and second moment, each in [0, 1)."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.01
+    """On matrices; biases, norms and embeddings are exempt [paper, stage 1: 0.01]."""
+    grad_clip: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 leaves gradients as they are."""
+    ema_decay: Share = 0.9999
+    """Share of the average that a step keeps."""
     ema_warmup: bool = True
+    """Decay at step s is min(ema_decay, (1 + s) / (10 + s)): a young average forgets its random start faster."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"optimizer.ema_decay is {self.ema_decay}; it must lie in [0, 1)")
-        if self.grad_clip < 0:
-            raise UserError(f"optimizer.grad_clip is {self.grad_clip}; it must be positive, or 0 for no clipping")
-        if self.lr < 0 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"optimizer.lr is {self.lr} and betas {self.betas}; expected lr >= 0 and betas in [0, 1)")
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas are {list(self.betas)}; each must lie in [0, 1)")
+        if self.ema_decay == 1:
+            raise ValueError(
+                "optimizer.ema_decay is 1, which keeps the first weights for ever; expected below 1, e.g. 0.9999"
+            )
+        return self
 
     def ema_decay_at(self, step: int) -> float:
         """Decay used by update number `step` (from 0): min(ema_decay, (1 + step) / (10 + step)) with warm-up."""
         return min(self.ema_decay, (1 + step) / (10 + step)) if self.ema_warmup else self.ema_decay
 
 
-@dataclass
-class ScheduleSettings:
-    """Learning rate over steps: linear warm-up, then cosine, constant, or constant with a final linear decay (WSD)."""
+class Schedule(Section):
+    """Learning rate over the run: linear warm-up, then a shape."""
 
     kind: Literal["cosine", "constant", "wsd"] = "cosine"
-    warmup_steps: int = 0
-    min_ratio: float = 0.0
-    decay_steps: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("cosine", "constant", "wsd"):
-            raise UserError(f"schedule.kind is {self.kind!r}; known are cosine, constant and wsd")
-        if not 0 <= self.min_ratio <= 1 or self.warmup_steps < 0 or self.decay_steps < 0:
-            raise UserError(f"schedule has a value out of range: {self}; min_ratio lies in [0, 1], steps are >= 0")
+    """wsd: constant, then linear decay at the end (warm-up, stable, decay)."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up from 0."""
+    min_ratio: Share = 0.0
+    """Last learning rate over the peak."""
+    decay_steps: NonNegativeInt = 0
+    """Steps of the decay; 0: all after the warm-up (cosine), the last tenth (wsd)."""
 
 
-def learning_rate(step: int, peak: float, schedule: ScheduleSettings, total_steps: int) -> float:
+def learning_rate(step: int, peak: float, schedule: Schedule, total_steps: int) -> float:
     """Learning rate of update number `step`, counted from 0.
 
     Warm-up rises as (step + 1) / warmup_steps, so that no update is wasted at rate 0. `decay_steps` is the length of
@@ -168,7 +174,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def build_optimizer(module: nn.Module, settings: OptimizerSettings, fused: bool = False) -> AdamWithEMA:
+def build_optimizer(module: nn.Module, settings: Optimizer, fused: bool = False) -> AdamWithEMA:
     """AdamW over the trainable parameters of `module`, in the groups of `parameter_groups`.
 
     `fused`: one kernel per tensor, for GPUs. On CPUs its result depends on where a shard begins (vector or scalar code).

@@ -36,8 +36,8 @@ from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.slices import Manifest as CheckpointManifest
 from pretrain.checkpoint.slices import read_manifest
 from pretrain.checkpoint.read import read_tensors
-from pretrain.config.load import times_of
-from pretrain.config.schema import Flow
+from pretrain.stages.dit import times_of
+from pretrain.stages.dit import Flow
 from pretrain.config.sections import Diagnose
 from pretrain.stages.latent_space import load_vae, load_weights, vae_fingerprint
 from pretrain.export.model_card import model_card

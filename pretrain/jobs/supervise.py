@@ -32,7 +32,8 @@ from pathlib import Path
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.format.manifest import Manifest
 from pretrain.checkpoint.slices import FOLDER, saved_steps
-from pretrain.config.load import RunConfig, check_ranks, load_config
+from pretrain.config.load import check_ranks, load_config
+from pretrain.config.schema import RunConfig
 from pretrain.faults.exits import EXIT_CODES, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
 from pretrain.jobs.hosts import ROOT, answering, launch_variables, on_hosts, read_hostfile
 from pretrain.session import fingerprints, put_aside

@@ -137,12 +137,12 @@ def _cpu_name() -> str:
 
 def write_prompts(plan: Plan) -> None:
     """The beginnings of the first held-out windows, as prompts: text that no model here was trained on."""
-    from data_pipeline.reading.batch import PREFIX, SplitConfig
+    from data_pipeline.reading.batch import PREFIX, Split
     from data_pipeline.reading.loader import heldout_batches
     from data_pipeline.text.tokenization import load_transformers_tokenizer
 
     tokenizer = load_transformers_tokenizer(str(plan.data / "tokenizer"))
-    split = SplitConfig("context", context_min=0.4, context_max=0.6)
+    split = Split(kind="context", context_min=0.4, context_max=0.6)
     batch = next(iter(heldout_batches(plan.data, None, split=split, seed=0, micro_batch_rows=2)))
     pieces = batch.tokens_T.split(batch.segment_lengths)
     prompts = [str(tokenizer.decode(p.tolist())) for p, role in zip(pieces, batch.segment_roles) if role == PREFIX]

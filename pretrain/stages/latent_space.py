@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest
-from data_pipeline.reading.batch import SUFFIX, Batch, SplitConfig
+from data_pipeline.reading.batch import SUFFIX, Batch
 from data_pipeline.reading.loader import TrainLoader, heldout_batches
 from modeling.attention import Segments
 from modeling.floors import NAMES, Floors, measure_floors
@@ -26,7 +26,11 @@ from modeling.token_posterior import TokenPosterior, token_statistics
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.read import read_tensors
 from pretrain.checkpoint.slices import FOLDER, read_manifest, saved_steps
-from pretrain.config.load import DiTRun, RunConfig, features_folder, micro_batch_size
+from pretrain.config.load import micro_batch_size
+from pretrain.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from pretrain.stages.dit import DiTRun
 
 LATENTS_NAME = "latents.safetensors"
 POSTERIOR_PREFIX = "posterior."
@@ -127,10 +131,10 @@ def training_batches(config: RunConfig, num_rows: int, micro_batch_rows: int = 1
         "rows_per_step": data.rows_per_step,
         "micro_batch_rows": micro_batch_rows,
     }
-    split = SplitConfig(**data.split.model_dump())
+    split = data.split
     with TrainLoader(
         data.path,
-        features_folder(config),
+        config.features_folder(),
         split=split,
         workers=0,
         **arguments,
@@ -146,8 +150,8 @@ def heldout_rows(
     data = config.data
     return heldout_batches(
         data.path,
-        features_folder(config),
-        split=SplitConfig(**data.split.model_dump()),
+        config.features_folder(),
+        split=data.split,
         seed=config.train.seed,
         micro_batch_rows=micro_batch_rows or micro_batch_size(config, world_size),
         rank=rank,
@@ -157,7 +161,7 @@ def heldout_rows(
     )
 
 
-def measured_latents(vae: TextVAE, config: DiTRun, manifest: Manifest, device: torch.device) -> None:
+def measured_latents(vae: TextVAE, config: "DiTRun", manifest: Manifest, device: torch.device) -> None:
     """Statistics and floors of the run's first rows, into a file of the run folder. Call on one rank, then read with `read_latents`.
 
     Raises: UserError when the run has checkpoints and its latents were measured for another VAE or other data: a DiT cannot go on in
@@ -226,7 +230,7 @@ def read_posterior(path: Path, posterior: TokenPosterior) -> None:
             buffer.copy_(file.get_tensor(f"{POSTERIOR_PREFIX}{name}"))
 
 
-def _latents_key(config: DiTRun, manifest: Manifest) -> str:
+def _latents_key(config: "DiTRun", manifest: Manifest) -> str:
     """What the statistics depend on: the VAE's checkpoint, the data, and how the rows are drawn."""
     vae = read_manifest(checkpoint_of(config.model.vae))
     parts = [

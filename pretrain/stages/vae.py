@@ -7,25 +7,83 @@ they are not registered as submodules, so they are neither sharded nor optimised
 Shape letters: T packed tokens, B rows, D width, Z latent dim, F teacher features, W windows.
 """
 
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeFloat, NonNegativeInt, model_validator
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.settings import STRICT, Section
 from data_pipeline.features.cache import load_cache
 from data_pipeline.features.codec import FeatureCodec
+from data_pipeline.features.settings import Repa
 from data_pipeline.features.teacher import check_same_tokenizer, load_teacher
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import FILLER, PREFIX, SUFFIX, Batch
 from modeling import losses
 from modeling.attention import Segments
 from modeling.repa import RepaHead
-from modeling.text_vae import TextVAE
-from pretrain.config.load import VAERun, features_folder
+from modeling.text_vae import TextVAE, TextVAEConfig
+from pretrain.config import checks
+from pretrain.config.registry import StageKind
+from pretrain.config.schema import RunConfig, inherited
 from pretrain.stages.base import Stage, StageOutput, ramp, row_noise, weighted
 from pretrain.telemetry.flops import transformer_flops
+
+
+@pydantic_dataclass(config=STRICT, kw_only=True)
+class VAEModel(TextVAEConfig):
+    """The TextVAE's architecture (modeling/text_vae.py)."""
+
+    vocab_size: NonNegativeInt = 0
+    """Rows of embedding and head, at least the tokenizer's size; 0: the size that the data's manifest names."""
+
+    def architecture(self) -> TextVAEConfig:
+        """The plain dataclass of modeling, which exported folders carry."""
+        return TextVAEConfig(**inherited(self, TextVAEConfig))
+
+
+class KL(Section):
+    """The VAE's posterior against the unit Gaussian (stage 1)."""
+
+    weight: NonNegativeFloat = 1e-3
+    """beta of the loss [paper: 1e-3]."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the weight rises linearly from 0."""
+    reduction: Literal["sum", "mean"] = "sum"
+    """Over channels; always averaged over tokens. mean is latent_dim times weaker."""
+
+
+class VAERun(RunConfig):
+    """Stage 1: the TextVAE."""
+
+    stage: Literal["vae"]
+    """Which model is trained."""
+    model: VAEModel
+    repa: Repa = Repa()
+    kl: KL = KL()
+
+    def features_folder(self) -> str | None:
+        return self.repa.features if self.repa.weight else None
+
+    @model_validator(mode="after")
+    def _check_stage(self) -> Self:
+        checks.check_heads("model", self.model.width, self.model.head_dim)
+        if self.data.split.kind == "context":
+            raise ValueError("data.split.kind is context, which is stage dit's; stage vae takes truncate or none")
+        if self.repa.features and self.repa.online_teacher:
+            raise ValueError(
+                "repa.features and repa.online_teacher are both set; drop one: a teacher is cached or online"
+            )
+        if self.repa.weight and not (self.repa.features or self.repa.online_teacher):
+            raise ValueError(
+                f"repa.weight is {self.repa.weight:g}, but no teacher is named; set repa.features (a folder that"
+                " textldm cache wrote) or repa.online_teacher, or repa.weight=0 to train without"
+            )
+        return self
 
 
 class VAEStage(Stage):
@@ -48,7 +106,7 @@ class VAEStage(Stage):
         self.vae = TextVAE(shape)
         self.repa: RepaHead | None = None
         self._frozen: dict[str, Any] = {}
-        if features := features_folder(config):
+        if features := config.features_folder():
             self._frozen["codec"] = load_cache(features, manifest).codec.to(device)
             feature_dim = self._frozen["codec"].feature_dim
         elif config.repa.weight and config.repa.online_teacher:
@@ -119,3 +177,6 @@ class VAEStage(Stage):
         filler = {w for w, role in zip(batch.segment_windows, batch.segment_roles) if role == FILLER}
         wanted = [w not in filler for w in range(len(batch.window_lengths))]
         return self._frozen["teacher"].features(batch.tokens_T, batch.window_lengths, wanted).clone()
+
+
+KIND = StageKind(config=VAERun, stage=VAEStage)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pretrain.config.load import RunConfig
+from pretrain.config.schema import RunConfig
 from pretrain.ranks.distributed import Topology, all_reduce_sum
 from pretrain.telemetry.flops import peak_flops
 from pretrain.telemetry.metrics import MetricSums

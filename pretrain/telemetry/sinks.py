@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pretrain.config.load import RunConfig
+from pretrain.config.schema import RunConfig
 
 METRICS_NAME, LOG_NAME = "metrics.jsonl", "log.txt"
 

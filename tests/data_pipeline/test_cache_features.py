@@ -21,7 +21,7 @@ from data_pipeline.features.job import format_bytes
 from data_pipeline.features.teacher import load_teacher
 from data_pipeline.format.manifest import FeatureManifest, Manifest
 from data_pipeline.format.shards import write_shard
-from data_pipeline.reading.batch import SplitConfig
+from data_pipeline.reading.batch import Split
 from data_pipeline.reading.loader import heldout_batches
 from data_pipeline.reading.order import Span
 from data_pipeline.reading.shard_pool import FeatureRows, TokenRows
@@ -108,7 +108,7 @@ def test_the_unfilled_tail_of_a_row_is_zero(data, cached):
 
 def test_the_loader_delivers_them_with_their_tokens(data, teacher, cached):
     cache = load_cache(cached, Manifest.load(data))
-    batch = next(iter(heldout_batches(data, cached, split=SplitConfig("truncate"), seed=0, micro_batch_rows=4)))
+    batch = next(iter(heldout_batches(data, cached, split=Split(kind="truncate"), seed=0, micro_batch_rows=4)))
     decoded_TF = cache.codec.decode(batch.features, batch.tokens_T, batch.window_lengths)
     loaded = load_teacher(teacher)
     loaded.max_positions = ROW_TOKENS

@@ -24,7 +24,7 @@ from data_pipeline.features.codec import ExactCodec
 from data_pipeline.format.manifest import FeatureManifest, Manifest, fingerprint
 from data_pipeline.format.shards import write_shard
 from data_pipeline.prepare.inspect import verify
-from data_pipeline.reading.batch import SplitConfig
+from data_pipeline.reading.batch import Split
 from data_pipeline.reading.loader import TrainLoader
 from data_pipeline.reading.order import Span
 from data_pipeline.reading.shard_pool import FeatureRows, TokenRows
@@ -107,7 +107,7 @@ def read_features(folder: Path) -> list[list]:
 
 
 def first_step(folder: Path, features: Path | None) -> None:
-    options = {"streams": 1, "rows_per_step": 4, "micro_batch_rows": 2, "split": SplitConfig("truncate"), "workers": 0}
+    options = {"streams": 1, "rows_per_step": 4, "micro_batch_rows": 2, "split": Split(kind="truncate"), "workers": 0}
     TrainLoader(folder, features, seed=0, **options).next_step()
 
 

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tests.data_pipeline.test_prepare import TEXTS, contents
 
 from data_pipeline import cache_features
 from data_pipeline.prepare import __main__ as prepare
@@ -14,6 +13,7 @@ from data_pipeline.prepare import encode
 from data_pipeline.text import sources
 from data_pipeline.text.tokenization import train_tokenizer
 from tests.data_pipeline.kills import kill_again_and_again, run_to_end
+from tests.data_pipeline.prepare.test_command import TEXTS, contents
 from tests.data_pipeline.sentences import write_data
 from tests.data_pipeline.test_cache_features import FAST, write_teacher
 

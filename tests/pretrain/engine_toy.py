@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.engine.optim import OptimizerSettings, parameter_groups
+from pretrain.engine.optim import Optimizer, parameter_groups
 
 VOCABULARY, WIDTH, ROWS = 37, 11, 6
 """Odd sizes, so that partitions get padding and cut through parameters; 6 rows divide by 1, 2, 3 and 6."""
 
 LR = 3e-3
-OPTIMIZER = OptimizerSettings(lr=LR, weight_decay=0.1, grad_clip=0.7, ema_decay=0.9)
+OPTIMIZER = Optimizer(lr=LR, weight_decay=0.1, grad_clip=0.7, ema_decay=0.9)
 
 
 @dataclass

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from pretrain.checkpoint.find import CheckpointWriter
 from pretrain.checkpoint.read import restore
+from pretrain.checkpoint.write import CheckpointWriter
 from pretrain.engine.engine import Engine, EngineSettings
 from pretrain.engine.optim import STATES
 from pretrain.ranks.distributed import init_distributed

@@ -16,19 +16,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data_pipeline.format.manifest import Manifest
-from data_pipeline.reading.batch import Batch, SplitConfig
+from data_pipeline.reading.batch import Batch
 from data_pipeline.reading.loader import TrainLoader
 from modeling.repa import RepaHead
-from pretrain.checkpoint.find import CheckpointWriter
-from pretrain.config.load import RunConfig, parse_config
+from pretrain.checkpoint.write import CheckpointWriter
+from pretrain.config.load import parse_config
+from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import Engine, EngineSettings
-from pretrain.engine.optim import STATES, OptimizerSettings, parameter_groups
+from pretrain.engine.optim import STATES, Optimizer, parameter_groups
 from pretrain.ranks.distributed import Topology, init_distributed
 from pretrain.stages.base import Stage
-from pretrain.stages.registry import build_stage
+from pretrain.stages.build import build_stage
 
 FEATURE_DIM = 24
-OPTIMIZER = OptimizerSettings(lr=3e-3, eps=1e-3, weight_decay=0.1, grad_clip=1.0, ema_decay=0.9)
+OPTIMIZER = Optimizer(lr=3e-3, eps=1e-3, weight_decay=0.1, grad_clip=1.0, ema_decay=0.9)
 """A large eps: attention's key bias has no gradient but rounding errors, which Adam would blow up to full steps."""
 
 
@@ -58,7 +59,7 @@ def steps_of(config: RunConfig, rank: int, world_size: int, micro_batch_rows: in
     data = config.data
     loader = TrainLoader(
         data.path, None, seed=config.train.seed, streams=data.streams, rows_per_step=data.rows_per_step,
-        micro_batch_rows=micro_batch_rows, split=SplitConfig(**data.split.model_dump()), rank=rank,
+        micro_batch_rows=micro_batch_rows, split=data.split, rank=rank,
         world_size=world_size, workers=0,
     )  # fmt: skip
     with loader:

@@ -12,12 +12,11 @@ from transformers import Qwen3Config, Qwen3Model
 from data_pipeline import cache_features
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.prepare.__main__ import PrepareOptions, prepare
-from data_pipeline.reading.batch import Batch, SplitConfig
+from data_pipeline.reading.batch import Batch, Split
 from data_pipeline.reading.loader import TrainLoader, heldout_batches
 from data_pipeline.text.tokenization import train_tokenizer
-from pretrain.config.load import features_folder, parse_config
-from pretrain.config.schema import VAERun
-from pretrain.stages.vae import VAEStage
+from pretrain.config.load import parse_config
+from pretrain.stages.vae import VAERun, VAEStage
 from tests.pretrain import tiny_run
 
 WORDS = [
@@ -37,7 +36,7 @@ WORDS = [
     "and",
     "under",
 ]
-SPLIT = SplitConfig("truncate", truncate_probability=0.5)
+SPLIT = Split(kind="truncate", truncate_probability=0.5)
 ROWS = 8
 
 
@@ -86,7 +85,7 @@ def stage_of(folder: Path, features: str | None) -> VAEStage:
 def batches_of(folder: Path, stage: VAEStage, num_steps: int) -> list[Batch]:
     """Global batches of the first steps, with the features that the stage reads."""
     loader = TrainLoader(
-        folder / "data", features_folder(stage.config), seed=0, streams=4, rows_per_step=ROWS, micro_batch_rows=ROWS,
+        folder / "data", stage.config.features_folder(), seed=0, streams=4, rows_per_step=ROWS, micro_batch_rows=ROWS,
         split=SPLIT, workers=0,
     )  # fmt: skip
     with loader:
@@ -125,7 +124,7 @@ def test_chosen_codec_keeps_the_repa_loss_within_a_percent(folder):
     for name, judge in (("chosen", stage.eval()), ("exact", exact.eval())):
         total = torch.zeros(2, dtype=torch.float64)
         data = folder / "data"
-        for batch in heldout_batches(data, features_folder(judge.config), split=SPLIT, seed=0, micro_batch_rows=ROWS):
+        for batch in heldout_batches(data, judge.config.features_folder(), split=SPLIT, seed=0, micro_batch_rows=ROWS):
             with torch.no_grad():
                 total += judge(batch, judge.token_counts(batch)).metrics["repa_cosine"].double()
         losses[name] = -float(total[0] / total[1])

@@ -11,8 +11,9 @@ from modeling import flow, losses
 from modeling.attention import Segments
 from modeling.text_dit import TextDiT
 from modeling.text_vae import TextVAE
-from pretrain.config.load import load_config, times_of
-from pretrain.config.schema import DiTRun, VAERun
+from pretrain.config.load import load_config
+from pretrain.stages.dit import DiTRun, times_of
+from pretrain.stages.vae import VAERun
 
 CONFIGS = {
     path.stem: load_config(path) for path in sorted(Path(__file__).parents[2].joinpath("configs").glob("*.json"))

@@ -20,9 +20,8 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest
 from pretrain import train
 from pretrain.checkpoint import write as checkpoint_writer
-from pretrain.checkpoint.find import read_manifest
 from pretrain.checkpoint.read import read_tensors
-from pretrain.checkpoint.slices import saved_steps
+from pretrain.checkpoint.slices import read_manifest, saved_steps
 from pretrain.engine.engine import Engine
 from pretrain.faults.exits import EXIT_FAILED, EXIT_HUNG, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
 from pretrain.faults.watchdog import Watchdog
@@ -111,13 +110,13 @@ def test_a_run_leaves_what_it_promises(straight: Path, data: Path, capsys: pytes
 
 
 def test_the_evaluation_uses_the_ema(straight: Path, data: Path) -> None:
-    from data_pipeline.reading.batch import SplitConfig
+    from data_pipeline.reading.batch import Split
     from data_pipeline.reading.loader import heldout_batches
 
     stage = tiny_run.TinyStage()
     stage.load_state_dict(read_tensors(straight, state="ema"))
     sums = torch.zeros(2)
-    for batch in heldout_batches(data, None, split=SplitConfig("none"), seed=0, micro_batch_rows=2, max_rows=6):
+    for batch in heldout_batches(data, None, split=Split(kind="none"), seed=0, micro_batch_rows=2, max_rows=6):
         sums += stage(batch, {"tokens": 1}).metrics["ce"].detach()
     assert read_metrics(straight, "eval")[-1]["eval/ce"] == pytest.approx((sums[0] / sums[1]).item(), rel=1e-6)
 

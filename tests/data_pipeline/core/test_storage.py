@@ -14,7 +14,7 @@ from data_pipeline.core import storage
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.storage import ShardFiles, atomic_write
 from data_pipeline.format.manifest import Manifest
-from data_pipeline.reading.batch import SplitConfig
+from data_pipeline.reading.batch import Split
 from data_pipeline.reading.loader import TrainLoader
 
 
@@ -57,7 +57,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tickets_and_tokens(data: object, cache: Path, **changes: object) -> list:
     loader = TrainLoader(
-        str(data), None, seed=1, streams=5, rows_per_step=10, micro_batch_rows=10, split=SplitConfig("context"),
+        str(data), None, seed=1, streams=5, rows_per_step=10, micro_batch_rows=10, split=Split(kind="context"),
         cache_dir=str(cache), **changes,
     )  # fmt: skip
     with loader:

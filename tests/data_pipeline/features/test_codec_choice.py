@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from test_codec import random_sample
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.features.codec_choice import (
@@ -19,6 +18,7 @@ from data_pipeline.features.codec_choice import (
     measure,
 )
 from data_pipeline.features.quantise import DIGITS_PER_BYTE, code_bytes
+from tests.data_pipeline.features.test_codec import random_sample
 
 
 @pytest.mark.parametrize("num_bytes", [1, 2, 5, 9, 20, 30, 64])

@@ -24,7 +24,7 @@ from data_pipeline.format.manifest import Manifest
 from data_pipeline.prepare import __main__ as prepare
 from data_pipeline.prepare import encode
 from data_pipeline.prepare.__main__ import PrepareOptions, main
-from data_pipeline.reading.batch import FILLER, SplitConfig
+from data_pipeline.reading.batch import FILLER, Split
 from data_pipeline.reading.loader import TrainLoader
 from data_pipeline.reading.order import Span
 from data_pipeline.reading.shard_pool import TokenRows
@@ -329,7 +329,7 @@ def test_a_small_disk_that_is_really_full(
 
 
 def test_the_loader_reads_what_prepare_wrote(place: Path, expected: dict) -> None:
-    split = SplitConfig("none")
+    split = Split(kind="none")
     loader = TrainLoader(
         place / "expected", None, seed=0, streams=4, rows_per_step=8, micro_batch_rows=4, split=split, workers=0
     )

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from data_pipeline.core.errors import UserError
-from data_pipeline.reading.batch import FILLER, PREFIX, SUFFIX, Batch, RowBlock, RowId, SplitConfig
+from data_pipeline.reading.batch import FILLER, PREFIX, SUFFIX, Batch, RowBlock, RowId, Split
 
 R = 128
 
 
-def batch_of(row_windows: list[list[int]], split: SplitConfig, first_ticket: int = 0, seed: int = 3) -> Batch:
+def batch_of(row_windows: list[list[int]], split: Split, first_ticket: int = 0, seed: int = 3) -> Batch:
     tokens = np.arange(len(row_windows) * R).reshape(-1, R)
     rows = [RowId(first_ticket + i, "train", 0, i, 0) for i in range(len(row_windows))]
     lengths = np.array([length for windows in row_windows for length in windows], np.int32)
@@ -18,7 +18,7 @@ def batch_of(row_windows: list[list[int]], split: SplitConfig, first_ticket: int
 
 
 def test_windows_and_segments_tile_the_rows() -> None:
-    batch = batch_of([[100, 20], [128], [], [3, 60, 64]], SplitConfig("none"))
+    batch = batch_of([[100, 20], [128], [], [3, 60, 64]], Split(kind="none"))
     assert batch.window_lengths == [100, 20, 8, 128, 128, 3, 60, 64, 1]
     assert batch.segment_lengths == batch.window_lengths
     assert batch.segment_roles == [PREFIX, PREFIX, FILLER, PREFIX, FILLER, PREFIX, PREFIX, PREFIX, FILLER]
@@ -28,7 +28,7 @@ def test_windows_and_segments_tile_the_rows() -> None:
 
 
 def test_context_splits_every_window_that_is_long_enough() -> None:
-    split = SplitConfig("context", context_min=0.2, context_max=0.6, min_tokens=5)
+    split = Split(kind="context", context_min=0.2, context_max=0.6, min_tokens=5)
     batch = batch_of([[100, 9, 10]] * 500, split)
     shares = []
     for window, length in enumerate(batch.window_lengths):
@@ -52,7 +52,7 @@ def test_context_splits_every_window_that_is_long_enough() -> None:
 
 
 def test_truncation_keeps_all_tokens_and_cuts_uniformly() -> None:
-    batch = batch_of([[R]] * 3000, SplitConfig("truncate", truncate_probability=0.3, min_tokens=4))
+    batch = batch_of([[R]] * 3000, Split(kind="truncate", truncate_probability=0.3, min_tokens=4))
     assert sum(batch.segment_lengths) == 3000 * R
     cut = [n for n, role in zip(batch.segment_lengths, batch.segment_roles) if role == PREFIX and n < R]
     assert abs(len(cut) / 3000 - 0.3) < 0.03
@@ -65,22 +65,22 @@ def test_truncation_keeps_all_tokens_and_cuts_uniformly() -> None:
 @pytest.mark.parametrize("kind", ["truncate", "context"])
 def test_a_row_is_the_same_in_any_batch(kind: str) -> None:
     windows = [[40, 30, 50], [60, 60], [128], [20] * 6]
-    together = batch_of(windows, SplitConfig(kind), first_ticket=10)
+    together = batch_of(windows, Split(kind=kind), first_ticket=10)
     place = 0
     for row in range(4):
-        alone = batch_of([windows[row]], SplitConfig(kind), first_ticket=10 + row)
+        alone = batch_of([windows[row]], Split(kind=kind), first_ticket=10 + row)
         count = len(alone.segment_lengths)
         assert together.segment_lengths[place : place + count] == alone.segment_lengths
         assert together.row_keys_B[row] == alone.row_keys_B[0]
         place += count
     uniforms = [
-        batch_of([windows[row]], SplitConfig(kind), first_ticket=10 + row).window_uniforms_W2 for row in range(4)
+        batch_of([windows[row]], Split(kind=kind), first_ticket=10 + row).window_uniforms_W2 for row in range(4)
     ]
     assert together.window_uniforms_W2.tolist() == np.concatenate(uniforms).tolist()
 
 
 def test_tickets_and_seeds_change_everything_random() -> None:
-    split = SplitConfig("context")
+    split = Split(kind="context")
     a, b, c = (batch_of([[100, 20]], split, ticket, seed) for ticket, seed in ((0, 3), (1, 3), (0, 4)))
     keys = {int(x.row_keys_B[0]) for x in (a, b, c)}
     uniforms = {float(u) for x in (a, b, c) for u in x.window_uniforms_W2.flatten()}
@@ -94,4 +94,4 @@ def test_tickets_and_seeds_change_everything_random() -> None:
 )
 def test_impossible_splits_are_refused(wrong: dict) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
-        SplitConfig(**wrong)
+        Split(**wrong)

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from data_pipeline.core.errors import UserError
-from data_pipeline.reading.batch import FILLER, Batch, SplitConfig
+from data_pipeline.reading.batch import FILLER, Batch, Split
 from data_pipeline.reading.loader import TrainLoader, heldout_batches
 from data_pipeline.reading.shard_pool import ShardPool
 from tests.data_pipeline.conftest import write_prepared
 
 STREAMS, ROWS_PER_STEP, STEPS = 12, 24, 5
-SPLIT = SplitConfig("context")
+SPLIT = Split(kind="context")
 
 
 def make_loader(data: Path, **changes: object) -> TrainLoader:

@@ -20,10 +20,11 @@ from torch import nn
 from data_pipeline.core.errors import UserError
 from pretrain.checkpoint import write as checkpoint_writer
 from pretrain.checkpoint.__main__ import main
-from pretrain.checkpoint.find import CheckpointWriter, discard_after, newest_complete
+from pretrain.checkpoint.find import discard_after, newest_complete
 from pretrain.checkpoint.read import read_tensors, restore, verify
 from pretrain.checkpoint.slices import read_manifest, saved_steps, write_slices
-from pretrain.engine.optim import STATES, OptimizerSettings, build_optimizer
+from pretrain.checkpoint.write import CheckpointWriter
+from pretrain.engine.optim import STATES, Optimizer, build_optimizer
 from pretrain.engine.partition import partition_of
 from pretrain.ranks.distributed import Topology
 from tests.pretrain.engine_toy import ToyStage
@@ -33,7 +34,7 @@ from tests.pretrain.tiny_run import full_disk
 def toy_engine(stage: nn.Module | None = None, seed: int = 0) -> SimpleNamespace:
     """What a writer needs of an engine, around a plain module: stage 0's partition has no DeepSpeed in it."""
     stage = stage or ToyStage()
-    base = build_optimizer(stage, OptimizerSettings())
+    base = build_optimizer(stage, Optimizer(lr=3e-4))
     names = {p: name for name, p in stage.named_parameters()}
     decays = {names[p]: group["decays"] for group in base.param_groups for p in group["params"]}
     partition = partition_of(names, decays, base, base, rank=0, world_size=1)

@@ -8,26 +8,24 @@ import pytest
 import torch
 
 from data_pipeline.core.errors import UserError
-from data_pipeline.reading.batch import SplitConfig
+from data_pipeline.reading.batch import Split
 from modeling.layers import Transformer
 from modeling.text_dit import TextDiT
 from modeling.text_vae import TextVAE
 from pretrain.config import __main__ as config_module
-from pretrain.config.load import (  # fmt: skip
+from pretrain.config.load import (
     CONFIG_FOLDER,
-    DiTRun,
-    VAERun,
     check_ranks,
     describe,
     load_config,
     micro_batch_size,
     refuse_changes,
     resume_differences,
-    times_of,
 )
-from pretrain.config.sections import Optimizer, Schedule, Split
-from pretrain.engine.optim import OptimizerSettings, ScheduleSettings
-from pretrain.stages.registry import prepare_blocks
+from pretrain.engine.optim import Optimizer, Schedule
+from pretrain.stages.build import prepare_blocks
+from pretrain.stages.dit import DiTRun, times_of
+from pretrain.stages.vae import VAERun
 
 SHIPPED = sorted(path.stem for path in CONFIG_FOLDER.glob("*.json"))
 
@@ -195,7 +193,7 @@ def test_every_key_is_described() -> None:
 
 
 def test_sections_agree_with_the_parts_that_they_configure() -> None:
-    for section, settings in ((Split, SplitConfig), (Optimizer, OptimizerSettings), (Schedule, ScheduleSettings)):
+    for section, settings in ((Split, Split), (Optimizer, Optimizer), (Schedule, Schedule)):
         assert set(section.model_fields) == {field.name for field in dataclasses.fields(settings)}
 
 

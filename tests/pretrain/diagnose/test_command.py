@@ -12,10 +12,11 @@ from matplotlib.image import imread
 from data_pipeline.text.tokenization import train_tokenizer
 from pretrain import train
 from pretrain.checkpoint.read import read_tensors
-from pretrain.config.load import DiTRun, load_config
+from pretrain.config.load import load_config
 from pretrain.config.sections import Diagnose
 from pretrain.diagnose import __main__ as diagnose
 from pretrain.diagnose.verdicts import judge, table
+from pretrain.stages.dit import DiTRun
 from tests.pretrain import tiny_run
 
 QUICK = ["--rows", "4", "--num-steps", "2", "--set", "diagnose.sample_tokens=64", "--set", "diagnose.sweep_scales=[1]"]

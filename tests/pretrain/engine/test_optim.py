@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 from data_pipeline.core.errors import UserError
-from pretrain.engine.optim import AdamWithEMA, OptimizerSettings, ScheduleSettings, learning_rate, parameter_groups
+from pretrain.engine.optim import AdamWithEMA, Optimizer, Schedule, learning_rate, parameter_groups
 from tests.pretrain.engine_toy import ToyStage
 
 
-def rates(schedule: ScheduleSettings, total_steps: int) -> list[float]:
+def rates(schedule: Schedule, total_steps: int) -> list[float]:
     return [learning_rate(step, 2.0, schedule, total_steps) for step in range(total_steps + 3)]
 
 
 def test_cosine_warms_up_decays_to_its_floor_and_stays_there():
-    lr = rates(ScheduleSettings("cosine", warmup_steps=4, min_ratio=0.1), 24)
+    lr = rates(Schedule(kind="cosine", warmup_steps=4, min_ratio=0.1), 24)
     assert lr[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
     assert lr[4] == pytest.approx(2.0)
     assert lr[14] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5)), "half way down"
@@ -25,27 +25,27 @@ def test_cosine_warms_up_decays_to_its_floor_and_stays_there():
 
 
 def test_constant_and_wsd():
-    assert rates(ScheduleSettings("constant", warmup_steps=2), 5) == pytest.approx([1.0] + [2.0] * 7)
-    lr = rates(ScheduleSettings("wsd", decay_steps=4), 10)
+    assert rates(Schedule(kind="constant", warmup_steps=2), 5) == pytest.approx([1.0] + [2.0] * 7)
+    lr = rates(Schedule(kind="wsd", decay_steps=4), 10)
     assert lr[:7] == pytest.approx([2.0] * 7)
     assert lr[6:] == pytest.approx([2.0, 1.5, 1.0, 0.5, 0.0, 0.0, 0.0])
-    assert rates(ScheduleSettings("wsd"), 100)[89:92] == pytest.approx([2.0, 2.0, 1.8]), "the last tenth by default"
+    assert rates(Schedule(kind="wsd"), 100)[89:92] == pytest.approx([2.0, 2.0, 1.8]), "the last tenth by default"
 
 
 @pytest.mark.parametrize("kind", ["cosine", "constant", "wsd"])
 def test_no_schedule_divides_by_zero(kind):
-    assert rates(ScheduleSettings(kind), 1)[0] == pytest.approx(2.0)
-    assert rates(ScheduleSettings(kind, warmup_steps=5), 3)[2] == pytest.approx(1.2)
+    assert rates(Schedule(kind=kind), 1)[0] == pytest.approx(2.0)
+    assert rates(Schedule(kind=kind, warmup_steps=5), 3)[2] == pytest.approx(1.2)
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: ScheduleSettings("linear"),
-        lambda: ScheduleSettings(min_ratio=2),
-        lambda: OptimizerSettings(ema_decay=1.0),
-        lambda: OptimizerSettings(grad_clip=-1),
-        lambda: OptimizerSettings(betas=(0.9, 1.0)),
+        lambda: Schedule(kind="linear"),
+        lambda: Schedule(min_ratio=2),
+        lambda: Optimizer(ema_decay=1.0),
+        lambda: Optimizer(grad_clip=-1),
+        lambda: Optimizer(betas=(0.9, 1.0)),
     ],
 )
 def test_values_out_of_range_are_refused(make):
@@ -54,11 +54,11 @@ def test_values_out_of_range_are_refused(make):
 
 
 def test_ema_decay_warms_up():
-    settings = OptimizerSettings(ema_decay=0.99)
+    settings = Optimizer(ema_decay=0.99)
     assert settings.ema_decay_at(0) == pytest.approx(0.1)
     assert settings.ema_decay_at(90) == pytest.approx(0.91)
     assert settings.ema_decay_at(10**6) == 0.99
-    assert OptimizerSettings(ema_decay=0.99, ema_warmup=False).ema_decay_at(0) == 0.99
+    assert Optimizer(ema_decay=0.99, ema_warmup=False).ema_decay_at(0) == 0.99
 
 
 def test_groups_by_kind_of_parameter():

@@ -30,7 +30,7 @@ from pretrain.config.sections import Diagnose
 from pretrain.export.convert import Sampling, convert, main, modeling_files
 from pretrain.stages.latent_space import heldout_rows
 from pretrain.stages.dit import DiTStage
-from pretrain.stages.registry import build_stage
+from pretrain.stages.build import build_stage
 
 PROMPTS, NEW_TOKENS, NUM_STEPS, SCALE = [[3, 4, 5, 6, 7], [9, 8]], 12, 8, 3.0
 

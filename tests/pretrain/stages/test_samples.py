@@ -11,9 +11,10 @@ import torch
 
 from data_pipeline.format.manifest import Manifest
 from pretrain.checkpoint.read import read_tensors
-from pretrain.config.load import DiTRun, load_config
+from pretrain.config.load import load_config
 from pretrain.diagnose.__main__ import word_figures
 from pretrain.engine.optim import STATES
+from pretrain.stages.dit import DiTRun
 from tests.pretrain import forked_ranks, tiny_pipeline, tiny_run
 
 

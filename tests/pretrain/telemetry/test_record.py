@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.config.load import RunConfig, load_config
+from pretrain.config.load import load_config
+from pretrain.config.schema import RunConfig
 from pretrain.ranks.distributed import Topology
 from pretrain.telemetry.flops import PEAK_TFLOPS, peak_flops, transformer_flops
 from pretrain.telemetry.metrics import MetricSums, reduce_metrics

@@ -12,18 +12,17 @@ from torch import nn
 
 from data_pipeline.format.manifest import Manifest
 from modeling.layers import Transformer
-from pretrain.config.load import RunConfig
+from pretrain.config.registry import stage_kind
+from pretrain.config.schema import RunConfig
 from pretrain.config.sections import Train
 from pretrain.stages.dit import DiTStage
 from pretrain.stages.vae import VAEStage
-
-STAGES: dict[str, type[VAEStage] | type[DiTStage]] = {"vae": VAEStage, "dit": DiTStage}
 
 
 def build_stage(config: RunConfig, device: torch.device) -> VAEStage | DiTStage:
     """The stage that a configuration names, on `device`. Raises: UserError."""
     manifest = Manifest.load(config.data.path)
-    stage = STAGES[config.stage](config, manifest, device)  # type: ignore[arg-type]
+    stage = stage_kind(config.stage).stage(config, manifest, device)
     prepare_blocks(stage, config.train)
     return stage.to(device)
 

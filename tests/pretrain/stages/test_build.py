@@ -7,9 +7,9 @@ import torch
 
 from modeling.attention import Segments
 from pretrain.config.load import load_config
+from pretrain.stages.build import build_stage
 from pretrain.stages.dit import DiTStage
 from pretrain.stages.latent_space import heldout_rows
-from pretrain.stages.registry import build_stage
 from tests.pretrain import tiny_pipeline
 
 

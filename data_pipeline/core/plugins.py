@@ -1,0 +1,30 @@
+"""Parts that are found by name: our own by a table of places, others' by the entry points of installed packages.
+
+A package adds a part without touching ours by declaring it, e.g. in its pyproject.toml:
+
+    [project.entry-points."textldm.stages"]
+    my_stage = "my_package.my_stage:KIND"
+"""
+
+import importlib
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from data_pipeline.core.errors import UserError
+
+
+def names(group: str, own: Mapping[str, str]) -> list[str]:
+    """All parts of a group, our own first."""
+    return [*own, *sorted(set(entry_points(group=f"textldm.{group}").names) - own.keys())]
+
+
+def load(group: str, name: str, own: Mapping[str, str]) -> Any:
+    """The part of that name; `own` maps names to "module:attribute". Imported only now. Raises: UserError."""
+    if name in own:
+        module, _, attribute = own[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    found = [point for point in entry_points(group=f"textldm.{group}") if point.name == name]
+    if not found:
+        raise UserError(f"{name!r} is none of the known {group}: {', '.join(names(group, own))}")
+    return found[0].load()
