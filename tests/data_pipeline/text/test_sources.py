@@ -58,7 +58,7 @@ def test_a_missing_last_newline_loses_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["gz", "zst"])
 def test_compressed_jsonl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
     monkeypatch.setattr(sources, "UNIT_BYTES", 500)
-    monkeypatch.setattr("data_pipeline.units._LINES_PER_BLOCK", 16)
+    monkeypatch.setattr("data_pipeline.text.units._LINES_PER_BLOCK", 16)
     path = compress(write_jsonl(tmp_path / "a.jsonl"), ending)
     units = by_unit(path)
     assert len(units) > 2

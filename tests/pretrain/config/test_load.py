@@ -1,6 +1,5 @@
 """Configurations: every shipped one holds, mistakes are named with their remedy, what a resumed run may change."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 from data_pipeline.core.errors import UserError
-from data_pipeline.reading.batch import Split
 from modeling.layers import Transformer
 from modeling.text_dit import TextDiT
 from modeling.text_vae import TextVAE
@@ -22,7 +20,6 @@ from pretrain.config.load import (
     refuse_changes,
     resume_differences,
 )
-from pretrain.engine.optim import Optimizer, Schedule
 from pretrain.stages.build import prepare_blocks
 from pretrain.stages.dit import DiTRun, times_of
 from pretrain.stages.vae import VAERun
@@ -90,7 +87,7 @@ def test_big_configs_run_on_whole_nodes_without_changes(name: str, ranks: int) -
         ("optimizer.lr=NaN", "finite number"),
         ('optimizer.betas=[0.9,"x"]', 'optimizer.betas.1 in vae_base.json (with --set) is "x"'),
         ("train.zero_stage=5", "expected 0, 1, 2 or 3"),
-        ("flow={}", "section flow in vae_base.json (with --set) belongs to the other stage"),
+        ("flow={}", "section flow in vae_base.json (with --set) belongs to stage dit"),
         ("stage=ae", 'stage is "ae" in vae_base.json (with --set); expected one of vae, dit'),
         ("train.steps.x=1", "steps is not a section"),
         ("nonsense", "expected key=value"),
@@ -190,11 +187,6 @@ def test_every_key_is_described() -> None:
     for kind in (VAERun, DiTRun):
         undescribed = [key for key, _, meaning in describe(kind) if not meaning]
         assert not undescribed
-
-
-def test_sections_agree_with_the_parts_that_they_configure() -> None:
-    for section, settings in ((Split, Split), (Optimizer, Optimizer), (Schedule, Schedule)):
-        assert set(section.model_fields) == {field.name for field in dataclasses.fields(settings)}
 
 
 def test_printing_a_config(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,22 +43,22 @@ def test_no_schedule_divides_by_zero(kind):
     [
         lambda: Schedule(kind="linear"),
         lambda: Schedule(min_ratio=2),
-        lambda: Optimizer(ema_decay=1.0),
-        lambda: Optimizer(grad_clip=-1),
-        lambda: Optimizer(betas=(0.9, 1.0)),
+        lambda: Optimizer(lr=1e-3, ema_decay=1.0),
+        lambda: Optimizer(lr=1e-3, grad_clip=-1),
+        lambda: Optimizer(lr=1e-3, betas=(0.9, 1.0)),
     ],
 )
 def test_values_out_of_range_are_refused(make):
-    with pytest.raises(UserError):
+    with pytest.raises(ValueError, match="validation error"):
         make()
 
 
 def test_ema_decay_warms_up():
-    settings = Optimizer(ema_decay=0.99)
+    settings = Optimizer(lr=1e-3, ema_decay=0.99)
     assert settings.ema_decay_at(0) == pytest.approx(0.1)
     assert settings.ema_decay_at(90) == pytest.approx(0.91)
     assert settings.ema_decay_at(10**6) == 0.99
-    assert Optimizer(ema_decay=0.99, ema_warmup=False).ema_decay_at(0) == 0.99
+    assert Optimizer(lr=1e-3, ema_decay=0.99, ema_warmup=False).ema_decay_at(0) == 0.99
 
 
 def test_groups_by_kind_of_parameter():

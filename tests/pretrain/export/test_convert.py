@@ -198,7 +198,7 @@ def test_a_diagnosis_that_is_none_is_one_message(
     shutil.copytree(trained.dit, run)
     (run / "diagnosis.json").write_text(found)
     assert main(["--run", str(run), "--output", str(tmp_path / "export")]) == 2
-    assert f"{run / 'diagnosis.json'} is not what pretrain.diagnose writes" in capsys.readouterr().err
+    assert f"{run / 'diagnosis.json'} is not what textldm diagnose writes" in capsys.readouterr().err
     assert not (tmp_path / "export").exists()
 
 
@@ -252,7 +252,7 @@ def altered(trained: Trained, folder: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config__model__vae": "nowhere"}, "nowhere has no complete checkpoint"),
+        ({"config__model__vae": "nowhere"}, "nowhere is neither a checkpoint"),
         ({"config__model__latent_dim": 5}, "does not fit the model"),
         ({"config__model__width": 48}, "does not fit the model"),
         ({"data_fingerprint": "f" * 64}, "trained on data with fingerprint ffff"),
@@ -284,7 +284,7 @@ def test_a_vae_that_was_trained_on_is_refused_unless_the_checkpoint_of_then_is_n
 
 def test_wrong_runs_and_steps(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for run, extra, message in (
-        (tmp_path, [], "no complete checkpoint"),
+        (tmp_path, [], "is neither a checkpoint"),
         (trained.vae, [], "is a run of stage vae"),
         (trained.dit, ["--checkpoint", "7"], "no checkpoint of step 7; it has 2"),
         (trained.dit, ["--num-steps", "0"], "--num-steps is 0"),
@@ -336,6 +336,6 @@ def test_a_tiny_pipeline_writes_a_usable_tokenizer(trained: Trained) -> None:
 
 
 def test_neither_command_imports_deepspeed() -> None:
-    code = "import sys, pretrain.convert, pretrain.generate; raise SystemExit('deepspeed' in sys.modules)"
+    code = "import sys, pretrain.export.convert, pretrain.export.generate; raise SystemExit('deepspeed' in sys.modules)"
     repository = Path(textldm_source).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=repository, timeout=120, check=False).returncode == 0

@@ -128,7 +128,7 @@ def test_a_torn_line_is_ended_and_repeated_steps_are_read_once(config: RunConfig
 
 def test_the_forward_timer_counts_forward_passes_only(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("pretrain.telemetry.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("pretrain.telemetry.record.time.perf_counter", lambda: clock[0])
 
     class Slow(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -172,7 +172,7 @@ def test_a_recorder_that_cannot_close_ends_no_run(config: RunConfig, monkeypatch
     makers = {"wandb": no_network, "tensorboard": lambda: closed.append(True)}
     for name, close in makers.items():
         recorder = (lambda numbers, step: None, close)
-        monkeypatch.setattr(f"pretrain.telemetry_sinks.start_{name}", lambda run, config, recorder=recorder: recorder)
+        monkeypatch.setattr(f"pretrain.telemetry.sinks.start_{name}", lambda run, config, recorder=recorder: recorder)
     config.telemetry.wandb = config.telemetry.tensorboard = True
     telemetry = make_telemetry(config)
     take_step(telemetry, 0)
