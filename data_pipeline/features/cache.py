@@ -4,7 +4,6 @@ The folder holds `manifest.json`, `codec.safetensors`, and for every token shard
 `features` (uint8 [R, C], the codec's bytes; zeros behind the last window) and `scales` (uint8 [R]).
 """
 
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from data_pipeline.reading.order import Span
 from data_pipeline.reading.shard_pool import FeatureRows
 
 CODEC_NAME = "codec.safetensors"
-NPY_HEADER = 128
 
 
 @dataclass(frozen=True)
@@ -96,14 +94,6 @@ def member_infos(codec: Codec, row_tokens: int) -> dict[Literal["features", "sca
         "features": MemberInfo(dtype="uint8", shape=[row_tokens, codec.num_code_bytes]),
         "scales": MemberInfo(dtype="uint8", shape=[row_tokens]),
     }
-
-
-def shard_bytes(codec: Codec, row_tokens: int, num_rows: int) -> int:
-    """Size of a feature shard. Tar and .npy headers and padding are a third of it for rows of 512 tokens of 8 bytes, a
-    twentieth for rows of 4096.
-    """
-    sizes = [tarfile.BLOCKSIZE + NPY_HEADER + member.row_bytes for member in feature_members(codec, row_tokens)]
-    return num_rows * sum(size + -size % tarfile.BLOCKSIZE for size in sizes) + 2 * tarfile.BLOCKSIZE
 
 
 def tile(windows: Sequence[np.ndarray], row_tokens: int) -> tuple[list[int], list[bool]]:

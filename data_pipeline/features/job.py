@@ -19,12 +19,12 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.core.keys import generator
 from data_pipeline.core.storage import atomic_write
 from data_pipeline.features import codec_choice
-from data_pipeline.features.cache import CODEC_NAME, feature_members, member_infos, shard_bytes, tile
+from data_pipeline.features.cache import CODEC_NAME, feature_members, member_infos, tile
 from data_pipeline.features.codec import Codec, load_codec
 from data_pipeline.features.codec_choice import FeatureSample, Fidelity, Target
 from data_pipeline.features.teacher import DTYPES, Teacher, check_fit, load_teacher
 from data_pipeline.format.manifest import MANIFEST_NAME, SPLITS, FeatureManifest, FeatureShardInfo, Manifest, ShardInfo
-from data_pipeline.format.shards import write_shard
+from data_pipeline.format.shards import shard_bytes, write_shard
 from data_pipeline.reading.order import Span
 from data_pipeline.reading.shard_pool import TokenRows
 
@@ -180,8 +180,8 @@ class FeatureJob:
 
     def cache_bytes(self, codec: Codec) -> int:
         """Size of the whole cache: its shards, and the codec."""
-        row_tokens = self.tokens.row_tokens
-        return codec.own_bytes + sum(shard_bytes(codec, row_tokens, shard.rows) for _, _, shard in self.shards)
+        members = feature_members(codec, self.tokens.row_tokens)
+        return codec.own_bytes + sum(shard_bytes(members, shard.rows) for _, _, shard in self.shards)
 
     def report(
         self, codec: Codec, fidelity: Fidelity, table: Sequence[Fidelity] = (), tokens_per_s: float | None = None

@@ -1,12 +1,11 @@
-"""Shards: plain WebDataset tars of rows, written byte for byte reproducibly and read without tarfile or pickle.
+"""Shards: WebDataset tars of rows, written by webdataset's TarWriter and read without tarfile or pickle.
 
 Row r of a shard is one file per array, named `{r:09d}.{array}.npy`, in a fixed order. A token shard holds `tokens`
 (uint16 or uint32 [R], zeros behind the last window) and `lengths` (int32, one per window); a feature shard holds
 `features` and `scales`.
 
-Because the writer is deterministic, the reader knows every header's bytes in advance and compares them: any other name,
-size, type, dtype, shape or order is refused. `tar`, Python's tarfile and stock webdataset read these files like any
-other tar.
+The writer is given a fixed time, owner and mode, so that equal rows give equal bytes. The reader knows every header's
+bytes in advance and compares them: any other name, size, type, dtype, shape or order is refused.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -25,8 +24,9 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.core.storage import atomic_write, open_file
 
 _BLOCK = 512
+_RECORD = 20 * _BLOCK  # tarfile, like tar, fills up the last one
 _NPY_HEADER = 128
-_END = bytes(2 * _BLOCK)
+_MODE = 0o644
 _SIZE_FIELD = slice(124, 135)
 _CHECKSUM_FIELD = slice(148, 154)
 _REMEDY = "copy the shard again from where it was prepared, or prepare the data again (--fresh)"
@@ -63,19 +63,40 @@ def token_members(row_tokens: int, dtype: str) -> tuple[Member, ...]:
 
 
 def write_shard(path: Path, members: Sequence[Member], rows: Iterable[Sequence[np.ndarray]]) -> Written:
-    """Write a shard atomically; `rows` yields one array per member, in the members' order. Equal rows give equal
-    bytes.
-    """
-    digest, num_bytes, num_rows = hashlib.sha256(), 0, 0
+    """Write a shard atomically; `rows` yields one array per member, in the members' order. Equal rows give equal bytes."""
+    from webdataset.writer import TarWriter  # late: it imports torch, which whoever only reads shards may not need
+
+    num_rows = 0
     with atomic_write(path) as file:
-        for row, arrays in enumerate(rows):
-            data = b"".join(_entry(row, member, array) for member, array in zip(members, arrays, strict=True))
-            file.write(data)
-            digest.update(data)
-            num_rows, num_bytes = row + 1, num_bytes + len(data)
-        file.write(_END)
-        digest.update(_END)
-    return Written(num_rows, num_bytes + len(_END), digest.hexdigest())
+        hashed = _HashedFile(file)
+        settings: dict[str, Any] = {"user": "", "group": "", "mode": _MODE, "mtime": 0}
+        with TarWriter(hashed, compress=False, encoder=False, **settings) as writer:
+            for row, arrays in enumerate(rows):
+                for member, array in zip(members, arrays, strict=True):
+                    # One call for each: of several arrays in one, TarWriter sorts the names.
+                    writer.write({"__key__": f"{row:09d}", f"{member.name}.npy": _npy_file(row, member, array)})
+                num_rows = row + 1
+    return Written(num_rows, hashed.num_bytes, hashed.digest.hexdigest())
+
+
+class _HashedFile:
+    """A file to write to that counts and hashes on the way."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file, self.num_bytes, self.digest = file, 0, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.num_bytes += len(data)
+        return self._file.write(data)
+
+
+def shard_bytes(members: Sequence[Member], num_rows: int) -> int:
+    """Size of a shard of so many rows whose arrays all have fixed shapes. Of rows of 512 tokens of 8 bytes, tar and .npy headers
+    and padding are a third; of 4096, a twentieth.
+    """
+    row_bytes = sum(_BLOCK + _padded(_NPY_HEADER + member.row_bytes) for member in members)
+    return num_rows * row_bytes + _end_bytes(num_rows * row_bytes)
 
 
 class ShardIndex(NamedTuple):
@@ -169,23 +190,21 @@ class Shard:
         """What `_index` finds, of a shard that is right and whose rows all take as many bytes, tens of times faster; None
         otherwise: then `_index` says what is wrong, or takes the rows one by one.
         """
-        stride, rest = divmod(len(self._buffer) - len(_END), self.rows)
-        if rest or not stride or stride % _BLOCK or self._buffer[-len(_END) :] != _END:
+        stride = self._first_row_bytes(members)
+        end = self.rows * stride
+        if not stride or self._buffer[end:] != bytes(_end_bytes(end)):
             return None
-        rows_BS = np.frombuffer(self._buffer, np.uint8, self.rows * stride).reshape(self.rows, stride)
+        rows_BS = np.frombuffer(self._buffer, np.uint8, end).reshape(self.rows, stride)
         index, offset = ShardIndex(self._file, stride, {}, {}), 0
         for member in members:
             start = offset + _BLOCK + _NPY_HEADER
-            if start > stride:
-                return None
             if None in member.shape:
                 octal = rows_BS[:, offset : offset + _BLOCK][:, _SIZE_FIELD].astype(np.int64) - ord("0")
                 sizes = (octal << 3 * np.arange(octal.shape[1])[::-1]).sum(axis=1)
             else:
                 sizes = np.full(self.rows, _NPY_HEADER + member.row_bytes)
             counts = (sizes - _NPY_HEADER) // member.row_bytes
-            padded = int(sizes[0]) + -int(sizes[0]) % _BLOCK
-            if sizes.min() < _NPY_HEADER or sizes.max() > padded or offset + _BLOCK + padded > stride:
+            if sizes.min() < _NPY_HEADER or sizes.max() > _padded(int(sizes[0])):
                 return None
             headers = rows_BS[:, offset:start]
             if not np.array_equal(headers, _expected_headers(self.rows, member, sizes, counts)):
@@ -196,8 +215,18 @@ class Shard:
                 shape = (self.rows, most * member.row_bytes)
                 values = np.ndarray(shape, np.uint8, self._buffer, start, (stride, 1)).view(member.dtype)
                 index.ragged[member.name] = values[np.arange(most) < counts[:, None]], _ends(counts)
-            offset += _BLOCK + padded
-        return index if offset == stride else None
+            offset += _BLOCK + _padded(int(sizes[0]))
+        return index
+
+    def _first_row_bytes(self, members: Sequence[Member]) -> int:
+        """Bytes that the first row takes by its headers' sizes; 0 if these are impossible."""
+        offset = 0
+        try:
+            for member in members:
+                offset += _BLOCK + _padded(self._size(offset, 0, member))
+        except UserError:
+            return 0
+        return offset
 
     def _index(self, members: Sequence[Member]) -> ShardIndex:
         """The index after checking every header, one by one."""
@@ -217,9 +246,9 @@ class Shard:
                     )
                 found[member.name][0].append(start)
                 found[member.name][1].append(count)
-                offset += _BLOCK + size + -size % _BLOCK
-        if self._buffer[offset:] != _END:
-            extra = len(self._buffer) - offset - len(_END)
+                offset += _BLOCK + _padded(size)
+        if self._buffer[offset:] != bytes(_end_bytes(offset)):
+            extra = len(self._buffer) - offset - _end_bytes(offset)
             raise UserError(
                 f"{self.path}: {extra} bytes too many behind the {self.rows} rows of the manifest, or no end mark: "
                 f"{self._remedy}"
@@ -243,7 +272,7 @@ class Shard:
                 size = -1
             if size < _NPY_HEADER or (size - _NPY_HEADER) % member.row_bytes:
                 raise UserError(self._explain(offset, row, member, size))
-        if offset + _BLOCK + size + len(_END) > len(self._buffer):
+        if offset + _BLOCK + size + 2 * _BLOCK > len(self._buffer):
             raise UserError(
                 f"{self.path}: ends within {_member_name(row, member.name)}, although the manifest promises "
                 f"{self.rows} rows: {self._remedy}"
@@ -284,13 +313,22 @@ def _expected_headers(num_rows: int, member: Member, sizes: np.ndarray, counts: 
     return headers
 
 
-def _entry(row: int, member: Member, array: np.ndarray) -> bytes:
-    """Tar entry of one array: header, .npy file, zeros up to the next block."""
+def _padded(size: int) -> int:
+    """Bytes of whole blocks that a file of this size takes."""
+    return size + -size % _BLOCK
+
+
+def _end_bytes(offset: int) -> int:
+    """Zeros behind the last entry: two blocks, and what fills the last record."""
+    return 2 * _BLOCK + -(offset + 2 * _BLOCK) % _RECORD
+
+
+def _npy_file(row: int, member: Member, array: np.ndarray) -> bytes:
+    """The array as the contents of an .npy file. Raises: ValueError if it is not what the member says."""
     expected = tuple(len(array) if n is None else n for n in member.shape)
     if array.dtype != np.dtype(member.dtype) or array.shape != expected:
         raise ValueError(f"row {row}: {member.name} is {array.dtype}{array.shape}, expected {member.dtype}{expected}")
-    data = _npy_header(member, len(array)) + np.ascontiguousarray(array).tobytes()
-    return _tar_header(row, member.name, len(data)) + data + bytes(-len(data) % _BLOCK)
+    return _npy_header(member, len(array)) + array.tobytes()
 
 
 @lru_cache(maxsize=4096)
@@ -305,7 +343,7 @@ def _npy_header(member: Member, count: int) -> bytes:
 
 
 def _tar_header(row: int, name: str, size: int) -> bytes:
-    """ustar header of a regular file, mode 0644, owner 0, time 0."""
+    """What TarWriter writes before a file: a ustar header with mode 0644, owner 0 without a name, time 0."""
     digits = b"%09d" % row
     before, after, base = _tar_template(name, size)
     return digits + before + b"%06o\0 " % (base + sum(digits)) + after
@@ -316,11 +354,11 @@ def _tar_template(name: str, size: int) -> tuple[bytes, bytes, int]:
     """Parts of the header between the row's digits and the checksum, behind it, and the sum of their bytes."""
     before = (
         f".{name}.npy".encode().ljust(91, b"\0")
-        + b"0000644\0"
+        + b"%07o\0" % _MODE
         + b"0000000\0" * 2
         + b"%011o\0" % size
         + b"0" * 11
         + b"\0"
     )
-    after = (b"0" + bytes(100) + b"ustar\00000" + bytes(64) + b"0000000\0" * 2).ljust(_BLOCK - 156, b"\0")
+    after = (b"0" + bytes(100) + b"ustar\00000").ljust(_BLOCK - 156, b"\0")
     return before, after, sum(before) + sum(after) + 8 * ord(" ")  # the checksum field counts as spaces

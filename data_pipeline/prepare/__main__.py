@@ -97,6 +97,8 @@ def prepare(
     if (output / MANIFEST_NAME).exists():
         return _finished(options, arguments)
     use_tokenizer(tokenizer)
+    if part is None:
+        import webdataset.writer  # noqa: F401  once, before the workers are forked: it takes 1.5 s, for it imports torch
     with Workers(options.workers) as workers:
         source = open_source(options.source, options.text_field)
         work = open_work(output, source, tokenizer, arguments)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-BLOCK = 512
+BLOCK, RECORD = 512, 10240
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,14 @@ def parse(data: bytes) -> list[Entry]:
 
 def archive(entries: list[Entry]) -> bytes:
     """The tar of the members: of what `parse` gave, the very same bytes."""
-    return b"".join(map(_member, entries)) + bytes(2 * BLOCK)
+    data = b"".join(map(_member, entries)) + bytes(2 * BLOCK)
+    return data + bytes(-len(data) % RECORD)
 
 
 def _member(entry: Entry) -> bytes:
     header = entry.name[:100].ljust(100, b"\0") + b"%07o\0" % entry.mode + b"0000000\0" * 2
     header += b"%011o\0" % len(entry.data) + b"%011o\0" % entry.time + b" " * 8 + entry.kind
-    header += entry.link[:100].ljust(100, b"\0") + b"ustar\00000" + bytes(64) + b"0000000\0" * 2
+    header += entry.link[:100].ljust(100, b"\0") + b"ustar\00000"
     header = header.ljust(BLOCK, b"\0")
     checksum = b"%06o\0 " % sum(header)
     return header[:148] + checksum + header[156:] + entry.data + bytes(-len(entry.data) % BLOCK)

@@ -14,7 +14,7 @@ import pytest
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest
-from data_pipeline.format.shards import Member, Shard, Written, token_members, write_shard
+from data_pipeline.format.shards import Member, Shard, Written, shard_bytes, token_members, write_shard
 from data_pipeline.reading.order import Span
 from data_pipeline.reading.shard_pool import TokenRows
 from tests.data_pipeline.conftest import ROW_TOKENS, random_row, write_prepared
@@ -42,6 +42,15 @@ def test_round_trip(shard: tuple) -> None:
     assert lengths.tolist() == [length for _, row in rows[2:9] for length in row]
     assert counts.tolist() == [len(row) for _, row in rows[2:9]]
     assert reader.dense("tokens", 11, 12).shape == (1, ROW_TOKENS)
+
+
+def test_its_size_is_known_before_it_is_written(tmp_path: Path) -> None:
+    members = [Member("features", "uint8", (64, 5)), Member("scales", "uint8", (64,))]
+    row = [np.zeros((64, 5), np.uint8), np.ones(64, np.uint8)]
+    for num_rows in (1, 4, 5, 6, 40):  # 2,048 bytes a row: 5 fill a record of 10,240
+        written = write_shard(tmp_path / "a.tar", members, [row] * num_rows)
+        assert shard_bytes(members, num_rows) == written.bytes == (tmp_path / "a.tar").stat().st_size
+        assert Shard(tmp_path / "a.tar", members, *written).index.stride
 
 
 def test_rows_of_uneven_size_are_read_too(tmp_path: Path) -> None:
@@ -77,7 +86,7 @@ def test_bytes_depend_on_the_rows_alone(shard: tuple, tmp_path: Path) -> None:
     again = write_shard(tmp_path / "other name.tar", MEMBERS, iter(rows))
     assert again == written
     assert written.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert written.sha256 == "4b820963c9fdca6ec3fba68a9c1786c7f7dd8e789bec170e6fcefdf460854b8d"
+    assert written.sha256 == "741791028877251592b11607c83e865e2af320f50b97f867bcabd01264790fa7"
 
 
 def test_tarfile_and_numpy_read_it(shard: tuple) -> None:
@@ -223,6 +232,17 @@ def test_offences_are_named(shard: tuple, name: bytes, replacement: bytes, offen
     with pytest.raises(UserError) as caught:
         open_shard(path, written, sha256=False)
     assert offence in str(caught.value)
+
+
+def test_bytes_behind_the_rows_are_named(shard: tuple) -> None:
+    path, written, _ = shard
+    for tail, extra in ((bytes(512), 512), (b"x", 1)):
+        path.write_bytes(path.read_bytes()[: written.bytes] + tail)
+        with pytest.raises(UserError, match=f"{extra} bytes too many behind the 12 rows"):
+            Shard(path, MEMBERS, written.rows, written.bytes + len(tail), None)
+    path.write_bytes(path.read_bytes()[: written.bytes - 1] + b"x")
+    with pytest.raises(UserError, match="or no end mark"):
+        open_shard(path, written, sha256=False)
 
 
 def test_missing_and_resized_files_are_refused(shard: tuple) -> None:
