@@ -1,4 +1,5 @@
-"""Where prepared folders lie: local paths, or URLs read through a local cache. Files are written atomically, and only locally.
+"""Where prepared folders lie: local paths, or URLs read through a local cache. Files are written beside and renamed, and only
+locally.
 
 https is read with the standard library; every other scheme (s3, gs, hf, ...) is fsspec's, with the package that it asks for.
 """
@@ -7,6 +8,8 @@ import contextlib
 import errno
 import hashlib
 import os
+import secrets
+import shutil
 import stat
 import tempfile
 import time
@@ -17,11 +20,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_chain, wait_fixed
+
 from data_pipeline.core.errors import UserError
 
 CACHE_GIGABYTES = 100.0
 _TIMEOUT_S = 60.0
 _RETRY_SECONDS = (0.5, 2.0, 8.0, 20.0)  # waits between five attempts: outlasts a restarting proxy, not a missing bucket
+_HOPELESS = (
+    FileNotFoundError,
+    ImportError,
+    ValueError,
+)  # the last two are fsspec's: a scheme's package is missing, or unknown
 _CHUNK_BYTES = 1 << 20
 
 Result = TypeVar("Result")
@@ -126,25 +136,56 @@ def user_cache() -> Path:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path` that takes its name only after everything is written and on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+def atomic_write(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
+    """Open a file beside `path` that takes its name once all is written: a reader sees the old content or the new one.
+
+    Durable: a power cut undoes neither content nor name, and the folder is made where there is none. Else the folder must be
+    there, and is not touched any more once the new content is seen: who sees it may rename the folder.
+    """
+    if durable:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with beside.open("xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        beside.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
+    if durable:
+        sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable: without it a power cut may forget the new name."""
+def write_text(path: Path, text: str, durable: bool = True) -> None:
+    """Write a small text file by `atomic_write`."""
+    with atomic_write(path, durable) as file:
+        file.write(text.encode())
+
+
+def remove_unfinished(folder: Path, names: str) -> None:
+    """Delete what killed processes left of files that nobody writes now; `names` is a glob pattern of theirs."""
+    for leftover in folder.glob(f".{names}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Make a folder beside `path` that takes its name once all is written. A killed writer's is replaced."""
+    beside = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder as durable as the files' content: without it a power cut may forget a rename."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -181,18 +222,21 @@ def _open_url(url: str) -> Any:
 
 def _with_retries(url: str, action: Callable[[], Result]) -> Result:
     """Call the action until it succeeds, waiting longer each time. What cannot get better with time is not tried again."""
-    for wait in (*_RETRY_SECONDS, None):
-        try:
-            return action()
-        except FileNotFoundError:
-            raise
-        except (ImportError, ValueError) as error:  # fsspec: the scheme's package is missing, or the scheme is unknown
-            raise UserError(f"{url}: cannot be read ({error}); install that package, or use another URL") from None
-        except Exception as error:  # every scheme has network errors of its own
-            if wait is None:
-                raise UserError(
-                    f"{url}: cannot be read after {len(_RETRY_SECONDS) + 1} attempts "
-                    f"({type(error).__name__}: {error}); check the address, the network and the credentials"
-                ) from None
-            time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
+    attempts = len(_RETRY_SECONDS) + 1
+    retrying = Retrying(
+        stop=stop_after_attempt(attempts),
+        wait=wait_chain(*map(wait_fixed, _RETRY_SECONDS)),
+        retry=retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, _HOPELESS)),
+        reraise=True,
+    )
+    try:
+        return retrying(action)
+    except FileNotFoundError:
+        raise
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url}: cannot be read ({error}); install that package, or use another URL") from None
+    except Exception as error:  # every scheme has network errors of its own
+        raise UserError(
+            f"{url}: cannot be read after {attempts} attempts ({type(error).__name__}: {error}); check the address, the "
+            "network and the credentials"
+        ) from None

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.keys import generator
-from data_pipeline.core.storage import atomic_write
+from data_pipeline.core.storage import remove_unfinished, write_text
 from data_pipeline.features import codec_choice
 from data_pipeline.features.cache import CODEC_NAME, feature_members, member_infos, tile
 from data_pipeline.features.codec import Codec, load_codec
@@ -173,10 +173,10 @@ class FeatureJob:
         """Write codec and job, which the other ranks wait for and a resumed run goes on with."""
         self.output.mkdir(parents=True, exist_ok=True)
         for name in (CODEC_NAME, JOB_NAME):
-            remove_unfinished(self.output / name)
+            remove_unfinished(self.output, name)
         codec.save(self.output / CODEC_NAME)
         job = self.identity | {"codec_fingerprint": codec.fingerprint(), "fidelity": asdict(fidelity)}
-        write_json(self.output / JOB_NAME, job)
+        write_text(self.output / JOB_NAME, json.dumps(job, indent=2, sort_keys=True))
 
     def cache_bytes(self, codec: Codec) -> int:
         """Size of the whole cache: its shards, and the codec."""
@@ -240,11 +240,11 @@ class FeatureJob:
 
     def _write(self, codec: Codec, job_hash: str, split: str, index: int, shard: ShardInfo, bar: tqdm) -> None:
         for path in (self.output / shard.name, self._part(shard)):
-            remove_unfinished(path)
+            remove_unfinished(path.parent, path.name)
         rows = self._encoded_rows(codec, split, index, shard, bar)
         written = write_shard(self.output / shard.name, feature_members(codec, self.tokens.row_tokens), rows)
         info = FeatureShardInfo(name=shard.name, **written._asdict())
-        write_json(self._part(shard), {"job": job_hash, "shard": info.model_dump()})
+        write_text(self._part(shard), json.dumps({"job": job_hash, "shard": info.model_dump()}))
 
     def _encoded_rows(
         self, codec: Codec, split: str, index: int, shard: ShardInfo, bar: tqdm
@@ -305,9 +305,9 @@ class FeatureJob:
         )
         path = self.output / MANIFEST_NAME
         # Another rank that writes the same may take our temporary file for a killed run's: then its manifest is there.
-        with contextlib.suppress(FileNotFoundError), atomic_write(path) as file:
-            file.write(manifest.model_dump_json(indent=2).encode())
-        remove_unfinished(path)
+        with contextlib.suppress(FileNotFoundError):
+            write_text(path, manifest.model_dump_json(indent=2))
+        remove_unfinished(self.output, MANIFEST_NAME)
         size = sum(shard["bytes"] for shards in splits.values() for shard in shards)
         print(f"finished: {self.output} ({format_bytes(size)} in {len(self.shards)} shards)", flush=True)
 
@@ -324,18 +324,6 @@ def encode_rows(
     codes_TC = coded.codes_TC.cpu().numpy() * real_T[:, None]
     scales_T = coded.scales_T.cpu().numpy() * real_T
     return codes_TC.reshape(num_rows, row_tokens, -1), scales_T.reshape(num_rows, row_tokens)
-
-
-def remove_unfinished(path: Path) -> None:
-    """Delete what a killed process left of a file that nobody else writes."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, atomically."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(content, indent=2, sort_keys=True).encode())
 
 
 def format_bytes(size: float) -> str:

@@ -9,8 +9,6 @@ the elapsed share of the time.
 
 import argparse
 import math
-import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -27,10 +25,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from data_pipeline.core.devices import device_of
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.core.keys import generator, key
-from data_pipeline.core.storage import read_bytes
+from data_pipeline.core.storage import atomic_folder, read_bytes
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.order import Span
 from data_pipeline.reading.shard_pool import TokenRows
+from data_pipeline.text.tokenization import TOKENIZER_FILES
 
 HEAD_DIM = 32
 IGNORED = -100  # label that cross-entropy leaves out
@@ -215,17 +214,11 @@ def autocast(device: torch.device, width: int) -> AbstractContextManager:
 
 
 def save(model: Qwen3ForCausalLM, data: str, output: Path) -> None:
-    """Write weights, configuration and tokenizer beside `output`, then rename."""
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        model.save_pretrained(unfinished)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            (unfinished / name).write_bytes(read_bytes(f"{data}/tokenizer", name))
-        unfinished.rename(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    """Write weights, configuration and tokenizer."""
+    with atomic_folder(output) as folder:
+        model.save_pretrained(folder)
+        for name in TOKENIZER_FILES:
+            (folder / name).write_bytes(read_bytes(f"{data}/tokenizer", name))
 
 
 def make_teacher(data: str, output: Path, recipe: Recipe, device: torch.device) -> float:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.errors import UserError, cli
-from data_pipeline.core.storage import atomic_write, local_folder
+from data_pipeline.core.storage import local_folder, write_text
 from data_pipeline.format.manifest import MANIFEST_NAME, MAX_SHARDS, Manifest, ShardInfo
 from data_pipeline.prepare.assemble import AssembleTask, Group, assemble_group, count_rows, load_group, plan_groups
 from data_pipeline.prepare.encode import EncodeTask, UnitResult, encode_unit, load_result, use_tokenizer
@@ -185,8 +185,7 @@ def _assemble(
     manifest = _manifest(options, source, tokenizer, units, [result for result in results if result])
     tokenizer.save(options.output / "tokenizer")
     remove_leftovers(options.output)
-    with atomic_write(options.output / MANIFEST_NAME) as file:
-        file.write(manifest.model_dump_json(indent=1).encode())
+    write_text(options.output / MANIFEST_NAME, manifest.model_dump_json(indent=1))
     shutil.rmtree(work, ignore_errors=True)
     return manifest
 

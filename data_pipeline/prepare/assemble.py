@@ -16,7 +16,7 @@ import numpy as np
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.keys import permutation
-from data_pipeline.core.storage import atomic_write
+from data_pipeline.core.storage import write_text
 from data_pipeline.format.manifest import MAX_SHARDS, shard_name
 from data_pipeline.format.shards import token_members, write_shard
 from data_pipeline.prepare.pack import fill_row, pack_rows, window_lengths
@@ -111,8 +111,7 @@ def assemble_group(task: AssembleTask) -> dict[str, Any]:
         counts = {"windows": sum(map(len, chosen)), "tokens": int(lengths[np.concatenate(chosen)].sum())}
         shards.append({"name": name, **written._asdict(), **counts})
     result = {"split": group.split, "documents": len(documents.ends), "duplicates": duplicates, "shards": shards}
-    with atomic_write(group_path(task.work, group)) as file:
-        file.write(json.dumps(result).encode())
+    write_text(group_path(task.work, group), json.dumps(result))
     return result
 
 

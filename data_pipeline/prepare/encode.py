@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from data_pipeline.core.storage import atomic_write
+from data_pipeline.core.storage import write_text
 from data_pipeline.prepare.spill import write_chunk
 from data_pipeline.text.tokenization import LoadedTokenizer, encoder
 from data_pipeline.text.units import Unit, read_unit
@@ -76,8 +76,7 @@ def encode_unit(task: EncodeTask, progress: Callable[[int, int], None]) -> UnitR
             held = 0
         progress(len(texts), sum(map(len, texts)))
     _flush(task, result, hashes, documents)
-    with atomic_write(result_path(task.work, task.index)) as file:
-        file.write(json.dumps(asdict(result)).encode())
+    write_text(result_path(task.work, task.index), json.dumps(asdict(result)))
     return result
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.errors import UserError
-from data_pipeline.core.storage import atomic_write
+from data_pipeline.core.storage import remove_unfinished, write_text
 from data_pipeline.format.manifest import MANIFEST_NAME, Manifest
 from data_pipeline.prepare.encode import load_result
 from data_pipeline.text.sources import Source
@@ -67,8 +67,7 @@ def open_work(output: Path, source: Source, tokenizer: LoadedTokenizer, argument
             )
         return work
     tokenizer.save(work / "tokenizer")
-    with atomic_write(plan) as file:
-        file.write(json.dumps({"arguments": arguments, "units": units}).encode())
+    write_text(plan, json.dumps({"arguments": arguments, "units": units}))
     return work
 
 
@@ -103,6 +102,6 @@ def remove_earlier(output: Path) -> None:
 
 def remove_leftovers(output: Path) -> None:
     """Remove temporary files that killed runs left."""
-    for pattern in (".*.tar.*.tmp", f".{MANIFEST_NAME}.*.tmp", "tokenizer/.*.tmp"):
-        for path in output.glob(pattern):
-            path.unlink(missing_ok=True)
+    remove_unfinished(output, "*.tar")
+    remove_unfinished(output, MANIFEST_NAME)
+    remove_unfinished(output / "tokenizer", "*")
