@@ -31,8 +31,8 @@ import torch
 from benchmarks.measuring import ROOT, existing, print_figures
 from data_pipeline.core.devices import device_of
 from data_pipeline.core.errors import UserError, cli
-from modeling.flow import GRIDS, EstimatePath
-from modeling.sampler import SOLVERS
+from modeling.solvers import find_solver, solver_names
+from modeling.times import GRIDS, EstimatePath
 from pretrain.diagnose.__main__ import heldout, load_run, load_stage, training
 from pretrain.diagnose.text_checks import Prompt, prompts_of, sample
 from pretrain.stages.dit import DiTStage
@@ -56,20 +56,20 @@ def measure(
     table: dict[tuple[str, str, int], dict[str, Any]] = {}
     agreeing = {}
     euler = ("euler", "training", 50)
-    for solver, grid, num_steps in dict.fromkeys((euler, *itertools.product(SOLVERS, GRIDS, steps))):
+    for solver, grid, num_steps in dict.fromkeys((euler, *itertools.product(solver_names(), GRIDS, steps))):
         started = time.perf_counter()
         key = solver, grid, num_steps
         agreeing[key] = right(solver, num_steps, grid)
         table[key] = {
             "solver": solver, "grid": grid, "steps": num_steps,
-            "evaluations": num_steps if solver != "heun" else 2 * num_steps - 1,
+            "evaluations": find_solver(solver).evaluations * num_steps,
             "agreement": sum(agreeing[key]) / num_tokens,
             "seconds": round(time.perf_counter() - started, 2),
         }  # fmt: skip
         print(
             "{solver:>10} {grid:>9} {steps:>4} steps  {agreement:.4f}  {seconds:.2f} s".format(**table[key]), flush=True
         )
-    second_order = [key for key in table if key[0] != "euler" and key[2] == 16]
+    second_order = [key for key in table if find_solver(key[0]).order > 1 and key[2] == 16]
     ours = max(second_order, key=lambda key: (table[key]["agreement"], -table[key]["evaluations"]))
     differences = list(map(operator.sub, agreeing[ours], agreeing[euler]))
     return {

@@ -2,19 +2,15 @@
 
     z_t = (1 - t) z + t eps,   v* = dz_t/dt = eps - z,   so   z = z_t - t v   and   eps = z_t + (1 - t) v
 
-Shape letters: T packed tokens, Z latent dim, G grid of times, L eigenvalues.
-"""
+Where a time may be one number for all tokens it is a float or a scalar tensor. Which times are drawn or stepped through: times.py.
 
-import itertools
-import math
-from dataclasses import dataclass
+Shape letters: T packed tokens, Z latent dim, L eigenvalues.
+"""
 
 import torch
 
 # Below this time the change of variables x -> v divides by (almost) zero; data prediction clamps t here.
 MIN_TIME = 0.02
-
-GRIDS = ("training", "even", "uniform")
 
 
 def interpolate(data_TZ: torch.Tensor, noise_TZ: torch.Tensor, time_T1: torch.Tensor) -> torch.Tensor:
@@ -27,7 +23,9 @@ def velocity(data_TZ: torch.Tensor, noise_TZ: torch.Tensor) -> torch.Tensor:
     return noise_TZ - data_TZ
 
 
-def data_from_velocity(noisy_TZ: torch.Tensor, velocity_TZ: torch.Tensor, time_T1: torch.Tensor) -> torch.Tensor:
+def data_from_velocity(
+    noisy_TZ: torch.Tensor, velocity_TZ: torch.Tensor, time_T1: torch.Tensor | float
+) -> torch.Tensor:
     """The one-step estimate of z."""
     return noisy_TZ - time_T1 * velocity_TZ
 
@@ -40,111 +38,6 @@ def velocity_from_data(noisy_TZ: torch.Tensor, data_TZ: torch.Tensor, time_T1: t
 def blind_velocity(noisy_TZ: torch.Tensor, time_T1: torch.Tensor) -> torch.Tensor:
     """The best linear predictor of v* that knows only unit variance; its loss is `blind_floor`."""
     return (2 * time_T1 - 1) / (time_T1**2 + (1 - time_T1) ** 2) * noisy_TZ
-
-
-def guide(conditional_TZ: torch.Tensor, unconditional_TZ: torch.Tensor, scale: float) -> torch.Tensor:
-    """Classifier-free guidance (arXiv 2207.12598): scale 1 is the conditional velocity, 0 the unconditional one."""
-    return unconditional_TZ + scale * (conditional_TZ - unconditional_TZ)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimeDistribution:
-    """Density of t in training, and the sampling schedule: its quantile function maps uniform numbers to times.
-
-    Attributes:
-        kind: "logit_normal": logit(t) ~ N(mean, std^2), or "uniform".
-        mean, std: of the logit; the paper has std 1.5 (Sec. 3, TextLDM).
-        shift: t -> shift t / (1 + (shift - 1) t), moves mass towards noise for > 1, as larger latents need (arXiv 2403.03206, Eq. 23).
-        path: `EstimatePath.even_times` of a trained model, for the even grid.
-    """
-
-    kind: str = "logit_normal"
-    mean: float = 0.0
-    std: float = 1.5
-    shift: float = 1.0
-    path: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("logit_normal", "uniform"):
-            raise ValueError(f"time distribution {self.kind!r} is unknown; expected logit_normal or uniform")
-        if self.std <= 0 or self.shift <= 0:
-            raise ValueError(f"time std and shift must be positive, found {self.std} and {self.shift}")
-        falls = all(late > early for late, early in itertools.pairwise(self.path))
-        if self.path and not (falls and self.path[0] == 1 and self.path[-1] == 0):
-            raise ValueError(f"the times of the even grid must fall from 1 to 0, found {self.path}")
-
-    def quantile(self, uniform: torch.Tensor) -> torch.Tensor:
-        """The time below which the share `uniform` of training times lies; in double precision, 0 -> 0 and 1 -> 1."""
-        u = uniform.double()
-        t = u if self.kind == "uniform" else torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
-        return self.shift * t / (1 + (self.shift - 1) * t)
-
-    def grid(self, num_steps: int, kind: str = "training") -> torch.Tensor:
-        """Float64 [num_steps + 1] from 1 (noise) down to 0 (data).
-
-        "training" is dense where training was dense, "uniform" has equal steps, "even" steps between which the model's estimate of z
-        changes equally, as measured (`path`). Raises: ValueError for another kind, and for "even" without a measurement.
-        """
-        if kind not in GRIDS:
-            raise ValueError(f"time grid {kind!r} is unknown; expected one of {', '.join(GRIDS)}")
-        falling = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
-        if kind == "uniform":
-            return falling
-        if kind == "training":
-            return self.quantile(falling)
-        if len(self.path) < 2:
-            raise ValueError(
-                'time grid "even" needs the times measured on the trained model, and this one has none: run textldm diagnose on the run'
-                " before it is exported, or choose the grid training or uniform"
-            )
-        table = torch.tensor(self.path, dtype=torch.float64)
-        place = (1 - falling) * (len(table) - 1)
-        below = place.long().clamp_max(len(table) - 2)
-        return torch.lerp(table[below], table[below + 1], place - below)
-
-
-class EstimatePath:
-    """How far the one-step estimate of z has come by each time on the way from noise to data: where a solver needs its steps."""
-
-    def __init__(self) -> None:
-        self._times: list[float] = []
-        self._moved: list[float] = []
-        self._last_TZ: torch.Tensor | None = None
-
-    def add(self, t: float, estimate_TZ: torch.Tensor) -> None:
-        """The estimate at a time, which must be earlier than the one before (nearer to data)."""
-        moved = 0.0 if self._last_TZ is None else (estimate_TZ - self._last_TZ).float().square().mean().sqrt().item()
-        self._times.append(t)
-        self._moved.append(moved)
-        self._last_TZ = estimate_TZ
-
-    def even_times(self, num_times: int = 33) -> tuple[float, ...]:
-        """Falling from 1 to 0: between neighbours the estimate moves by the same root mean square (linear between what was added).
-
-        Nothing if it did not move.
-        """
-        way = torch.tensor(self._moved, dtype=torch.float64).cumsum(0)
-        if not len(way) or not way[-1] > 0:
-            return ()
-        wanted = torch.linspace(0, 1, num_times, dtype=torch.float64)[1:-1] * way[-1]
-        after = torch.searchsorted(way, wanted).clamp(1, len(way) - 1)
-        times = torch.tensor(self._times, dtype=torch.float64)
-        share = (wanted - way[after - 1]) / (way[after] - way[after - 1])
-        return (1.0, *torch.lerp(times[after - 1], times[after], share).tolist(), 0.0)
-
-
-def shift_for_dimension(shift: float, latent_dim: int, base_dim: int) -> float:
-    """The shift at which latent_dim channels lose their token as fast as base_dim channels do at `shift`: times sqrt(Z / base).
-
-    More channels carry the same token through more noise; their signal-to-noise ratio, summed over channels, is kept
-    (arXiv 2403.03206, Sec. 5.3.2, for pixels). base_dim 0 leaves the shift as it is.
-    """
-    return shift * math.sqrt(latent_dim / base_dim) if base_dim else shift
-
-
-def move_logit(time: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """The time whose logit is larger by `offset`, i.e. whose signal-to-noise ratio (1 - t) / t is exp(-offset) times as large."""
-    return torch.sigmoid(torch.logit(time) + offset)
 
 
 def blind_floor(time: torch.Tensor) -> torch.Tensor:
@@ -162,11 +55,3 @@ def covariance_floor(time: torch.Tensor, eigenvalues_L: torch.Tensor) -> torch.T
 def loss_of_data_error(squared_error: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
     """Flow loss of a predictor of z with this squared error: v - v* = (z - z_hat) / t."""
     return squared_error / time**2
-
-
-def time_embedding(time_T: torch.Tensor, width: int) -> torch.Tensor:
-    """Sinusoidal embedding of t, fp32 [T, width], with frequencies from 1 to 1,000 radians over [0, 1]."""
-    half = width // 2
-    frequencies = torch.exp(torch.linspace(0.0, math.log(1000.0), half, device=time_T.device))
-    angles = time_T.float()[:, None] * frequencies
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)

@@ -121,6 +121,14 @@ class Gain(nn.Module):
         return x_TD * self.weight
 
 
+def time_embedding(time_T: torch.Tensor, width: int) -> torch.Tensor:
+    """Sinusoidal embedding of t, fp32 [T, width], with frequencies from 1 to 1,000 radians over [0, 1]."""
+    half = width // 2
+    frequencies = torch.exp(torch.linspace(0.0, math.log(1000.0), half, device=time_T.device))
+    angles = time_T.float()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
 class Transformer(nn.Module):
     """A stack of blocks and a final LayerNorm over one packed axis.
 

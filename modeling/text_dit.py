@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from .attention import Segments
-from .flow import MIN_TIME, blind_floor, blind_velocity, data_from_velocity, time_embedding, velocity_from_data
-from .layers import Transformer, initialize
+from .flow import MIN_TIME, blind_floor, blind_velocity, data_from_velocity, velocity_from_data
+from .layers import Transformer, initialize, time_embedding
 from .token_posterior import TokenPosterior
 
 MIN_PRIOR = 1e-9

@@ -14,10 +14,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .attention import Segments
-from .flow import TimeDistribution
-from .sampler import GuidedVelocity, integrate
+from .guidance import GuidedVelocity
+from .solvers import Solver, integrate
 from .text_dit import TextDiT, TextDiTConfig
 from .text_vae import TextVAE, TextVAEConfig
+from .times import TimeDistribution
 
 
 class TextLDMConfig(PretrainedConfig):
@@ -27,7 +28,7 @@ class TextLDMConfig(PretrainedConfig):
         vae, dit: fields of TextVAEConfig and TextDiTConfig.
         times: fields of TimeDistribution; the training distribution is the sampling schedule.
         num_steps, guidance_scale, solver, grid: defaults of `generate` (the paper: 50 Euler steps, scale 7, the training times).
-        belief_scale: likewise; other than 1 with posterior prediction alone (sampler.GuidedVelocity).
+        belief_scale: likewise; other than 1 with posterior prediction alone (guidance.GuidedVelocity).
         max_window: longest window, context and continuation together, in tokens.
     """
 
@@ -84,7 +85,7 @@ class TextLDM(PreTrainedModel):
         num_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
-        solver: str | None = None,
+        solver: str | Solver | None = None,
         grid: str | None = None,
         belief_scale: float | None = None,
         seed: int = 0,
@@ -98,7 +99,8 @@ class TextLDM(PreTrainedModel):
             input_ids: token ids of each prompt, a list of 1-D tensors or lists (or a [batch, tokens] tensor without padding);
                 an empty prompt generates unconditionally.
             max_new_tokens: tokens that are drawn together; the number of network evaluations does not depend on it.
-            num_steps, guidance_scale, solver, grid, belief_scale: the config's when None; grid is one of flow.GRIDS.
+            num_steps, guidance_scale, solver, grid, belief_scale: the config's when None; a solver by name or itself; grid is one
+                of times.GRIDS.
             guidance_interval: times between which guidance is applied.
             seed: of the noise; prompt i draws from (seed, i), whatever else is in the batch.
             noise: instead, one [max_new_tokens, Z] tensor a prompt.

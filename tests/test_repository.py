@@ -11,10 +11,11 @@ PACKAGES = ("data_pipeline", "modeling", "pretrain")
 FLOORS = {
     "data_pipeline": ["core", "format", "text", "reading", "features", "prepare", "cache_features"],
     "modeling": [
-        ["attention", "flow", "losses", "floors"],
-        ["layers", "sampler"],
-        ["repa", "token_posterior", "text_vae"],
-        ["text_dit"],
+        ["attention", "flow", "losses", "times"],
+        ["layers", "solvers"],
+        ["repa", "text_vae", "token_posterior"],
+        ["floors", "text_dit"],
+        ["guidance"],
         ["textldm"],
     ],
     "pretrain": [
@@ -41,8 +42,10 @@ def imports(path: Path) -> Iterator[str]:
     for node in ast.walk(tree):
         if id(node) in for_types:
             continue
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            package = ".".join(path.relative_to(ROOT).parts[: -node.level]) if node.level else ""
+            base = ".".join(part for part in (package, node.module) if part)
+            yield from (f"{base}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 

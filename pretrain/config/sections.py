@@ -3,12 +3,13 @@
 Marks: [paper] is stated by TextLDM (arXiv 2605.07748). The stages' own sections: config_schema.py.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from data_pipeline.core.settings import Section, Share
 from data_pipeline.reading.batch import Split
+from modeling.solvers import find_solver
 
 
 class About(Section):
@@ -113,6 +114,11 @@ class Train(Section):
     """Instead of stopping at too many skips: go back to the previous checkpoint, once, and leave the bad rows out."""
 
 
+def _known_solver(name: str) -> str:
+    """A solver's name. Raises: ValueError for one that nobody gave."""
+    return find_solver(name).name
+
+
 class Diagnose(Section):
     """What `textldm diagnose` measures, and the thresholds between go and no-go (docs/diagnosis.md)."""
 
@@ -128,8 +134,8 @@ class Diagnose(Section):
     """Of the generated text, with posterior prediction: factor of the network's token logits [paper: no such prediction]."""
     num_steps: PositiveInt = 50
     """Solver steps of the generated text [paper: 50]."""
-    solver: Literal["euler", "heun", "multistep"] = "euler"
-    """Of the generated text [paper: euler]."""
+    solver: Annotated[str, AfterValidator(_known_solver)] = "euler"
+    """Of the generated text: euler, heun, multistep, or an installed package's (docs/extending.md) [paper: euler]."""
     sweep_scales: tuple[NonNegativeFloat, ...] = (1.0, 2.0, 4.0, 7.0)
     """Guidance scales of the sweep, with second-order steps on a quarter of sample_tokens; none: no sweep."""
     min_token_accuracy: Share = 0.99

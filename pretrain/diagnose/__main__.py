@@ -28,7 +28,7 @@ from data_pipeline.core.errors import UserError, cli
 from data_pipeline.core.storage import atomic_write
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import Batch
-from modeling.flow import EstimatePath
+from modeling.times import EstimatePath
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.read import read_tensors
 from pretrain.checkpoint.slices import read_manifest

@@ -22,8 +22,9 @@ from data_pipeline.reading.order import Span
 from data_pipeline.reading.shard_pool import TokenRows
 from data_pipeline.text.tokenization import load_prepared_tokenizer
 from modeling.attention import Segments
-from modeling.flow import EstimatePath
-from modeling.sampler import GuidedVelocity, integrate
+from modeling.guidance import GuidedVelocity
+from modeling.solvers import integrate
+from modeling.times import EstimatePath
 from pretrain.stages.dit import DiTStage
 
 WORD = re.compile(r"[^\W\d_]+")

@@ -27,11 +27,11 @@ import modeling
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.text.tokenization import LoadedTokenizer, load_prepared_tokenizer
-from modeling.flow import TimeDistribution
-from modeling.sampler import SOLVERS
+from modeling.solvers import solver_names
 from modeling.text_dit import TextDiTConfig
 from modeling.text_vae import TextVAE
 from modeling.textldm import TextLDM, TextLDMConfig
+from modeling.times import TimeDistribution
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.slices import Manifest as CheckpointManifest
 from pretrain.checkpoint.slices import read_manifest
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-steps", type=int, help=of_generate)
     parser.add_argument("--guidance-scale", type=float, help=of_generate)
     parser.add_argument("--belief-scale", type=float, help=of_generate)
-    parser.add_argument("--solver", choices=SOLVERS, help=of_generate)
+    parser.add_argument("--solver", choices=solver_names(), help=of_generate)
     parser.add_argument("--data", help="the prepared data folder, if it moved since training")
     parser.add_argument("--vae", help="the stage-1 run's folder, or a checkpoint's, if it is elsewhere now")
     parser.add_argument("--license", default="apache-2.0", help="licence id for the model card")

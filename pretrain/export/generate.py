@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 
 from data_pipeline.core.devices import device_of
 from data_pipeline.core.errors import UserError, cli
-from modeling.flow import GRIDS
-from modeling.sampler import SOLVERS
+from modeling.solvers import solver_names
+from modeling.times import GRIDS
 from modeling.textldm import TextLDM, TextLDMConfig
 
 DEFAULT_NEW_TOKENS = 128
@@ -138,7 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, help=f"default {DEFAULT_NEW_TOKENS}, or what the window leaves")
     parser.add_argument("--num-steps", type=int, help="solver steps; default of the export")
     parser.add_argument("--guidance-scale", type=float, help="1 is none; default of the export")
-    parser.add_argument("--solver", choices=SOLVERS, help="default of the export")
+    parser.add_argument("--solver", choices=solver_names(), help="default of the export")
     parser.add_argument("--grid", choices=GRIDS, help="of the solver's times; default of the export")
     parser.add_argument(
         "--belief-scale", type=float, help="with posterior prediction: 1 is none; default of the export"

@@ -25,9 +25,9 @@ from modeling import flow, losses
 from modeling.attention import Segments
 from modeling.floors import NAMES as FLOOR_NAMES
 from modeling.floors import Floors
-from modeling.flow import TimeDistribution, shift_for_dimension
 from modeling.text_dit import TextDiT, TextDiTConfig, TokenHead
 from modeling.text_vae import TextVAE
+from modeling.times import TimeDistribution, move_logit, shift_for_dimension
 from pretrain.config import checks
 from pretrain.config.registry import StageKind
 from pretrain.config.schema import RunConfig, inherited
@@ -275,7 +275,7 @@ class DiTStage(Stage):
         time_T, keep_context_T = time_W.to(device)[windows.ids_T], keep_context_W.to(device)[windows.ids_T]
         if self.training and self.config.flow.time_spread:
             spread_T = self.config.flow.time_spread * row_noise(batch, 1, purpose=TIME_NOISE)[:, 0]
-            time_T = flow.move_logit(time_T, spread_T)
+            time_T = move_logit(time_T, spread_T)
         time_T = time_T.float()
         roles_T = batch.roles_T.to(device, non_blocking=True)
         is_target_T = roles_T == SUFFIX

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling import flow
-from modeling.flow import TimeDistribution, blind_floor, covariance_floor
+from modeling.flow import blind_floor, covariance_floor
 
 
 def draw(seed: int = 0, num: int = 500) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -53,62 +53,6 @@ def test_velocity_from_data_stays_finite_at_the_data() -> None:
     assert flow.velocity_from_data(noisy_TZ, data_TZ, torch.zeros(4, 1)).isfinite().all()
 
 
-def test_guidance_scales() -> None:
-    conditional_TZ, unconditional_TZ = torch.randn(2, 4, 3)
-    torch.testing.assert_close(flow.guide(conditional_TZ, unconditional_TZ, 1.0), conditional_TZ)
-    torch.testing.assert_close(flow.guide(conditional_TZ, unconditional_TZ, 0.0), unconditional_TZ)
-    farther_TZ = flow.guide(conditional_TZ, unconditional_TZ, 3.0) - conditional_TZ
-    torch.testing.assert_close(farther_TZ, 2 * (conditional_TZ - unconditional_TZ))
-
-
-@pytest.mark.parametrize(
-    "times", [TimeDistribution(), TimeDistribution(mean=0.4, std=0.7, shift=3.0), TimeDistribution(kind="uniform")]
-)
-def test_quantiles_rise_from_data_to_noise(times: TimeDistribution) -> None:
-    time_T = times.quantile(torch.linspace(0, 1, 1001))
-    assert time_T.dtype == torch.float64
-    assert (time_T[0], time_T[-1]) == (0, 1)
-    assert (time_T.diff() > 0).all()
-
-
-def test_quantiles_are_those_of_the_logit_normal() -> None:
-    drawn_T = torch.sigmoid(0.3 + 1.5 * torch.randn(400_000, generator=torch.Generator().manual_seed(0)))
-    shares = torch.tensor([0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99])
-    found = TimeDistribution(mean=0.3, std=1.5).quantile(shares).float()
-    torch.testing.assert_close(found, drawn_T.quantile(shares), rtol=0, atol=3e-3)
-
-
-def test_without_mean_and_shift_the_times_are_symmetric() -> None:
-    shares = torch.linspace(0, 1, 101, dtype=torch.float64)
-    time_T = TimeDistribution().quantile(shares)
-    torch.testing.assert_close(time_T, 1 - time_T.flip(0), rtol=0, atol=1e-12)
-
-
-def test_shift_moves_towards_noise() -> None:
-    shares = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
-    plain_T, shifted_T = TimeDistribution().quantile(shares), TimeDistribution(shift=3.0).quantile(shares)
-    torch.testing.assert_close(shifted_T, 3 * plain_T / (1 + 2 * plain_T))
-    assert (shifted_T > plain_T).all()
-    # In the logit, a shift is a translation by log(shift): it equals a mean.
-    torch.testing.assert_close(
-        shifted_T, TimeDistribution(mean=float(torch.tensor(3.0).double().log())).quantile(shares)
-    )
-
-
-def test_the_grid_falls_through_the_quantiles() -> None:
-    grid = TimeDistribution().grid(50)
-    assert len(grid) == 51
-    assert (grid[0], grid[-1]) == (1, 0)
-    assert (grid.diff() < 0).all()
-    assert grid[25] == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize("wrong", [{"kind": "beta"}, {"std": 0.0}, {"shift": -1.0}])
-def test_unknown_distributions_are_refused(wrong: dict) -> None:
-    with pytest.raises(ValueError, match=r"unknown|must be positive"):
-        TimeDistribution(**wrong)
-
-
 def test_the_blind_floor_has_its_known_figures() -> None:
     time_T = (torch.arange(40_000, dtype=torch.float64) + 0.5) / 40_000
     expected = 2 - (2 * time_T - 1) ** 2 / (time_T**2 + (1 - time_T) ** 2)
@@ -149,20 +93,3 @@ def test_the_covariance_floor_is_the_optimal_predictors_loss_on_gaussian_data(ti
     loss = (guess_TZ - flow.velocity(data_TZ, noise_TZ)).square().mean()
     expected = covariance_floor(torch.tensor(time, dtype=torch.float64), torch.linalg.eigvalsh(covariance_ZZ))
     assert float(loss) == pytest.approx(float(expected), rel=5e-3)
-
-
-def test_time_embeddings_tell_times_apart() -> None:
-    embedding_TD = flow.time_embedding(torch.tensor([0.0, 0.001, 0.5, 1.0]), 64)
-    assert embedding_TD.shape == (4, 64)
-    assert embedding_TD.dtype == torch.float32
-    assert torch.cdist(embedding_TD, embedding_TD).add(torch.eye(4)).min() > 0.1
-
-
-def test_moving_the_logit_scales_the_signal_to_noise_ratio() -> None:
-    uniform = torch.rand(4096, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    time = flow.TimeDistribution(mean=1.0, std=1.0).quantile(uniform)
-    offset = torch.randn(4096, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    moved = flow.move_logit(time, offset)
-    ratio = ((1 - moved) / moved) / ((1 - time) / time)
-    torch.testing.assert_close(ratio, (-offset).exp())
-    assert flow.move_logit(torch.tensor([0.0, 1.0]), torch.tensor([3.0, -3.0])).tolist() == [0.0, 1.0]

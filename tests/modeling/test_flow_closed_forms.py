@@ -1,5 +1,6 @@
 """Velocity, score and transport of Gaussians and mixtures in several dimensions, known in closed form, against flow, floors and solvers."""
 
+import functools
 import math
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 
 from modeling import flow
 from modeling.floors import TokenMixture
-from modeling.flow import EstimatePath, TimeDistribution, shift_for_dimension
-from modeling.sampler import integrate
+from modeling.solvers import integrate
+from modeling.times import TimeDistribution
 
 double = {"dtype": torch.float64}
 
@@ -57,19 +58,21 @@ def test_the_velocity_carries_the_density() -> None:
     torch.testing.assert_close(rate_M, -divergence_M - (flow_MZ * score_MZ).sum(-1), rtol=1e-5, atol=1e-6)
 
 
+@functools.cache
+def end(solver: str, num_steps: int, kind: str) -> torch.Tensor:
+    """Forty paths of the mixture's flow at t = 0.05, from 0.95."""
+    noise_MZ = torch.randn(40, 3, generator=torch.Generator().manual_seed(1), **double)
+    shares = torch.linspace(0.95, 0.05, num_steps + 1, **double)
+    times = shares if kind == "uniform" else TimeDistribution(std=0.8).quantile(shares)
+    return integrate(lambda z, t: velocity(mixture(), z, t), noise_MZ, times.tolist(), solver)
+
+
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1.0), ("heun", 2.0), ("multistep", 2.0)])
 @pytest.mark.parametrize("kind", ["training", "uniform"])
 def test_orders_on_a_mixture(solver: str, order: float, kind: str) -> None:
     """Between t = 0.95 and 0.05, against a solution with 4,000 steps of Heun."""
-    noise_MZ = torch.randn(40, 3, generator=torch.Generator().manual_seed(1), **double)
-
-    def end(solver: str, num_steps: int) -> torch.Tensor:
-        shares = torch.linspace(0.95, 0.05, num_steps + 1, **double)
-        times = shares if kind == "uniform" else TimeDistribution(std=0.8).quantile(shares)
-        return integrate(lambda z, t: velocity(mixture(), z, t), noise_MZ, times.tolist(), solver)
-
-    fine_MZ = end("heun", 4000)
-    errors = [float((end(solver, n) - fine_MZ).square().mean().sqrt()) for n in (400, 800)]
+    fine_MZ = end("heun", 4000, kind)
+    errors = [float((end(solver, n, kind) - fine_MZ).square().mean().sqrt()) for n in (400, 800)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.3)
 
 
@@ -99,35 +102,3 @@ def test_the_endpoint_of_a_mixture_has_its_moments() -> None:
     covariance_ZZ = torch.diag((weights_C1 * of.variances_CZ).sum(0)) + centred_CZ.T @ (weights_C1 * centred_CZ)
     torch.testing.assert_close(found_MZ.mean(0), mean_Z, rtol=0, atol=0.04)
     torch.testing.assert_close(torch.cov(found_MZ.T), covariance_ZZ, rtol=0, atol=0.08)
-
-
-def test_the_even_grid_steps_between_equal_changes_of_the_estimate() -> None:
-    """An estimate that moves along (1 - t)^2: its even times are 1 - sqrt(share), as far as it was followed."""
-    path = EstimatePath()
-    for t in torch.linspace(1, 0.0, 4001, **double).tolist():
-        path.add(t, torch.full((5, 3), (1 - t) ** 2, **double))
-    times = TimeDistribution(path=path.even_times())
-    expected = 1 - torch.linspace(0, 1, 17, **double).sqrt()
-    torch.testing.assert_close(times.grid(16, "even"), expected, rtol=0, atol=1e-6)
-    # Between the measured times, which here are finer by two, it is linear.
-    middle = times.grid(64, "even")
-    torch.testing.assert_close(middle[1::2], (middle[:-1:2] + middle[2::2]) / 2)
-    with pytest.raises(ValueError, match='"even" needs the times measured on the trained model'):
-        TimeDistribution().grid(16, "even")
-    assert EstimatePath().even_times() == ()
-
-
-def test_the_uniform_grid_falls_in_equal_steps_whatever_the_training_times() -> None:
-    grid = TimeDistribution(std=0.3, shift=4.0).grid(10, "uniform")
-    torch.testing.assert_close(grid, torch.linspace(1, 0, 11, **double))
-    with pytest.raises(ValueError, match="time grid 'cosine' is unknown; expected one of training, even, uniform"):
-        TimeDistribution().grid(10, "cosine")
-
-
-@pytest.mark.parametrize("latent_dim", [16, 64, 256])
-def test_the_shift_keeps_what_all_channels_together_know(latent_dim: int) -> None:
-    """Z channels that carry one shared number: its error at the shifted time is that of 64 channels at the plain one."""
-    shift, time = shift_for_dimension(1.0, latent_dim, 64), 0.6
-    shifted = shift * time / (1 + (shift - 1) * time)
-    assert math.sqrt(latent_dim) * (1 - shifted) / shifted == pytest.approx(8 * (1 - time) / time)
-    assert shift_for_dimension(3.0, latent_dim, 0) == 3.0

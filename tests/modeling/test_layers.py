@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from modeling.attention import Segments
-from modeling.layers import Attention, Block, Transformer, apply_rope, initialize, rope_tables
+from modeling.layers import Attention, Block, Transformer, apply_rope, initialize, rope_tables, time_embedding
 
 LENGTHS = [5, 1, 140, 9, 30]
 
@@ -171,3 +171,10 @@ def test_neighbour_heads_start_by_looking_beside_them(width: int, head_dim: int,
             else:
                 assert torch.equal(share_TT[inner_T].argmax(-1), inner_T + offset)
                 assert float(share_TT[inner_T, inner_T + offset].mean()) > 0.5
+
+
+def test_time_embeddings_tell_times_apart() -> None:
+    embedding_TD = time_embedding(torch.tensor([0.0, 0.001, 0.5, 1.0]), 64)
+    assert embedding_TD.shape == (4, 64)
+    assert embedding_TD.dtype == torch.float32
+    assert torch.cdist(embedding_TD, embedding_TD).add(torch.eye(4)).min() > 0.1

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from data_pipeline.reading.batch import Batch
 from data_pipeline.format.manifest import Manifest
 from modeling.attention import Segments
-from modeling.flow import TimeDistribution
-from modeling.sampler import GuidedVelocity, integrate
+from modeling.guidance import GuidedVelocity
+from modeling.solvers import integrate
+from modeling.times import TimeDistribution
 from modeling.textldm import TextLDM
 from modeling.textldm import __file__ as textldm_source
 from pretrain import train
@@ -143,7 +144,7 @@ def test_a_token_posterior_travels_with_its_statistics(trained: Trained, tmp_pat
 
 def test_the_folder_holds_what_its_parts_were(trained: Trained, exported: Path) -> None:
     names = {path.name for path in exported.iterdir()}
-    stems = ("attention", "flow", "layers", "sampler", "text_dit", "text_vae", "textldm", "token_posterior")
+    stems = ("attention", "flow", "guidance", "layers", "solvers", "text_dit", "text_vae", "textldm", "times", "token_posterior")
     code = {f"{stem}.py" for stem in stems}
     assert names == code | {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in modeling_files()} == code

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling.flow import TimeDistribution
+from modeling.times import TimeDistribution
 from modeling.textldm import TextLDM
 from pretrain.export.generate import Options, continue_prompts, load_exported, main, read_prompts
 

@@ -1,17 +1,21 @@
-"""Solvers reach the known endpoint at their order; guidance is the combination that it says."""
+"""Solvers reach the known endpoint at the order and with the evaluations that they declare; others join from outside."""
 
+import itertools
 import math
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
 from torch.distributions import Normal
 
 from modeling import flow
-from modeling.attention import Segments
 from modeling.floors import TokenMixture
-from modeling.flow import TimeDistribution
-from modeling.sampler import SOLVERS, GuidedVelocity, integrate
-from modeling.text_dit import TextDiT, TextDiTConfig
+from modeling.solvers import SOLVERS, Solver, find_solver, integrate, solver_names
+from modeling.textldm import TextLDM, TextLDMConfig
+from modeling.times import TimeDistribution
+from pretrain.config.sections import Diagnose
 
 MEAN, STD = 0.7, 0.4
 
@@ -48,10 +52,11 @@ GRIDS = {"uniform": TimeDistribution(kind="uniform").grid, "quantiles": inner_gr
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1.0), ("heun", 2.0), ("multistep", 2.0)])
-def test_halving_the_steps_shows_the_order(solver: str, order: float, grid: str) -> None:
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_halving_the_steps_shows_the_declared_order(solver: str, grid: str) -> None:
     # The corrector leaves so little of the second order here that higher ones hide it below a thousand steps.
     errors = torch.tensor([error(solver, list(map(float, GRIDS[grid](n)))) for n in (1000, 2000, 4000)])
+    order = SOLVERS[solver].order
     orders = (errors[:-1] / errors[1:]).log2()
     assert orders.tolist() == pytest.approx([order, order], abs=0.3)
     assert errors[-1] < (1e-2 if order == 1 else 1e-4)
@@ -110,13 +115,15 @@ def test_a_straight_path_is_exact_in_one_step() -> None:
 
 
 @pytest.mark.parametrize(("solver", "expected"), [("euler", 10), ("heun", 19), ("multistep", 10)])
-def test_evaluations_are_those_promised(solver: str, expected: int) -> None:
+def test_evaluations_are_those_declared(solver: str, expected: int) -> None:
     calls = []
     integrate(lambda z, t: calls.append(t) or z, noise(3), TimeDistribution().grid(10).tolist(), solver)
     assert len(calls) == expected
+    assert 9 < len(calls) / SOLVERS[solver].evaluations <= 10
 
 
-def test_every_step_reports_its_estimate() -> None:
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_step_reports_its_estimate(solver: str) -> None:
     seen: list[tuple[int, float]] = []
 
     def report(step: int, t: float, estimate_TZ: torch.Tensor) -> None:
@@ -124,7 +131,7 @@ def test_every_step_reports_its_estimate() -> None:
         torch.testing.assert_close(estimate_TZ, torch.full_like(estimate_TZ, 2.0))
 
     path = noise(4)
-    integrate(lambda z, t: path - 2.0, path, [1.0, 0.75, 0.5, 0.0], on_step=report)
+    integrate(lambda z, t: path - 2.0, path, [1.0, 0.75, 0.5, 0.0], solver, on_step=report)
     assert seen == [(0, 1.0), (1, 0.75), (2, 0.5)]
 
 
@@ -136,77 +143,55 @@ def test_mistakes() -> None:
             integrate(gaussian_velocity, noise(2), times)
 
 
-LENGTHS, CONTEXTS = [7, 5, 4], [3, 2, 0]
+def midpoint(velocity, z_TZ, times):
+    """A solver that this package does not have."""
+    for t, s in itertools.pairwise(times):
+        middle_TZ = z_TZ + (s - t) / 2 * velocity(z_TZ, t)
+        z_TZ = z_TZ + (s - t) * velocity(middle_TZ, (t + s) / 2)
+    return z_TZ
 
 
-def make_dit(**options: object) -> TextDiT:
-    """Random weights everywhere, so that every input matters."""
-    torch.manual_seed(0)
-    dit = TextDiT(TextDiTConfig(latent_dim=3, width=16, num_layers=2, head_dim=8, **options)).eval()
-    for p in dit.parameters():
-        torch.nn.init.normal_(p, std=0.4)
-    return dit.requires_grad_(False)
+MIDPOINT = Solver("midpoint", 2, 2, midpoint)
 
 
-def packed() -> tuple[torch.Tensor, torch.Tensor, Segments]:
-    """Context latents with rubbish at the targets, which must not be read; where targets are; windows."""
-    is_target_T = torch.cat([torch.arange(n) >= c for n, c in zip(LENGTHS, CONTEXTS)])
-    return torch.randn(sum(LENGTHS), 3), is_target_T, Segments.from_lengths(LENGTHS)
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package that offers `MIDPOINT`."""
+    metadata = tmp_path / "others-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[textldm.solvers]\nmidpoint = others_solvers:MIDPOINT\n")
+    module = types.ModuleType("others_solvers")
+    module.MIDPOINT = MIDPOINT
+    monkeypatch.setitem(sys.modules, "others_solvers", module)
+    monkeypatch.syspath_prepend(str(tmp_path))
 
 
-@pytest.mark.parametrize("time_conditioning", ["none", "adaln_zero"])
-def test_guidance_combines_with_and_without_context(time_conditioning: str) -> None:
-    dit, (context_TZ, is_target_T, windows), t = make_dit(time_conditioning=time_conditioning), packed(), 0.6
-    z_TZ, time_T = torch.randn_like(context_TZ), torch.full((sum(LENGTHS),), t)
-    target_T1 = is_target_T[:, None]
-    with_TZ = dit(torch.where(target_T1, z_TZ, context_TZ), is_target_T, time_T, windows) * target_T1
-    without_TZ = dit(z_TZ * target_T1, is_target_T, time_T, windows) * target_T1
-    assert not torch.allclose(with_TZ, without_TZ)
-    for scale, interval, expected_TZ in (
-        (1.0, (0.0, 1.0), with_TZ),
-        (0.0, (0.0, 1.0), without_TZ),
-        (7.0, (0.0, 1.0), without_TZ + 7 * (with_TZ - without_TZ)),
-        (7.0, (0.0, 0.5), with_TZ),
-        (7.0, (0.7, 1.0), with_TZ),
-    ):
-        velocity = GuidedVelocity(dit, context_TZ, is_target_T, windows, scale, interval)
-        torch.testing.assert_close(velocity(z_TZ, t), expected_TZ, rtol=1e-4, atol=1e-4)
+@pytest.mark.usefixtures("installed")
+def test_an_installed_package_adds_a_solver_by_name() -> None:
+    assert solver_names() == ["euler", "heun", "multistep", "midpoint"]
+    assert find_solver("midpoint") is MIDPOINT
+    assert Diagnose(solver="midpoint").solver == "midpoint"
+    model = TextLDM(TextLDMConfig(num_steps=5, guidance_scale=1.0)).eval()
+    named, given, euler = (
+        model.generate([[3, 5]], 4, solver=solver, on_step=lambda *_: None)
+        for solver in ("midpoint", MIDPOINT, "euler")
+    )
+    assert [len(ids) for ids in named] == [4]
+    assert torch.equal(named[0], given[0])
+    assert len(euler[0]) == 4
 
 
-def test_scale_one_does_half_the_work() -> None:
-    dit, (context_TZ, is_target_T, windows) = make_dit(), packed()
-    sizes: list[int] = []
-    dit.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-    for scale in (1.0, 3.0):
-        GuidedVelocity(dit, context_TZ, is_target_T, windows, scale)(torch.randn_like(context_TZ), 0.5)
-    assert sizes == [sum(LENGTHS), 2 * sum(LENGTHS)]
+@pytest.mark.usefixtures("installed")
+def test_a_solver_from_outside_follows_the_flow() -> None:
+    errors = [error("midpoint", inner_grid(n)) for n in (100, 200)]
+    assert math.log2(errors[0] / errors[1]) > MIDPOINT.order - 0.1  # on a Gaussian it happens to be three
+    seen: list[float] = []
+    integrate(gaussian_velocity, noise(3), [1.0, 0.5, 0.25, 0.0], MIDPOINT, lambda step, t, z: seen.append(t))
+    assert seen == [1.0, 0.5, 0.25]
 
 
-def test_self_conditioning_reads_the_last_estimate_of_the_guided_velocity() -> None:
-    dit, (context_TZ, is_target_T, windows) = make_dit(self_conditioning=True), packed()
-    velocity = GuidedVelocity(dit, context_TZ, is_target_T, windows, 3.0)
-    z_TZ = torch.randn_like(context_TZ)
-    first_TZ = velocity(z_TZ, 0.8)
-    estimate_TZ = (z_TZ - 0.8 * first_TZ) * is_target_T[:, None]
-    inputs_TZ = torch.where(is_target_T[:, None], z_TZ, context_TZ)
-    time_T = torch.full((sum(LENGTHS),), 0.5)
-    with_TZ = dit(inputs_TZ, is_target_T, time_T, windows, estimate_TZ)
-    without_TZ = dit(z_TZ * is_target_T[:, None], is_target_T, time_T, windows, estimate_TZ)
-    expected_TZ = flow.guide(with_TZ, without_TZ, 3.0) * is_target_T[:, None]
-    torch.testing.assert_close(velocity(z_TZ, 0.5), expected_TZ, rtol=1e-4, atol=1e-4)
-    fresh_TZ = GuidedVelocity(dit, context_TZ, is_target_T, windows, 3.0)(z_TZ, 0.5)
-    assert not torch.allclose(fresh_TZ, expected_TZ, atol=1e-3)
-
-
-def test_a_belief_scale_multiplies_what_the_context_adds_to_the_token_logits() -> None:
-    dit, (context_TZ, is_target_T, windows) = make_dit(prediction="posterior", vocab_size=5), packed()
-    z_TZ = torch.randn_like(context_TZ)
-    assert dit.posterior is not None
-    dit.posterior.means.copy_(torch.randn(5, 3))
-    scaled_TZ = GuidedVelocity(dit, context_TZ, is_target_T, windows, belief_scale=2.5)(z_TZ, 0.6)
-    plain_TZ = GuidedVelocity(dit, context_TZ, is_target_T, windows)(z_TZ, 0.6)
-    dit.posterior.to_logits.weight.mul_(2.5)
-    torch.testing.assert_close(scaled_TZ, GuidedVelocity(dit, context_TZ, is_target_T, windows)(z_TZ, 0.6))
-    assert not torch.allclose(scaled_TZ, plain_TZ)
-    with pytest.raises(ValueError, match="belief_scale is 2, but this DiT predicts velocity"):
-        GuidedVelocity(make_dit(), context_TZ, is_target_T, windows, belief_scale=2.0)
+def test_a_solver_that_declares_other_evaluations_than_it_takes_is_told() -> None:
+    wrong = Solver("half", 2, 1, midpoint)
+    with pytest.raises(ValueError, match=r"half began step 1 at t = 0\.75, which is not that step's time"):
+        integrate(gaussian_velocity, noise(3), [1.0, 0.5, 0.0], wrong)
