@@ -14,9 +14,11 @@ usage() {
     --long                train the DiT for about an hour instead of a few minutes
     --output DIR          another folder than runs/quickstart
     --fresh               start over; without it, a second run goes on after the last finished step
-./run.sh install          install only
+./run.sh install          install only, what requirements.lock pins
 ./run.sh test [--fast]    install, then linters, type checker and the test suite (--fast: without the slow tests)
 ./run.sh -- COMMAND ...   run a command in the environment
+./run.sh lock [--upgrade] write requirements.lock anew for the dependencies in pyproject.toml: what is pinned stays where it
+                          still fits, --upgrade takes the newest of everything
 TEXT
 }
 
@@ -24,10 +26,10 @@ PYTHON=${PYTHON:-python3}
 export HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-true}
 
 install() {
-  # The stamp holds what was installed: it changes with pyproject.toml and with the extras asked for.
-  local extras=$1 stamp=.venv/.installed wanted
-  wanted="$(cksum < pyproject.toml) $extras"
-  if [[ -f $stamp && $(< "$stamp") == *"$wanted"* ]]; then return; fi
+  # The stamp holds what was installed: it changes with pyproject.toml and with the lock.
+  local stamp=.venv/.installed wanted
+  wanted=$(cat pyproject.toml requirements.lock | cksum)
+  if [[ -f $stamp && $(< "$stamp") == "$wanted" ]]; then return; fi
   "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || {
     echo "error: $("$PYTHON" --version) found, Python 3.11 to 3.13 expected; name one with PYTHON=python3.11 ./run.sh" >&2
     exit 2
@@ -36,26 +38,40 @@ install() {
   echo "installing into .venv (a few minutes the first time) ..."
   local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
   if ! .venv/bin/python -c 'import torch; assert torch.__version__.startswith("2.13.0")' 2> /dev/null; then
-    # Before anything that depends on it: left to pip's choice, torch brings gigabytes of CUDA to machines without a GPU.
+    # Before anything that depends on it, and not from the lock: left to pip's choice, torch brings gigabytes of CUDA to
+    # machines without a GPU. What the CPU build needs is in the lock, what the CUDA build needs besides it pins itself.
     if command -v nvidia-smi > /dev/null && nvidia-smi -L > /dev/null 2>&1; then
       "${pip[@]}" torch==2.13.0
     else
-      "${pip[@]}" torch==2.13.0+cpu 2> /dev/null || {
+      "${pip[@]}" --no-deps torch==2.13.0+cpu 2> /dev/null || {
         echo "no CPU build of torch in pip's indexes: taking the default one, with CUDA (gigabytes)." \
           "For the small one, stop and set PIP_EXTRA_INDEX_URL to PyTorch's CPU index." >&2
         "${pip[@]}" torch==2.13.0
       }
     fi
   fi
-  "${pip[@]}" --editable ".[$extras]"
+  "${pip[@]}" --no-deps --require-hashes --requirement requirements.lock
+  "${pip[@]}" --no-build-isolation --editable ".[dev]"
   echo "$wanted" > "$stamp"
+}
+
+lock() {
+  [[ -x .venv/bin/python ]] || "$PYTHON" -m venv .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.13,<0.14"
+  # For all of Python 3.11 to 3.13 at once; without torch, which is installed by itself (above).
+  UV_CUSTOM_COMPILE_COMMAND="./run.sh lock" .venv/bin/uv pip compile pyproject.toml --extra dev --output-file requirements.lock \
+    --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-emit-package torch --quiet "$@"
 }
 
 case "${1:-}" in
   -h | --help) usage ;;
-  install) install dev ;;
+  install) install ;;
+  lock)
+    shift
+    lock "$@"
+    ;;
   test)
-    install dev
+    install
     shift
     fast=()
     if [[ ${1:-} == --fast ]]; then
@@ -69,12 +85,12 @@ case "${1:-}" in
     .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "${fast[@]}" "$@"
     ;;
   --)
-    install dev
+    install
     shift
     PATH="$PWD/.venv/bin:$PATH" exec "$@"
     ;;
   *)
-    install dev
+    install
     PATH="$PWD/.venv/bin:$PATH" exec .venv/bin/textldm quickstart "$@"
     ;;
 esac

@@ -6,6 +6,9 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("data_pipeline", "modeling", "pretrain")
 FLOORS = {
@@ -102,6 +105,36 @@ def test_torch_is_pinned_and_every_dependency_bounded():
         name for name in project["dependencies"] + extras if "==" not in name and not (">=" in name and "<" in name)
     ]
     assert not unbounded
+
+
+def test_lock_pins_every_dependency_within_its_bounds_and_nothing_else():
+    """What `./run.sh lock` wrote is stale as soon as pyproject.toml asks for something else."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [Requirement(name) for name in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    pinned, asked_for = locked((ROOT / "requirements.lock").read_text())
+    assert asked_for == {canonicalize_name(one.name) for one in wanted} - {"torch"}, "run ./run.sh lock"
+    outside = [
+        str(one) for one in wanted if one.name != "torch" and pinned[canonicalize_name(one.name)] not in one.specifier
+    ]
+    assert not outside, f"run ./run.sh lock: the lock's versions do not fit {outside}"
+
+
+def test_lock_names_no_machine_and_no_index():
+    lock = (ROOT / "requirements.lock").read_text()
+    assert all(re.match(r"[\w-]+==|    --hash=sha256:[0-9a-f]{64}|\s*#|$", line) for line in lock.splitlines())
+    assert "://" not in lock
+
+
+def locked(lock: str) -> tuple[dict[str, str], set[str]]:
+    """The pins of a lock, and the names of those that pyproject.toml itself asks for."""
+    pinned, asked_for, name = {}, set(), ""
+    for line in lock.splitlines():
+        if found := re.match(r"([\w.-]+)==(\S+)", line):
+            name = found[1]
+            pinned[name] = found[2]
+        elif re.fullmatch(r"\s+# +(via )?textldm \(pyproject\.toml\)", line):
+            asked_for.add(name)
+    return pinned, asked_for
 
 
 def test_readme_links_lead_somewhere():
