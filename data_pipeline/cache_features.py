@@ -15,13 +15,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data_pipeline.core.devices import device_of
+from data_pipeline.core.devices import device_of, share_cores
+from data_pipeline.core.environment import launch
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.core.storage import local_folder
 from data_pipeline.features.check import check_cache
@@ -29,44 +29,6 @@ from data_pipeline.features.codec_choice import Target
 from data_pipeline.features.job import CodecOptions, FeatureJob
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that share the work."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-
-    @classmethod
-    def from_environment(cls) -> "Ranks":
-        """From what torchrun and deepspeed set, or srun, or alone."""
-
-        def read(*names: str, default: int) -> int:
-            return next((int(os.environ[name]) for name in names if name in os.environ), default)
-
-        world_size = read("WORLD_SIZE", "SLURM_NTASKS", default=1)
-        return cls(
-            rank=read("RANK", "SLURM_PROCID", default=0),
-            world_size=world_size,
-            local_rank=read("LOCAL_RANK", "SLURM_LOCALID", default=0),
-            local_world_size=read("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", default=world_size),
-        )
-
-    def device(self, wanted: str) -> torch.device:
-        """`auto` is this rank's GPU where there is one."""
-        if wanted != "auto":
-            return device_of(wanted)
-        if torch.cuda.is_available():
-            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
-        return torch.device("cpu")
-
-    def share_cores(self) -> None:
-        """Divide the cores among the ranks of this machine, unless OMP_NUM_THREADS says otherwise."""
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_world_size))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -134,12 +96,11 @@ def with_config(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**given | {k: v for k, v in found.items() if given[k] is None and v is not None})
 
 
-def job_from(args: argparse.Namespace, ranks: Ranks) -> FeatureJob:
+def job_from(args: argparse.Namespace, device: torch.device) -> FeatureJob:
     """Load everything that the command line names."""
     for name in ("data", "teacher"):
         if getattr(args, name) is None:
             raise UserError(f"--{name} is missing, and no --config names it")
-    device = ranks.device(args.device)
     orders: Sequence[int] = range(4) if args.ngram_order is None else range(args.ngram_order + 1)
     return FeatureJob.open(
         data=args.data,
@@ -165,16 +126,16 @@ def job_from(args: argparse.Namespace, ranks: Ranks) -> FeatureJob:
 def main(argv: list[str] | None = None) -> int | None:
     """Entry point."""
     args = with_config(parser().parse_args(argv))
-    ranks = Ranks.from_environment()
-    ranks.share_cores()
+    ranks = launch(os.environ)
+    share_cores(ranks.local_world_size)
+    device = device_of(args.device, ranks.local_rank)
     if args.command == "check":
         for name in ("data", "output"):
             if getattr(args, name) is None:
                 raise UserError(f"--{name.replace('output', 'features')} is missing, and no --config names it")
-        device = ranks.device(args.device)
         print(check_cache(args.data, args.output, args.teacher, device, args.rows, args.token_budget, args.seed))
         return 0
-    job = job_from(args, ranks)
+    job = job_from(args, device)
     codec = job.codec_for(ranks.rank, ranks.world_size, args.timeout, args.report_only)
     if codec is not None and not args.report_only:
         job.run(codec, ranks.rank, ranks.world_size)

@@ -1,16 +1,26 @@
-"""Which device a command computes on, from its --device."""
+"""Which device and how many cores a process computes on."""
+
+import os
 
 import torch
 
 from data_pipeline.core.errors import UserError
 
 
-def device_of(name: str | None) -> torch.device:
-    """The named device, else a GPU if there is one. Raises: UserError when torch cannot use it."""
+def device_of(name: str | None = None, local_rank: int = 0) -> torch.device:
+    """The named device; of None or "auto" this rank's GPU where there is one. Raises: UserError when torch cannot use it."""
+    if name in (None, "auto"):
+        name = f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # the second from a torch without CUDA
         reason = str(error).splitlines()[0]
         raise UserError(
             f"--device is {name} ({reason}); expected cpu, or a GPU of this machine: cuda, cuda:1"
         ) from None
+
+
+def share_cores(num_processes: int) -> None:
+    """Divide the cores among the processes of this host that do the same, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_processes))

@@ -130,6 +130,32 @@ def test_exact_cache_is_the_online_teacher_bit_for_bit(data, teacher, tmp_path):
     assert torch.equal(cache.codec.decode(cache.read("heldout", span), tokens_T, lengths), fresh_TF)
 
 
+@pytest.mark.parametrize("step", [{}, {"SLURM_STEP_ID": "4294967291"}])
+def test_plain_python_in_a_batch_script_writes_everything(data, teacher, cached, tmp_path, monkeypatch, step):
+    """The script's own SLURM variables are of an allocation for four tasks; nobody starts the other three."""
+    for name, value in {
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "4",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        **step,
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert main(command(data, teacher, tmp_path / "batch")) == 0
+    assert contents(tmp_path / "batch") == contents(cached)
+
+
+def test_the_tasks_of_srun_share_the_shards(data, teacher, cached, tmp_path, monkeypatch):
+    for name in ("SLURM_STEP_ID", "SLURM_LOCALID", "SLURM_NODEID"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    for rank in "01":
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        assert main(command(data, teacher, tmp_path / "srun")) == 0
+        assert (tmp_path / "srun/manifest.json").exists() == (rank == "1")
+    assert contents(tmp_path / "srun") == contents(cached)
+
+
 def test_two_ranks_write_the_same_bytes(data, teacher, cached, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "01":
