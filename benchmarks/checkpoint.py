@@ -30,14 +30,17 @@ from benchmarks.measuring import print_figures
 from data_pipeline.core.errors import UserError, cli
 from modeling.attention import Segments
 from modeling.text_dit import TextDiT, TextDiTConfig
+from pretrain.checkpoint.find import checkpoint_at, saved_steps
 from pretrain.checkpoint.read import verify
 from pretrain.checkpoint.write import CheckpointWriter
 from pretrain.config.load import load_config
+from pretrain.engine.adamw import AdamW, AdamWSettings
 from pretrain.engine.engine import Engine, EngineSettings
-from pretrain.engine.optim import STATES, Optimizer
+from pretrain.engine.optim import EMA, WEIGHT
 from pretrain.ranks.distributed import init_distributed
 from pretrain.stages.dit import DiTRun
 
+STATES = (WEIGHT, *AdamW.states, EMA)
 BYTES_PER_PARAMETER = 4 * (len(STATES) + 1 + len(STATES))
 """States, gradients, host copy."""
 MEMORY_SHARE = 0.6
@@ -97,9 +100,8 @@ class Bench:
     def asynchronous_save(self) -> dict[str, float]:
         """Seconds for which the loop is held up, and of the steps beside the writer, of which there is at least one."""
         self.train()
-        final = self.writer.folder / f"step-{self.step:09d}"
         stall_s, beside = self.writer.save(self.step, self.engine, {}), [self.train()]
-        while not final.exists():
+        while saved_steps(self.writer.run)[0] < self.step - len(beside):
             beside.append(self.train())
         self.writer.wait()
         return {"stall_s": stall_s, "beside_s": sum(beside), "beside_steps": len(beside)}
@@ -110,7 +112,7 @@ def measure(shape: TextDiTConfig, folder: Path, repetitions: int) -> dict[str, f
     topology = init_distributed()
     torch.manual_seed(0)
     stage = BareDiT(shape).to(topology.device)
-    engine = Engine(stage, EngineSettings(zero_stage=0), Optimizer(lr=3e-4), topology)
+    engine = Engine(stage, EngineSettings(zero_stage=0), AdamWSettings(lr=3e-4), topology)
     writer = CheckpointWriter(folder, topology, keep_last=1)
     writer.prepare(engine)
     bench = Bench(engine, writer, torch.randn(TOKENS, shape.latent_dim, device=topology.device))
@@ -121,10 +123,10 @@ def measure(shape: TextDiTConfig, folder: Path, repetitions: int) -> dict[str, f
             for name, value in save().items():
                 found.setdefault(name, []).append(value)
     median = {name: statistics.median(values) for name, values in found.items()}
-    (saved,) = writer.folder.glob("step-*")
-    verify(saved)
+    (step,) = saved_steps(folder)
+    verify(checkpoint_at(folder, step))
     parameters = sum(parameter.numel for parameter in engine.partition.parameters.values())
-    num_bytes = sum(file.stat().st_size for file in saved.iterdir())
+    num_bytes = sum(file.stat().st_size for file in folder.rglob("step-*/*"))
     engine.close()
     return {
         "stall_over_blocking_save": median["stall_s"] / median["blocking_s"],

@@ -37,8 +37,8 @@ from modeling.text_dit import TextDiT, TextDiTConfig
 from modeling.text_vae import TextVAE, TextVAEConfig
 from pretrain.config.load import load_config
 from pretrain.config.schema import RunConfig
+from pretrain.engine.adamw import AdamWSettings
 from pretrain.engine.engine import Engine, EngineSettings
-from pretrain.engine.optim import Optimizer
 from pretrain.ranks.distributed import init_distributed, shutdown
 from pretrain.stages.base import StageOutput
 from pretrain.stages.build import prepare_blocks
@@ -179,7 +179,7 @@ def train_figures(name: str, peak: float, device: torch.device, size: Size) -> d
     prepare_blocks(stage.to(device), config.train)
     lengths = list(size.lengths) * (config.data.micro_batch_rows if not size.shape else 1)
     repetitions = size.steps
-    engine = Engine(stage, EngineSettings(1, "bf16"), Optimizer(lr=1e-4), init_distributed())
+    engine = Engine(stage, EngineSettings(1, "bf16"), AdamWSettings(lr=1e-4), init_distributed())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     number = iter(range(1 << 30))

@@ -8,7 +8,8 @@ from data_pipeline.core.keys import key
 from data_pipeline.format.manifest import Manifest
 from pretrain.config.load import load_config
 from pretrain.config.schema import RunConfig
-from pretrain.engine.optim import build_optimizer, learning_rate
+from pretrain.engine.optim import build_optimizer
+from pretrain.engine.schedule import learning_rate
 from pretrain.ranks.distributed import Topology
 from pretrain.session import open_loader
 from pretrain.stages.vae import VAERun, VAEStage
@@ -33,7 +34,7 @@ class PlainRun:
         self.stage.train()
         self.loader = open_loader(config, Topology(device=device), start_step=0)
         self.settings = config.optimizer
-        self.optimizer = build_optimizer(self.stage, self.settings, fused=device.type == "cuda")
+        self.optimizer = build_optimizer(self.stage, self.settings)
 
     def step(self) -> None:
         """One update."""
@@ -43,11 +44,9 @@ class PlainRun:
         for batch in batches:
             self.stage(batch, {name: sum(count[name] for count in counts) for name in counts[0]}).loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.stage.parameters() if p.grad is not None])
-        self.optimizer.clip_factor = min(1.0, self.settings.grad_clip / (float(norm) + 1e-6))
-        self.optimizer.ema_decay = self.settings.ema_decay_at(self.num_steps)
-        schedule = self.config.schedule
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.num_steps, self.settings.lr, schedule, self.config.train.steps)
+        lr = learning_rate(self.num_steps, self.settings.lr, self.config.schedule, self.config.train.steps)
+        clip_factor = min(1.0, self.settings.grad_clip / (float(norm) + 1e-6))
+        self.optimizer.prepare(self.num_steps + 1, lr, self.settings.ema_decay_at(self.num_steps), clip_factor)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.num_steps += 1

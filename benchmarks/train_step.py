@@ -33,10 +33,12 @@ from modeling import flow
 from modeling.attention import Segments
 from modeling.losses import squared_error
 from modeling.text_dit import TextDiT, TextDiTConfig
-from pretrain.engine.optim import Optimizer, build_optimizer
+from pretrain.engine.adamw import AdamWSettings
+from pretrain.engine.optim import build_optimizer
 from pretrain.telemetry.flops import transformer_flops
 
 MIN_WINDOW = 8
+LR, EMA_DECAY = 3e-4, 0.999
 
 
 def rows_of(text: Path, tokenizer: str, row_tokens: int, num_rows: int) -> list[list[int]]:
@@ -61,7 +63,7 @@ class PackedStep:
 
     def __init__(self, model: TextDiT, lengths: Sequence[int]):
         self.model, self.windows = model, Segments.from_lengths(lengths)
-        self.optimizer = build_optimizer(model, Optimizer(lr=3e-4))
+        self.optimizer, self.num_steps = build_optimizer(model, AdamWSettings(lr=LR)), 0
         self.is_target_T = self.windows.positions_T >= torch.tensor([n // 2 for n in lengths])[self.windows.ids_T]
 
     def __call__(self) -> None:
@@ -73,7 +75,8 @@ class PackedStep:
         error_T = squared_error(velocity_TZ, flow.velocity(data_TZ, noise_TZ))
         ((error_T * self.is_target_T).sum() / self.is_target_T.sum()).backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        self.optimizer.clip_factor = min(1.0, 1.0 / (float(norm) + 1e-6))
+        self.num_steps += 1
+        self.optimizer.prepare(self.num_steps, LR, EMA_DECAY, min(1.0, 1.0 / (float(norm) + 1e-6)))
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -18,16 +18,17 @@ import torch
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.keys import key
+from data_pipeline.core.storage import atomic_write
 from data_pipeline.format.manifest import FeatureManifest, Manifest
 from data_pipeline.reading.loader import TrainLoader
-from pretrain.checkpoint.find import discard_after, newest_complete
+from pretrain.checkpoint.find import discard_after, had_checkpoints, newest_complete, saved_steps
+from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.read import restore
-from pretrain.checkpoint.slices import FOLDER, read_manifest, saved_steps, write_atomically
 from pretrain.checkpoint.write import CheckpointWriter
 from pretrain.config.load import check_ranks, micro_batch_size, refuse_changes, resume_differences
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import Engine, EngineSettings
-from pretrain.engine.optim import learning_rate
+from pretrain.engine.schedule import learning_rate
 from pretrain.faults.signals import Signals
 from pretrain.faults.spikes import SpikeGuard
 from pretrain.faults.watchdog import Watchdog
@@ -81,7 +82,7 @@ class Session:
         """
         self.writer.settle()  # whether or not it failed: what is complete counts
         bad_from = self.guard.state()["skipped_steps"][0]
-        earlier = [step for step, _ in saved_steps(self.run / FOLDER) if step <= bad_from]
+        earlier = [step for step in saved_steps(self.run) if step <= bad_from]
         barrier()  # every rank has looked before rank 0 deletes
         if not earlier:
             return False
@@ -103,7 +104,7 @@ class Session:
 
     def close(self) -> None:
         """End in order; only after success, because it waits for the other ranks."""
-        self.writer.close()
+        self.writer.wait()
         self.telemetry.event("end", step=self.step)
         self.telemetry.close()
         self.engine.close()
@@ -144,7 +145,7 @@ def open_session(
 
     found = newest_complete(run, topology)
     earlier = read_manifest(found).extra if found else None
-    if earlier is None and (run / FOLDER / "latest").exists():
+    if earlier is None and had_checkpoints(run):
         raise UserError(
             f"{run} had checkpoints, but none of them is complete any more; start over with --fresh, or restore them"
         )
@@ -192,7 +193,8 @@ def open_session(
     )  # fmt: skip
     stack.callback(lambda: session.loader.close())
     if topology.is_main:
-        write_atomically(run / "config.json", config.model_dump_json(indent=2) + "\n")
+        with atomic_write(run / "config.json") as file:
+            file.write(config.model_dump_json(indent=2).encode() + b"\n")
     telemetry.event(
         "start", step=step, ranks=topology.world_size, python=platform.python_version(), torch=torch.__version__
     )

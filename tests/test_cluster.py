@@ -44,7 +44,7 @@ def test_slurm_requeues_what_a_restart_brings_on(code: int, again: bool, tmp_pat
 
 @pytest.mark.slow
 def test_a_pod_that_is_told_to_go_saves_and_says_so(tmp_path: Path) -> None:
-    from pretrain.checkpoint.slices import saved_steps
+    from pretrain.checkpoint.find import saved_steps
     from pretrain.ranks.launcher import free_port
     from tests.pretrain import tiny_run
 
@@ -59,7 +59,7 @@ def test_a_pod_that_is_told_to_go_saves_and_says_so(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log:
         pod = subprocess.Popen(container["command"], cwd=ROOT, env=os.environ | variables, stdout=log, stderr=log)
     try:
-        while not saved_steps(tmp_path / "run" / "checkpoints") and pod.poll() is None:
+        while not saved_steps(tmp_path / "run") and pod.poll() is None:
             time.sleep(0.1)
         pod.send_signal(signal.SIGTERM)
         assert pod.wait(300) == 85, (tmp_path / "log").read_text()[-5000:]

@@ -1,40 +1,32 @@
-"""Checkpoints: finding the newest complete one, restoring it into any sharding, reading it without DeepSpeed.
+"""The command `textldm checkpoint`: what is in a checkpoint, and whether all of it is there. Needs no DeepSpeed.
 
-    textldm checkpoint inspect runs/vae_base      what is in the newest checkpoint
-    textldm checkpoint verify runs/vae_base       read every byte of it
-
-What the files are: slices.py. How they are written while training goes on: checkpoint_writer.py.
+textldm checkpoint inspect runs/vae_base      what is in the newest checkpoint
+textldm checkpoint verify runs/vae_base       read every byte of it
 """
 
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from data_pipeline.core.errors import cli
 from pretrain.checkpoint.find import checkpoint_of
+from pretrain.checkpoint.manifest import Manifest, read_manifest
 from pretrain.checkpoint.read import verify
-from pretrain.checkpoint.slices import (
-    Manifest,
-    read_manifest,
-)
-
-if TYPE_CHECKING:
-    pass
 
 
 def _describe(manifest: Manifest) -> str:
     num_parameters = sum(manifest.shape(name).numel() for name in manifest.parameters)
-    num_bytes = sum(file["bytes"] for file in manifest.files.values())
+    num_bytes = sum(file.bytes for file in manifest.files.values())
     lines = [
-        f"{manifest.path}: step {manifest.step:,}, saved by {manifest.world_size} rank(s), "
+        f"{manifest.checkpoint}: step {manifest.step:,}, saved by {manifest.world_size} rank(s), "
         f"ZeRO-{manifest.zero_stage}, {manifest.precision}",
-        f"{num_parameters:,} parameters in {len(manifest.parameters)} tensors, states {', '.join(manifest.states)}; "
-        f"{num_bytes / 1e6:,.1f} MB in {len(manifest.files)} file(s)",
+        f"{num_parameters:,} parameters in {len(manifest.parameters)} tensors; {num_bytes / 1e6:,.1f} MB in"
+        f" {len(manifest.files)} file(s)",
         f"versions {manifest.versions}; kept beside: {', '.join(manifest.extra) or 'nothing'}",
     ]
     for name, parameter in manifest.parameters.items():
-        lines.append(f"  {name:<60} {parameter['shape']!s:<20} {'decay' if parameter['decays'] else 'no decay'}")
+        decays = "decay" if parameter.decays else "no decay"
+        lines.append(f"  {name:<60} {list(parameter.shape)!s:<20} {decays:<9} {', '.join(parameter.states)}")
     return "\n".join(lines)
 
 
@@ -45,12 +37,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("action", choices=["inspect", "verify"])
     parser.add_argument("path", type=Path, help="a run's folder (its newest checkpoint) or a checkpoint's folder")
     arguments = parser.parse_args(argv)
-    path = checkpoint_of(arguments.path)
+    checkpoint = checkpoint_of(arguments.path)
     if arguments.action == "inspect":
-        print(_describe(read_manifest(path)))
+        print(_describe(read_manifest(checkpoint)))
     else:
-        manifest = verify(path)
-        print(f"{path}: complete and unaltered; {len(manifest.files)} file(s), step {manifest.step:,}")
+        manifest = verify(checkpoint)
+        print(f"{checkpoint}: complete and unaltered; {len(manifest.files)} file(s), step {manifest.step:,}")
 
 
 if __name__ == "__main__":

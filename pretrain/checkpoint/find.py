@@ -1,32 +1,47 @@
-"""Checkpoints: finding the newest complete one, restoring it into any sharding, reading it without DeepSpeed.
+"""Which checkpoints there are, which of them is the newest complete one, and which are given up before a rewind."""
 
-    textldm checkpoint inspect runs/vae_base      what is in the newest checkpoint
-    textldm checkpoint verify runs/vae_base       read every byte of it
-
-What the files are: slices.py. How they are written while training goes on: checkpoint_writer.py.
-"""
-
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from data_pipeline.core.errors import UserError
-from pretrain.checkpoint.slices import (
-    FOLDER,
-    MANIFEST,
-    check_hashes,
-    check_sizes,
-    folder_name,
-    read_manifest,
-    remove_checkpoint,
-    saved_steps,
-    write_atomically,
-)
+from pretrain.checkpoint.manifest import MANIFEST, check_hashes, check_sizes, read_manifest
+from pretrain.checkpoint.storage import CHECKPOINTS, ROOT, Checkpoint, Folder, Storage, storage_of
 from pretrain.ranks.distributed import Topology, all_reduce_sum, any_rank, barrier
 
-if TYPE_CHECKING:
-    pass
+LATEST = "latest"
+"""A file beside the checkpoints that names the newest, for people and scripts."""
+
+
+def checkpoint_name(step: int) -> str:
+    """step-000000500"""
+    return f"step-{step:09d}"
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Steps after which a run has a checkpoint, newest first, unchecked."""
+    matches = (re.fullmatch(r"step-(\d{9,})", name) for name in storage_of(run).list())
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def unfinished(storage: Storage) -> list[str]:
+    """Names of what killed saves and removals left behind."""
+    return sorted(name for name in storage.list() if re.match(r"step-\d+\.", name))
+
+
+def name_latest(storage: Storage, step: int) -> None:
+    """Say in `latest` which checkpoint is the newest."""
+    storage.put(ROOT, LATEST, [f"{checkpoint_name(step)}\n".encode()])
+
+
+def had_checkpoints(run: Path) -> bool:
+    """Whether a checkpoint of this run was ever finished."""
+    try:
+        storage_of(run).read(ROOT, LATEST).close()
+    except OSError:
+        return False
+    return True
 
 
 def _to_stderr(message: str) -> None:
@@ -35,21 +50,18 @@ def _to_stderr(message: str) -> None:
 
 def newest_complete(
     run: Path, topology: Topology | None = None, report: Callable[[str], None] = _to_stderr
-) -> Path | None:
+) -> Checkpoint | None:
     """The newest checkpoint of a run whose manifest, sizes and hashes are right; None if there is none.
 
     Each one passed over goes to `report` with its name and the reason. With a topology it is collective: rank 0 chooses
     the candidates, the ranks share the hashing, and all get the same answer.
     """
-    folder, rank, world_size = (
-        Path(run) / FOLDER,
-        topology.rank if topology else 0,
-        topology.world_size if topology else 1,
-    )
+    storage = storage_of(run)
+    rank, world_size = (topology.rank, topology.world_size) if topology else (0, 1)
     if rank == 0:
-        for leftover in sorted(folder.glob("step-*.*")):
-            report(f"{leftover} passed over: the save was not finished")
-    steps = [step for step, _ in saved_steps(folder)] if rank == 0 else []
+        for leftover in unfinished(storage):
+            report(f"{storage}/{leftover} passed over: the save was not finished")
+    steps = saved_steps(run) if rank == 0 else []
     while True:
         # Rank 0's list decides: on a network file system another rank may see other folders for a moment.
         step = float(steps.pop(0)) if steps else -1.0
@@ -57,43 +69,52 @@ def newest_complete(
             step = all_reduce_sum([step if rank == 0 else 0.0])[0]
         if step < 0:
             return None
-        path = folder / folder_name(int(step))
+        checkpoint = Checkpoint(storage, checkpoint_name(int(step)))
         reason = None
         try:
-            manifest = read_manifest(path)
+            manifest = read_manifest(checkpoint)
             if manifest.step != step:
-                raise UserError(f"{path} says in its manifest that it is step {manifest.step}")
+                raise UserError(f"{checkpoint} says in its manifest that it is step {manifest.step}")
             check_sizes(manifest)
             check_hashes(manifest, rank, world_size)
         except (UserError, OSError) as error:
             reason = str(error)
-            report(f"{path} passed over: {reason}")
+            report(f"{checkpoint} passed over: {reason}")
         if not (any_rank(reason is not None) if topology else reason):
-            return path
+            return checkpoint
 
 
 def discard_after(run: Path, step: int, topology: Topology | None = None) -> None:
     """Before a rewind to `step`: remove the later checkpoints, a continuation given up. Collective with a topology."""
     if topology is None or topology.is_main:
-        folder = Path(run) / FOLDER
-        for saved, path in saved_steps(folder):
+        storage = storage_of(run)
+        for saved in saved_steps(run):
             if saved > step:
-                remove_checkpoint(path)
-        for _, newest in saved_steps(folder)[:1]:
-            write_atomically(folder / "latest", f"{newest.name}\n")
+                storage.remove(checkpoint_name(saved))
+        for newest in saved_steps(run)[:1]:
+            name_latest(storage, newest)
     if topology is not None:
         barrier()
 
 
-def checkpoint_of(run: str | Path) -> Path:
-    """The newest complete checkpoint of a run folder, or the checkpoint itself when one is named. Raises: UserError."""
+def checkpoint_at(run: Path, step: int) -> Checkpoint:
+    """A run's checkpoint of a step, unchecked. Raises: UserError with the steps that there are."""
+    if step not in saved_steps(run):
+        there_are = ", ".join(map(str, reversed(saved_steps(run)))) or "none"
+        raise UserError(f"{run} has no checkpoint of step {step}; it has {there_are}")
+    return Checkpoint(storage_of(run), checkpoint_name(step))
+
+
+def checkpoint_of(run: str | Path) -> Checkpoint:
+    """The newest complete checkpoint of a run folder, or the checkpoint itself when its folder is named. Raises: UserError."""
     path = Path(run)
     if (path / MANIFEST).is_file():
-        return path
+        path = path.absolute()  # "." has no name
+        return Checkpoint(Folder(path.parent), path.name)
     found = newest_complete(path) if path.is_dir() else None
     if found is None:
         raise UserError(
-            f"{run} is neither a checkpoint (with {MANIFEST}) nor a run with a complete checkpoint in {FOLDER}/; expected"
-            " the folder of a trained run, e.g. runs/vae_base"
+            f"{run} is neither a checkpoint (with {MANIFEST}) nor a run with a complete checkpoint in {CHECKPOINTS}/;"
+            " expected the folder of a trained run, e.g. runs/vae_base"
         )
     return found

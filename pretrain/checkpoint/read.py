@@ -1,91 +1,89 @@
-"""Checkpoints: finding the newest complete one, restoring it into any sharding, reading it without DeepSpeed.
-
-    textldm checkpoint inspect runs/vae_base      what is in the newest checkpoint
-    textldm checkpoint verify runs/vae_base       read every byte of it
-
-What the files are: slices.py. How they are written while training goes on: checkpoint_writer.py.
-"""
+"""Reading checkpoints: into an engine, whatever the sharding on either side; or as plain tensors, without one."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from data_pipeline.core.errors import UserError
 from pretrain.checkpoint.find import checkpoint_of
-from pretrain.checkpoint.slices import Manifest, SliceReader, check_hashes, check_sizes, read_manifest
-from pretrain.engine.optim import STATES
+from pretrain.checkpoint.manifest import Manifest, check_hashes, check_sizes, read_manifest
+from pretrain.checkpoint.slices import SliceReader
+from pretrain.checkpoint.storage import Checkpoint
+from pretrain.engine.engine import Engine
+from pretrain.engine.partition import Partition
 from pretrain.ranks.distributed import barrier
 
-if TYPE_CHECKING:
-    from pretrain.engine.engine import Engine
-    from pretrain.engine.partition import Partition
 
-
-def restore(path: Path, engine: "Engine") -> Manifest:
-    """Load weights, moments, EMA, AdamW's counter and the stage's buffers, by whatever sharding they were saved.
+def restore(checkpoint: Checkpoint, engine: Engine) -> Manifest:
+    """Load every state of every parameter, the count of updates and the stage's buffers.
 
     Every rank reads only what overlaps its own ranges. Collective. Returns the manifest, with `extra` and `step`.
-    Raises: UserError naming what does not fit: parameters, shapes, weight decay groups, missing ranges.
+    Raises: UserError naming what does not fit: parameters, shapes, weight decay groups, states, missing ranges.
     """
-    manifest = read_manifest(Path(path))
+    manifest = read_manifest(checkpoint)
     partition = engine.partition
     _check_fits(manifest, partition)
     with SliceReader(manifest) as reader:
-        for state in STATES:
-            for held, view in partition.views(state):
-                reader.read_into(view, state, held.name, held.start)
+        for state, held, view in partition.views():
+            reader.read_into(view, state, held.name, held.start)
         saved_buffers, buffers = reader.buffers(), engine.buffers()
         for name, buffer in buffers.items():
             if name not in saved_buffers or saved_buffers[name].shape != buffer.shape:
                 found = list(saved_buffers[name].shape) if name in saved_buffers else "none"
-                raise UserError(f"{path} has buffer {name} of shape {found}, the model wants {list(buffer.shape)}")
+                raise UserError(
+                    f"{checkpoint} has buffer {name} of shape {found}, the model wants {list(buffer.shape)}"
+                )
             buffer.copy_(saved_buffers[name])
-    partition.adam_step = manifest.adam_step
+    engine.updates = manifest.updates
     partition.publish()
     barrier()
     return manifest
 
 
-def _check_fits(manifest: Manifest, partition: "Partition") -> None:
+def _check_fits(manifest: Manifest, partition: Partition) -> None:
     wanted, saved = partition.parameters, manifest.parameters
     problems = [f"has {name}, which the model does not have" for name in saved.keys() - wanted.keys()]
     problems += [f"lacks {name}, which the model has" for name in wanted.keys() - saved.keys()]
     for name in wanted.keys() & saved.keys():
-        if list(wanted[name].shape) != saved[name]["shape"]:
-            problems.append(f"has {name} of shape {saved[name]['shape']}, the model wants {list(wanted[name].shape)}")
-        elif wanted[name].decays != saved[name]["decays"]:
-            before, now = (("without", "with")[decays] for decays in (saved[name]["decays"], wanted[name].decays))
-            problems.append(f"trained {name} {before} weight decay, the model wants it {now}")
+        then, now = saved[name], wanted[name]
+        if now.shape != then.shape:
+            problems.append(f"has {name} of shape {list(then.shape)}, the model wants {list(now.shape)}")
+        elif now.states != then.states:
+            problems.append(f"has of {name} {', '.join(then.states)}, the optimizer wants {', '.join(now.states)}")
+        elif now.decays != then.decays:
+            before, after = (("without", "with")[decays] for decays in (then.decays, now.decays))
+            problems.append(f"trained {name} {before} weight decay, the model wants it {after}")
     if problems:
         shown = "; ".join(sorted(problems)[:3]) + (f" (and {len(problems) - 3} more)" if len(problems) > 3 else "")
-        raise UserError(f"checkpoint {manifest.path} {shown}: resume with the configuration it was saved with")
+        raise UserError(f"checkpoint {manifest.checkpoint} {shown}: resume with the configuration it was saved with")
 
 
-def read_tensors(path: Path, state: str = "ema", buffers: bool = True) -> dict[str, Tensor]:
-    """Full fp32 tensors by name, as for `load_state_dict`, of a run's newest checkpoint or of a checkpoint's folder.
+def read_tensors(run: str | Path | Checkpoint, state: str = "ema", buffers: bool = True) -> dict[str, Tensor]:
+    """Full fp32 tensors by name, as for `load_state_dict`, of a checkpoint or of a run's newest.
 
     Args:
-        state: "ema", "weight", "exp_avg" or "exp_avg_sq".
-        buffers: also the module's buffers and what was saved beside them.
+        state: "ema", "weight", or what the optimizer keeps, e.g. "exp_avg"; of the parameters that have it.
+        buffers: also the module's buffers.
     """
-    manifest = read_manifest(checkpoint_of(Path(path)))
+    checkpoint = run if isinstance(run, Checkpoint) else checkpoint_of(run)
+    manifest = read_manifest(checkpoint)
     if state not in manifest.states:
-        raise UserError(f"{manifest.path} has no state {state!r}; it has {', '.join(manifest.states)}")
+        raise UserError(f"{checkpoint} has no state {state!r}; it has {', '.join(manifest.states)}")
     check_sizes(manifest)
     with SliceReader(manifest) as reader:
-        tensors = {name: reader.full(state, name) for name in manifest.parameters}
-        tensors |= {alias: tensors[name] for alias, name in manifest.aliases.items()}
+        names = [name for name, parameter in manifest.parameters.items() if state in parameter.states]
+        tensors = {name: reader.full(state, name) for name in names}
+        tensors |= {alias: tensors[name] for alias, name in manifest.aliases.items() if name in tensors}
         return tensors | reader.buffers() if buffers else tensors
 
 
-def verify(path: Path) -> Manifest:
+def verify(checkpoint: Checkpoint) -> Manifest:
     """Check hashes, sizes and that every element of every state is there. Raises: UserError with the reason."""
-    manifest = read_manifest(path)
+    manifest = read_manifest(checkpoint)
     check_sizes(manifest)
     check_hashes(manifest)
     with SliceReader(manifest) as reader:
-        for state in manifest.states:
-            for name in manifest.parameters:
+        for name, parameter in manifest.parameters.items():
+            for state in parameter.states:
                 reader.full(state, name)
     return manifest

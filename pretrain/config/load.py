@@ -19,7 +19,8 @@ from pydantic import BaseModel, ValidationError
 
 from data_pipeline.core.errors import UserError
 from pretrain.config.registry import stage_kind, stage_names
-from pretrain.config.schema import RunConfig
+from pretrain.config.schema import RunConfig, with_optimizer
+from pretrain.engine.optim import OptimizerSettings, optimizer_kind, optimizer_names
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
 
@@ -84,7 +85,7 @@ def parse_config(values: dict[str, Any], source: str, default_name: str = "run")
     if stage not in stage_names():
         found = "is missing" if stage is None else f"is {json.dumps(stage)}"
         raise UserError(f"stage {found} in {source}; expected one of {', '.join(stage_names())}")
-    kind = stage_kind(stage).config
+    kind = with_optimizer(stage_kind(stage).config, _optimizer_settings(values, source))
     try:  # by way of JSON, in which a list may stand for a tuple even in strict mode
         config = kind.model_validate_json(json.dumps(values))
     except ValidationError as error:
@@ -92,6 +93,16 @@ def parse_config(values: dict[str, Any], source: str, default_name: str = "run")
         raise UserError("\n       ".join(problems)) from None
     config.train.run = config.train.run or f"runs/{default_name}"
     return config
+
+
+def _optimizer_settings(values: dict[str, Any], source: str) -> type[OptimizerSettings]:
+    section = values.get("optimizer")
+    name = section.get("kind", "adamw") if isinstance(section, dict) else "adamw"
+    if name not in optimizer_names():
+        raise UserError(
+            f"optimizer.kind in {source} is {json.dumps(name)}; expected one of {', '.join(optimizer_names())}"
+        )
+    return optimizer_kind(name).Settings
 
 
 def check_ranks(config: RunConfig, world_size: int) -> None:

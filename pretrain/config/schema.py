@@ -5,18 +5,21 @@ Checks across keys: config_checks.py. Reading, overrides and messages: config.py
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import (
     Field,
+    create_model,
     model_validator,
 )
 
 from data_pipeline.core.settings import Section
 from pretrain.config import checks
 from pretrain.config.sections import About, Data, Diagnose, TelemetrySection, Train
-from pretrain.engine.optim import Optimizer, Schedule
+from pretrain.engine.optim import OptimizerSettings
+from pretrain.engine.schedule import Schedule
 
 
 class RunConfig(Section):
@@ -27,7 +30,8 @@ class RunConfig(Section):
     about: About = About()
     """For readers."""
     data: Data
-    optimizer: Optimizer
+    optimizer: OptimizerSettings
+    """In a loaded configuration the section of its kind (config/load.py)."""
     schedule: Schedule = Schedule()
     train: Train
     deepspeed: dict[str, Any] = Field(default_factory=dict)
@@ -51,6 +55,12 @@ class RunConfig(Section):
         checks.check_sharding(self.train)
         checks.check_faults(self.train)
         return self
+
+
+@functools.cache
+def with_optimizer(kind: type[RunConfig], settings: type[OptimizerSettings]) -> type[RunConfig]:
+    """A kind of run whose section `optimizer` is that of one optimizer."""
+    return create_model(kind.__name__, __base__=kind, __module__=kind.__module__, optimizer=(settings, ...))
 
 
 def inherited(section: Any, plain: type) -> dict[str, Any]:

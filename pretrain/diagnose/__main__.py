@@ -30,8 +30,9 @@ from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import Batch
 from modeling.times import EstimatePath
 from pretrain.checkpoint.find import checkpoint_of
+from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.read import read_tensors
-from pretrain.checkpoint.slices import read_manifest
+from pretrain.checkpoint.storage import Checkpoint
 from pretrain.config.load import load_config, micro_batch_size, parse_config
 from pretrain.config.schema import RunConfig
 from pretrain.diagnose import model_checks, text_checks
@@ -65,7 +66,7 @@ def diagnose(config: RunConfig, run: Path, device: torch.device) -> tuple[Figure
     return figures, judge(figures, config)
 
 
-def load_stage(config: RunConfig, path: Path, device: torch.device) -> VAEStage | DiTStage:
+def load_stage(config: RunConfig, path: Checkpoint, device: torch.device) -> VAEStage | DiTStage:
     """The stage with the EMA weights of a checkpoint, in eval mode, without DeepSpeed."""
     config.train.compile, config.train.activation_checkpointing = False, 0
     stage = build_stage(config, device)

@@ -1,6 +1,6 @@
 """The training engine: DeepSpeed behind five calls. The only file that imports deepspeed.
 
-    engine = Engine(stage, EngineSettings(zero_stage=2), Optimizer(lr=3e-4), init_distributed())
+    engine = Engine(stage, EngineSettings(zero_stage=2), AdamWSettings(lr=3e-4), init_distributed())
     for batch in micro_batches:
         metrics = engine.forward_backward(batch, counts, last=batch is micro_batches[-1])
     measured = engine.measure()                       # the same loss and gradient norm on every rank
@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
-from pretrain.engine.optim import Optimizer, build_optimizer
+from pretrain.engine.optim import OptimizerSettings, build_optimizer
 from pretrain.engine.partition import Partition, partition_of
 from pretrain.engine.settings import EngineSettings, check_settings, deepspeed_config
 from pretrain.ranks.distributed import Topology
@@ -81,17 +81,21 @@ class Engine:
         settings, optimizer: see there.
         topology: from `init_distributed`.
 
+    Attributes: `partition`, what this rank holds; `updates`, how many steps changed the weights (skipped ones did not),
+    which an optimizer's bias correction depends on.
+
     Raises: UserError for settings that DeepSpeed cannot do or that contradict one another.
     """
 
-    def __init__(self, stage: nn.Module, settings: EngineSettings, optimizer: Optimizer, topology: Topology) -> None:
+    def __init__(
+        self, stage: nn.Module, settings: EngineSettings, optimizer: OptimizerSettings, topology: Topology
+    ) -> None:
         check_settings(settings)
         _check_trainable(stage)
         self.stage, self.settings, self.optimizer_settings, self.topology = stage, settings, optimizer, topology
-        on_gpu = topology.device.type == "cuda" and settings.offload_optimizer == "none"
-        base = build_optimizer(stage, optimizer, fused=on_gpu)
+        base = build_optimizer(stage, optimizer)
         names = {p: name for name, p in stage.named_parameters()}
-        decays = {names[p]: group["decays"] for group in base.param_groups for p in group["params"]}
+        groups = {names[p]: number for number, group in enumerate(base.param_groups) for p in group["params"]}
         self._bare_loss = stage.forward = _BareLoss(stage)
         deepspeed = _load_deepspeed()
         statistics = {name: buffer.clone() for name, buffer in self.buffers().items()}
@@ -109,11 +113,12 @@ class Engine:
         folder = Path(settings.offload_folder)
         files = folder if settings.offload_optimizer == "nvme" else None
         self.partition: Partition = partition_of(
-            names, decays, wrapped, base, topology.rank, topology.world_size, files
+            names, groups, wrapped, base, topology.rank, topology.world_size, files
         )
         if settings.offload_parameters == "nvme":
             self.partition.keep_parameters_in_files(folder)
-        self._base = base
+        self.updates = 0
+        self._base, self._groups = base, groups
         self._losses: list[Tensor] = []
         self._measured: Measured | None = None
 
@@ -146,19 +151,18 @@ class Engine:
         return self._measured
 
     def step(self, step: int, lr: float, skip: bool = False) -> Measured:
-        """Update number `step` (counted from 0) at learning rate `lr`: clip, AdamW, EMA.
+        """Update number `step` (counted from 0) at learning rate `lr`: clip, the optimizer, EMA.
 
-        With `skip`, or if the gradient norm is not finite, nothing changes: weights, moments, EMA and Adam's counter
-        keep their bits, and the gradients are dropped. `skip` must be the same on every rank.
+        With `skip`, or if the gradient norm is not finite, nothing changes: weights, the optimizer's states, EMA and
+        `updates` keep their bits, and the gradients are dropped. `skip` must be the same on every rank.
         """
         measured = self.measure()
         clip = self.optimizer_settings.grad_clip
-        self._base.skip = skip or not math.isfinite(measured.grad_norm)
-        self._base.clip_factor = min(1.0, clip / (measured.grad_norm + 1e-6)) if clip > 0 else 1.0
-        self._base.ema_decay = self.optimizer_settings.ema_decay_at(step)
-        for group in self._base.param_groups:
-            group["lr"] = lr
+        skip = skip or not math.isfinite(measured.grad_norm)
+        clip_factor = min(1.0, clip / (measured.grad_norm + 1e-6)) if clip > 0 else 1.0
+        self._base.prepare(self.updates + 1, lr, self.optimizer_settings.ema_decay_at(step), clip_factor, skip)
         self._deepspeed.step()
+        self.updates += not skip
         self.partition.forget_gradients()
         self._losses, self._measured = [], None
         return measured
@@ -201,19 +205,6 @@ class Engine:
         finally:
             self.partition.swap_weights_and_ema()
 
-    @torch.no_grad()
-    def gather_full(self, state: str = "weight") -> dict[str, Tensor]:
-        """Full fp32 CPU tensors of a state ("weight", "exp_avg", "exp_avg_sq", "ema") on every rank. Collective."""
-        parameters = self.partition.parameters
-        sizes = [parameter.numel for parameter in parameters.values()]
-        packed = torch.zeros(sum(sizes), device=self.topology.device)
-        full = dict(zip(parameters, packed.split(sizes), strict=True))
-        for held, view in self.partition.views(state, self.partition.owned):
-            full[held.name][held.start : held.start + held.numel] = view
-        if self.topology.world_size > 1:
-            dist.all_reduce(packed)
-        return {name: tensor.cpu().clone().view(parameters[name].shape) for name, tensor in full.items()}
-
     def buffers(self) -> dict[str, Tensor]:
         """The stage's persistent buffers, such as latent statistics; checkpoints keep them beside the parameters."""
         return {
@@ -237,17 +228,18 @@ class Engine:
         columns = ("group", "tensors", "parameters", "model", "states", "model MB/rank", "states MB/rank")
         lines = [
             f"ZeRO-{settings.zero_stage} on {self.topology.world_size} rank(s), computes in {settings.precision}; "
-            f"fp32 masters, moments and EMA {where[settings.offload_optimizer]}, gradients accumulated and reduced in fp32",
+            f"fp32 masters, optimizer states and EMA {where[settings.offload_optimizer]}, gradients accumulated and reduced in fp32",
             "{:<10} {:>8} {:>15} {:>6} {:>7} {:>14} {:>15}".format(*columns),
         ]
-        for label, decays in (("decay", True), ("no decay", False)):
-            names = {name for name, parameter in parameters.items() if parameter.decays is decays}
+        for number, group in enumerate(self._base.param_groups):
+            names = {name for name, of in self._groups.items() if of == number}
             total = sum(parameters[name].numel for name in names)
             held = sum(h.numel for h in self.partition.held if h.name in names)
             in_model = held if settings.zero_stage == 3 else total
+            in_states = 4 * len(self._base.states_of(group)) * held
             lines.append(
-                f"{label:<10} {len(names):>8,} {total:>15,} {'bf16' if model_bytes == 2 else 'fp32':>6} {'fp32':>7} "
-                f"{in_model * model_bytes / 1e6:>14,.1f} {held * 16 / 1e6:>15,.1f}"
+                f"{group['label']:<10} {len(names):>8,} {total:>15,} {'bf16' if model_bytes == 2 else 'fp32':>6} {'fp32':>7} "
+                f"{in_model * model_bytes / 1e6:>14,.1f} {in_states / 1e6:>15,.1f}"
             )
         return "\n".join(lines)
 

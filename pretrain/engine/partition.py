@@ -1,6 +1,6 @@
 """Who holds what: DeepSpeed's partitions as ranges of named parameters. The one place that reads DeepSpeed's inside.
 
-Every ZeRO stage keeps the fp32 masters, and AdamW's states beside them, as flat tensors ("flats") in which parameters,
+Every ZeRO stage keeps the fp32 masters, and the optimizer's states beside them, as flat tensors ("flats") in which parameters,
 or this rank's pieces of them, lie one behind the other, with padding between or after. A `Held` range says: elements
 [start, start + numel) of the flattened parameter `name` are elements [offset, offset + numel) of flat number `flat`.
 With these, saving, restoring, the gradient norm and the EMA swap need not know the stage:
@@ -11,7 +11,10 @@ With these, saving, restoring, the gradient norm and the EMA swap need not know 
 | 1, 2 (and bf16 at 1) | one per parameter group | one piece of the group, wherever parameters begin and end |
 | 3 | one per sub-group | the rank's piece of every parameter |
 
-Written against DeepSpeed 0.19.8 and checked by tests/pretrain/test_engine.py, stage by stage.
+A flat belongs to one parameter group, and a state of it is a tensor of the same length, so whatever states the optimizer
+declares (optim.py) are saved and restored by the same ranges.
+
+Written against DeepSpeed 0.19.8 and checked by tests/pretrain/engine/test_engine.py, stage by stage.
 """
 
 from collections.abc import Iterator
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
 from pretrain.engine.file_memory import in_file
-from pretrain.engine.optim import AdamWithEMA
+from pretrain.engine.optim import EMA, WEIGHT, Optimizer, full_shape
 
 SWAP_CHUNK = 1 << 22
 """Elements exchanged at a time (16 MiB of fp32): the only extra memory that evaluation with the EMA needs."""
@@ -32,10 +35,11 @@ SWAP_CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Parameter:
-    """What the checkpoint says of a parameter: full shape, and whether weight decay acts on it."""
+    """What the checkpoint says of a parameter: full shape, whether weight decay acts on it, names of its states."""
 
     shape: tuple[int, ...]
     decays: bool
+    states: tuple[str, ...]
 
     @property
     def numel(self) -> int:
@@ -65,22 +69,23 @@ class Partition:
     def __init__(
         self,
         names: dict[nn.Parameter, str],
-        decays: dict[str, bool],
+        groups: dict[str, int],
         optimizer: Any,
-        base: AdamWithEMA,
+        base: Optimizer,
         files: Path | None = None,
     ) -> None:
-        self.parameters = {
-            name: Parameter(tuple(getattr(p, "ds_shape", p.shape)), decays[name]) for p, name in names.items()
-        }
         self.optimizer = optimizer
         self.base = base
         self.files = files
+        self.parameters = {}
+        for p, name in names.items():
+            group = base.param_groups[groups[name]]
+            self.parameters[name] = Parameter(full_shape(p), group["decays"], base.states_of(group))
         self.flats = self._flats()
         self.held = list(self._held(names))
         self.owned = self.held
-        for master in self.flats:
-            self.base.create_state([master])
+        for index, master in enumerate(self.flats):
+            self.base.create_state([master], self._group(index))
             if files is not None:
                 self._keep_in_files(master, files)
 
@@ -91,25 +96,20 @@ class Partition:
         if master.grad is not None:
             master.grad.data = in_file(master.grad.data, folder)
 
+    def states(self, index: int) -> tuple[str, ...]:
+        """Names of the states of flat tensor number `index`, "weight" first and "ema" last."""
+        return self.base.states_of(self._group(index))
+
     def flat(self, state: str, index: int) -> Tensor:
-        """Flat tensor number `index` of a state ("weight", "exp_avg", "exp_avg_sq" or "ema"), one-dimensional, live."""
+        """Flat tensor number `index` of one of its states, one-dimensional, live."""
         master = self.flats[index]
-        return (master if state == "weight" else self.base.state[master][state]).detach().view(-1)
+        return (master if state == WEIGHT else self.base.state[master][state]).detach().view(-1)
 
-    def views(self, state: str, ranges: list[Held] | None = None) -> Iterator[tuple[Held, Tensor]]:
-        """Live one-dimensional views of a state, for the held ranges or for those given."""
+    def views(self, ranges: list[Held] | None = None) -> Iterator[tuple[str, Held, Tensor]]:
+        """Live one-dimensional views, with the state's name, of every state of the held ranges or of those given."""
         for held in self.held if ranges is None else ranges:
-            yield held, self.flat(state, held.flat).narrow(0, held.offset, held.numel)
-
-    @property
-    def adam_step(self) -> int:
-        """Number of updates that AdamW has made (its bias correction depends on it)."""
-        return int(self.base.state[self.flats[0]]["step"])
-
-    @adam_step.setter
-    def adam_step(self, value: int) -> None:
-        for master in self.flats:
-            self.base.state[master]["step"].fill_(value)
+            for state in self.states(held.flat):
+                yield state, held, self.flat(state, held.flat).narrow(0, held.offset, held.numel)
 
     def squared_gradient_norm(self) -> Tensor:
         """This rank's share of the squared global gradient norm, in float64."""
@@ -119,7 +119,7 @@ class Partition:
     def swap_weights_and_ema(self) -> None:
         """Exchange masters and EMA in place, chunk by chunk, and give the model the new masters. Collective."""
         for index in range(len(self.flats)):
-            weight, ema = self.flat("weight", index), self.flat("ema", index)
+            weight, ema = self.flat(WEIGHT, index), self.flat(EMA, index)
             for start in range(0, weight.numel(), SWAP_CHUNK):
                 a, b = weight[start : start + SWAP_CHUNK], ema[start : start + SWAP_CHUNK]
                 kept = a.clone()
@@ -147,6 +147,10 @@ class Partition:
     def _flats(self) -> list[Tensor]:
         raise NotImplementedError
 
+    def _group(self, index: int) -> dict[str, Any]:
+        """The parameter group to which flat tensor number `index` belongs; unless a stage knows better, the one of that number."""
+        return self.base.param_groups[index]
+
     def _held(self, names: dict[nn.Parameter, str]) -> Iterator[Held]:
         raise NotImplementedError
 
@@ -169,11 +173,15 @@ class Replicated(Partition):
         pass
 
     def _flats(self) -> list[Tensor]:
+        self._group_of_flat = [group for group in self.base.param_groups for _ in group["params"]]
         return [p for group in self.base.param_groups for p in group["params"]]
 
+    def _group(self, index: int) -> dict[str, Any]:
+        return self._group_of_flat[index]
+
     def _held(self, names: dict[nn.Parameter, str]) -> Iterator[Held]:
-        for index, p in enumerate(p for group in self.base.param_groups for p in group["params"]):
-            yield Held(names[p], 0, p.numel(), index, 0)
+        for index, p in enumerate(self.flats):
+            yield Held(names[p], 0, p.numel(), index, 0)  # type: ignore[index]
 
     def _owned_gradients(self) -> Iterator[Tensor]:
         for held in self.owned:
@@ -259,6 +267,9 @@ class Stage3(Partition):
     def _flats(self) -> list[Tensor]:
         return self.optimizer.fp32_partitioned_groups_flat
 
+    def _group(self, index: int) -> dict[str, Any]:
+        return self.base.param_groups[self.optimizer.sub_group_to_group_id[index]]
+
     def _held(self, names: dict[nn.Parameter, str]) -> Iterator[Held]:
         for group in self.optimizer.fp16_groups:
             for p in group:
@@ -286,20 +297,23 @@ class Stage3(Partition):
 
 def partition_of(
     names: dict[nn.Parameter, str],
-    decays: dict[str, bool],
+    groups: dict[str, int],
     optimizer: Any,
-    base: AdamWithEMA,
+    base: Optimizer,
     rank: int,
     world_size: int,
     files: Path | None = None,
 ) -> Partition:
-    """The partition of a DeepSpeed engine's optimizer (`engine.optimizer`; `base` is the AdamW inside it)."""
+    """The partition of a DeepSpeed engine's optimizer (`engine.optimizer`), around the `base` optimizer inside it.
+
+    `groups`: the number of each parameter's group in `base.param_groups`, from which DeepSpeed takes the parameters out.
+    """
     if optimizer is base:
-        return Replicated(names, decays, optimizer, base, rank=rank, world_size=world_size)
+        return Replicated(names, groups, optimizer, base, rank=rank, world_size=world_size)
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        return Stage3(names, decays, optimizer, base, files)
+        return Stage3(names, groups, optimizer, base, files)
     if hasattr(optimizer, "single_partition_of_fp32_groups") or hasattr(optimizer, "fp32_groups_flat_partition"):
-        return FlatGroups(names, decays, optimizer, base, files)
+        return FlatGroups(names, groups, optimizer, base, files)
     raise UserError(
         f"DeepSpeed chose {type(optimizer).__name__}, whose partitions are not known here: change train.zero_stage"
     )

@@ -32,16 +32,16 @@ from modeling.text_dit import TextDiTConfig
 from modeling.text_vae import TextVAE
 from modeling.textldm import TextLDM, TextLDMConfig
 from modeling.times import TimeDistribution
-from pretrain.checkpoint.find import checkpoint_of
-from pretrain.checkpoint.slices import Manifest as CheckpointManifest
-from pretrain.checkpoint.slices import read_manifest
+from pretrain.checkpoint.find import checkpoint_at, checkpoint_of
+from pretrain.checkpoint.manifest import Manifest as CheckpointManifest
+from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.read import read_tensors
+from pretrain.checkpoint.storage import Checkpoint
 from pretrain.stages.dit import times_of
 from pretrain.stages.dit import Flow
 from pretrain.config.sections import Diagnose
 from pretrain.stages.latent_space import load_vae, load_weights, vae_fingerprint
 from pretrain.export.model_card import model_card
-from pretrain.checkpoint.slices import FOLDER, folder_name, saved_steps
 
 ENTRY = "textldm.py"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -139,7 +139,7 @@ def load_run(
     run: Path, *, weights: str, step: int | None, sampling: Sampling, data: str | None = None, vae: str | None = None
 ) -> Export:
     """The inference model of a stage-2 run, on the CPU in fp32. Raises: UserError."""
-    path = _checkpoint(run, step)
+    path = checkpoint_of(run) if step is None else checkpoint_at(run, step)
     saved = read_manifest(path)
     config = saved.extra["config"]
     if config["stage"] != "dit":
@@ -187,7 +187,7 @@ def load_run(
     return Export(model.eval().requires_grad_(False), manifest, tokenizer, saved, weights)
 
 
-def take_statistics(vae: TextVAE, tensors: dict[str, Tensor], path: Path) -> None:
+def take_statistics(vae: TextVAE, tensors: dict[str, Tensor], path: Checkpoint) -> None:
     """Set the VAE's `latents_mean` and `latents_std` to those of a DiT's checkpoint. Raises: UserError."""
     for name in ("latents_mean", "latents_std"):
         if name not in tensors:
@@ -232,16 +232,6 @@ def is_export(folder: Path) -> bool:
         return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "textldm"
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def _checkpoint(run: Path, step: int | None) -> Path:
-    if step is None:
-        return checkpoint_of(run)
-    path = run / FOLDER / folder_name(step)
-    if not (path / "manifest.json").is_file():
-        steps = [str(step) for step, _ in reversed(saved_steps(run / FOLDER))]
-        raise UserError(f"{run} has no checkpoint of step {step}; it has {', '.join(steps) or 'none'}")
-    return path
 
 
 def _tokenizer_of(data: str, manifest: Manifest) -> LoadedTokenizer:

@@ -6,7 +6,7 @@ from typing import Any
 
 from data_pipeline.format.manifest import Manifest
 from modeling.textldm import TextLDM
-from pretrain.checkpoint.slices import Manifest as CheckpointManifest
+from pretrain.checkpoint.manifest import Manifest as CheckpointManifest
 
 CARD = """---
 library_name: transformers

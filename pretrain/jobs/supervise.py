@@ -31,7 +31,7 @@ from pathlib import Path
 
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.format.manifest import Manifest
-from pretrain.checkpoint.slices import FOLDER, saved_steps
+from pretrain.checkpoint.find import saved_steps
 from pretrain.config.load import check_ranks, load_config
 from pretrain.config.schema import RunConfig
 from pretrain.faults.exits import EXIT_CODES, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
@@ -71,7 +71,7 @@ class Plan:
 
     def newest_step(self) -> int:
         """Step of the newest checkpoint, unchecked; 0 without one."""
-        return next((step for step, _ in saved_steps(self.run / FOLDER)), 0)
+        return next(iter(saved_steps(self.run)), 0)
 
 
 class Supervisor:

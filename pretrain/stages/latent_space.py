@@ -23,9 +23,10 @@ from modeling.attention import Segments
 from modeling.floors import NAMES, Floors, measure_floors
 from modeling.text_vae import TextVAE, TextVAEConfig
 from modeling.token_posterior import TokenPosterior, token_statistics
-from pretrain.checkpoint.find import checkpoint_of
+from pretrain.checkpoint.find import checkpoint_of, saved_steps
+from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.read import read_tensors
-from pretrain.checkpoint.slices import FOLDER, read_manifest, saved_steps
+from pretrain.checkpoint.storage import Checkpoint
 from pretrain.config.load import micro_batch_size
 from pretrain.config.schema import RunConfig
 
@@ -40,11 +41,10 @@ FLOOR_SAMPLES = 8192
 
 def vae_fingerprint(run: str | Path) -> str:
     """Hash of the checkpoint that `load_vae` takes: which VAE a DiT was trained with. Raises: UserError."""
-    files = read_manifest(checkpoint_of(run)).files
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return read_manifest(checkpoint_of(run)).fingerprint
 
 
-def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Checkpoint) -> None:
     """`load_state_dict` whose mismatches are one message. Raises: UserError."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -174,7 +174,7 @@ def measured_latents(vae: TextVAE, config: "DiTRun", manifest: Manifest, device:
             read_latents(path, vae, key)
             return
         except UserError:
-            if saved_steps(config.run_folder / FOLDER):
+            if saved_steps(config.run_folder):
                 raise
             path.unlink()
     latents_MZ, tokens_M, segments_M = target_latents(
@@ -235,7 +235,7 @@ def _latents_key(config: "DiTRun", manifest: Manifest) -> str:
     vae = read_manifest(checkpoint_of(config.model.vae))
     parts = [
         vae.step,
-        sorted((name, entry) for name, entry in json.loads(json.dumps(vae.files)).items()),
+        vae.fingerprint,
         manifest.fingerprint,
         config.data.split.model_dump(),
         [config.train.seed, config.data.streams, config.data.rows_per_step, config.flow.statistics_rows],

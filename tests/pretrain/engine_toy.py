@@ -1,5 +1,6 @@
 """A stage in miniature with everything that trips sharded training, its data, and a plain PyTorch loop beside it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,13 +8,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.engine.optim import Optimizer, parameter_groups
+from pretrain.engine.adamw import AdamWSettings
+from pretrain.engine.optim import parameter_groups
 
 VOCABULARY, WIDTH, ROWS = 37, 11, 6
 """Odd sizes, so that partitions get padding and cut through parameters; 6 rows divide by 1, 2, 3 and 6."""
 
 LR = 3e-3
-OPTIMIZER = Optimizer(lr=LR, weight_decay=0.1, grad_clip=0.7, ema_decay=0.9)
+COMMON = {"lr": LR, "weight_decay": 0.1, "grad_clip": 0.7, "ema_decay": 0.9}
+OPTIMIZER = AdamWSettings(**COMMON)
+SGD = {"kind": "toy_sgd"} | COMMON
+"""Section `optimizer` of an optimizer from outside (toy_sgd.py)."""
+OUR_NAMES = {"momentum_buffer": "velocity"}
+"""Of states that torch calls otherwise."""
 
 
 @dataclass
@@ -105,12 +112,26 @@ class Reference:
     norms: list[float]
 
 
-def plain_training(num_steps: int, dtype: torch.dtype = torch.float64, autocast: bool = False) -> Reference:
-    """AdamW, clipping and EMA by hand over whole global batches: no DeepSpeed, no ranks, no accumulation, no shards."""
+def plain_adamw(stage: nn.Module) -> torch.optim.Optimizer:
+    """torch's own, in one process."""
+    groups = parameter_groups(stage, OPTIMIZER.weight_decay)
+    return torch.optim.AdamW(groups, lr=LR, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
+
+
+def plain_sgd(stage: nn.Module) -> torch.optim.Optimizer:
+    """torch's own, with the momentum and weight decay of `SGD`."""
+    return torch.optim.SGD(parameter_groups(stage, SGD["weight_decay"]), lr=LR, momentum=0.9)
+
+
+def plain_training(
+    num_steps: int,
+    dtype: torch.dtype = torch.float64,
+    autocast: bool = False,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] = plain_adamw,
+) -> Reference:
+    """Optimizer, clipping and EMA by hand over whole global batches: no DeepSpeed, no ranks, no accumulation, no shards."""
     stage = ToyStage(autocast).to(dtype)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(stage, OPTIMIZER.weight_decay), lr=LR, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps
-    )
+    optimizer = make_optimizer(stage)
     parameters = dict(stage.named_parameters())
     ema = {name: p.detach().clone() for name, p in parameters.items()}
     losses, norms = [], []
@@ -127,7 +148,9 @@ def plain_training(num_steps: int, dtype: torch.dtype = torch.float64, autocast:
         decay = min(OPTIMIZER.ema_decay, (1 + step) / (10 + step))
         for name, p in parameters.items():
             ema[name] = decay * ema[name] + (1 - decay) * p.detach()
-    states = {"weight": {name: p.detach() for name, p in parameters.items()}, "ema": ema}
-    for state in ("exp_avg", "exp_avg_sq"):
-        states[state] = {name: optimizer.state[p][state] for name, p in parameters.items()}
+    states: dict[str, dict[str, Tensor]] = {"weight": {name: p.detach() for name, p in parameters.items()}, "ema": ema}
+    for name, p in parameters.items():
+        for state, value in optimizer.state[p].items():
+            if state != "step":
+                states.setdefault(OUR_NAMES.get(state, state), {})[name] = value
     return Reference(states, losses, norms)

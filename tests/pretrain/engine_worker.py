@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.read import restore
 from pretrain.checkpoint.write import CheckpointWriter
 from pretrain.engine.engine import Engine, EngineSettings
-from pretrain.engine.optim import STATES
+from pretrain.engine.optim import optimizer_kind
 from pretrain.ranks.distributed import init_distributed
 from tests.pretrain import engine_toy as toy
+from tests.pretrain.engine_states import gather_full
+from tests.pretrain.toy_sgd import install_toy_sgd
 
 
 @dataclasses.dataclass
@@ -40,6 +43,7 @@ class Case:
     autocast: bool = False
     recompute: bool = False
     evaluate: bool = False
+    optimizer: dict[str, Any] = dataclasses.field(default_factory=toy.OPTIMIZER.model_dump)
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -50,7 +54,8 @@ def run_case(case: Case, topology, output: Path) -> None:
         case.overrides,
     )  # fmt: skip
     stage = toy.ToyStage(case.autocast, case.recompute)
-    engine = Engine(stage, settings, toy.OPTIMIZER, topology)
+    optimizer = optimizer_kind(case.optimizer["kind"]).Settings(**case.optimizer)
+    engine = Engine(stage, settings, optimizer, topology)
     notes: dict[str, Any] = {
         "losses": [],
         "norms": [],
@@ -60,7 +65,7 @@ def run_case(case: Case, topology, output: Path) -> None:
     }
     first, last = case.steps
     if case.restore:
-        manifest = restore(Path(case.restore), engine)
+        manifest = restore(checkpoint_of(case.restore), engine)
         notes["manifest"] = {"step": manifest.step, "extra": manifest.extra}
     writer = CheckpointWriter(Path(case.run), topology, keep_last=10) if case.save else None
     for step in range(first, last):
@@ -77,11 +82,11 @@ def run_case(case: Case, topology, output: Path) -> None:
         if case.evaluate:
             check_evaluation(engine, counts, notes["checks"])
         if writer and step + 1 in case.save:
-            writer.save(step + 1, engine, {"seen": step}, {"extra_tensor": torch.ones(3)})
+            writer.save(step + 1, engine, {"seen": step})
     if writer:
-        writer.close()
-    tensors = {f"{state}/{name}": t for state in STATES for name, t in engine.gather_full(state).items()}
-    notes["adam_step"] = engine.partition.adam_step
+        writer.wait()
+    tensors = gather_full(engine)
+    notes["updates"] = engine.updates
     notes["bytes_in_files"] = bytes_in_files(case.offload_folder) if case.offload_folder else 0
     notes["bytes_of_masters"] = sum(flat.numel() * 4 for flat in engine.partition.flats)
     notes["dtypes"] = sorted({str(p.dtype) for p in stage.parameters()})
@@ -105,21 +110,21 @@ def bytes_in_files(folder: str) -> int:
 def check_evaluation(engine: Engine, counts: dict[str, int], checks: dict[str, bool]) -> None:
     """The EMA evaluates as a plain model with the EMA's weights would, and everything is back to the bit afterwards."""
     batch = toy.step_rows(77)
-    before = {state: engine.gather_full(state) for state in ("weight", "ema")}
+    before = gather_full(engine)
     plain_loss = engine.evaluate(batch, counts).loss
     with engine.ema_weights():
         ema_loss = engine.evaluate(batch, counts).loss
     reference = toy.ToyStage()
     with torch.no_grad():
         for name, p in reference.named_parameters():
-            p.copy_(before["ema"][name])
+            p.copy_(before[f"ema/{name}"])
         expected = reference(batch, counts).loss
     tolerance = 1e-6 if engine.settings.precision == "fp32" else 2e-2
-    after = {state: engine.gather_full(state) for state in ("weight", "ema")}
+    after = gather_full(engine)
     checks["ema_used"] = bool(torch.isclose(ema_loss.float(), expected, rtol=tolerance, atol=0)) and bool(
         ema_loss != plain_loss
     )
-    checks["bitwise"] = all(torch.equal(before[s][n], after[s][n]) for s in before for n in before[s])
+    checks["bitwise"] = all(torch.equal(before[name], after[name]) for name in before)
     checks["same_loss"] = bool(engine.evaluate(batch, counts).loss == plain_loss)
     checks["training"] = engine.stage.training
 
@@ -128,6 +133,9 @@ def main(argv: list[str]) -> int:
     """Run the cases of the JSON file that is the only argument."""
     jobs = Path(argv[0])
     topology = init_distributed(timeout_s=60)
+    install_toy_sgd(jobs.parent / f"site-{topology.rank}")
     for case in json.loads(jobs.read_text()):
+        if "betas" in case.get("optimizer", {}):
+            case["optimizer"]["betas"] = tuple(case["optimizer"]["betas"])  # a list in JSON
         run_case(Case(**case), topology, jobs.parent)
     return 0

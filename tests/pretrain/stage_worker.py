@@ -22,14 +22,16 @@ from modeling.repa import RepaHead
 from pretrain.checkpoint.write import CheckpointWriter
 from pretrain.config.load import parse_config
 from pretrain.config.schema import RunConfig
+from pretrain.engine.adamw import AdamWSettings
 from pretrain.engine.engine import Engine, EngineSettings
-from pretrain.engine.optim import STATES, Optimizer, parameter_groups
+from pretrain.engine.optim import parameter_groups
 from pretrain.ranks.distributed import Topology, init_distributed
 from pretrain.stages.base import Stage
 from pretrain.stages.build import build_stage
+from tests.pretrain.engine_states import gather_full
 
 FEATURE_DIM = 24
-OPTIMIZER = Optimizer(lr=3e-3, eps=1e-3, weight_decay=0.1, grad_clip=1.0, ema_decay=0.9)
+OPTIMIZER = AdamWSettings(lr=3e-3, eps=1e-3, weight_decay=0.1, grad_clip=1.0, ema_decay=0.9)
 """A large eps: attention's key bias has no gradient but rounding errors, which Adam would blow up to full steps."""
 
 
@@ -108,7 +110,7 @@ def train_sharded(job: dict[str, Any], config: RunConfig, topology: Topology) ->
         manifest = Manifest.load(config.data.path)
         extra = {"config": config.model_dump(mode="json"), "tokenizer_sha256": manifest.tokenizer.sha256}
         CheckpointWriter(config.run_folder, topology).save(num_steps, engine, extra, blocking=True)
-    states = {f"{state}/{name}": t for state in STATES for name, t in engine.gather_full(state).items()}
+    states = gather_full(engine)
     engine.close()
     return states
 

@@ -16,15 +16,13 @@ from typing import NamedTuple
 import psutil
 import pytest
 import torch
-from torch import Tensor
 
-from pretrain.checkpoint.read import read_tensors
-from pretrain.checkpoint.slices import saved_steps
-from pretrain.engine.optim import STATES
+from pretrain.checkpoint.find import saved_steps
 from pretrain.faults.exits import EXIT_REQUEUE
 from pretrain.ranks.launcher import free_port
 from pretrain.telemetry.sinks import read_metrics
 from tests.pretrain import forked_ranks, noted_run, tiny_pipeline, tiny_run
+from tests.pretrain.engine_states import saved_states
 
 pytestmark = pytest.mark.slow
 
@@ -74,11 +72,6 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
     return made
 
 
-def everything(run: Path) -> dict[str, Tensor]:
-    """Weights, moments and EMA of the newest checkpoint."""
-    return {f"{state}/{name}": t for state in STATES for name, t in read_tensors(run, state=state).items()}
-
-
 def losses(run: Path) -> list[float]:
     """Of every step."""
     lines = read_metrics(run)
@@ -115,7 +108,7 @@ def wait_for(reached: Callable[[], object], seconds: float = 900) -> None:
 
 def assert_as_straight(quickstart: Quickstart, run: Path) -> None:
     """The bits of the uninterrupted run, in every tensor at the end and every loss on the way."""
-    found, expected = everything(run), everything(quickstart.straight)
+    found, expected = saved_states(run), saved_states(quickstart.straight)
     assert found.keys() == expected.keys()
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
     assert losses(run) == losses(quickstart.straight)
@@ -159,7 +152,7 @@ def test_moved_between_ranks_and_zero_stages_it_takes_the_same_way(quickstart: Q
             os.kill(processes[-1].pid or 0, signal.SIGTERM)
         code = EXIT_REQUEUE if part < 2 else 0
         assert forked_ranks.finish(processes) == [code] * ranks, config.with_suffix(".log").read_text()[-5000:]
-        assert part == 2 or STEPS * (part + 1) // 3 <= saved_steps(run / "checkpoints")[0][0] < STEPS
+        assert part == 2 or STEPS * (part + 1) // 3 <= saved_steps(run)[0] < STEPS
     batches, expected = noted_run.global_batches(run), noted_run.global_batches(quickstart.straight)
     assert sorted(expected) == list(range(STEPS))
     assert {len(rows) for rows in expected.values()} == {quickstart.values["data"]["rows_per_step"]}
@@ -215,7 +208,7 @@ def test_sigterm_through_the_launcher(quickstart: Quickstart, tmp_path: Path, re
     wait_for(lambda: not of_job(config))
     assert "SIGTERM: writing a checkpoint after step" in log.read_text()
     first = last_step(run)
-    assert saved_steps(run / "checkpoints")[0][0] == first < STEPS
+    assert saved_steps(run)[0] == first < STEPS
 
     # To deepspeed alone: it leaves its ranks to themselves, which notice, save and end too.
     process, log = start([*launcher, "pretrain/train.py", *training], "alone")
@@ -224,7 +217,7 @@ def test_sigterm_through_the_launcher(quickstart: Quickstart, tmp_path: Path, re
     wait_for(lambda: not of_job(config))
     assert "the launcher's end: writing a checkpoint after step" in log.read_text()
     second = last_step(run)
-    assert first < saved_steps(run / "checkpoints")[0][0] == second < STEPS
+    assert first < saved_steps(run)[0] == second < STEPS
 
     # To one rank: all save, and deepspeed passes their code on.
     process, log = start([*launcher, "pretrain/train.py", *training], "rank")
@@ -236,7 +229,7 @@ def test_sigterm_through_the_launcher(quickstart: Quickstart, tmp_path: Path, re
     assert process.wait(900) == EXIT_REQUEUE, log.read_text()[-5000:]
     wait_for(lambda: not of_job(config))
     third = last_step(run)
-    assert second < saved_steps(run / "checkpoints")[0][0] == third < STEPS
+    assert second < saved_steps(run)[0] == third < STEPS
 
     # To the supervisor alone: the same, and its exit code says so.
     supervise = [sys.executable, "-m", "pretrain", "supervise", "--launcher", " ".join(launcher), "--", *training]
@@ -244,7 +237,7 @@ def test_sigterm_through_the_launcher(quickstart: Quickstart, tmp_path: Path, re
     process.send_signal(signal.SIGTERM)
     assert process.wait(900) == EXIT_REQUEUE, log.read_text()[-5000:]
     assert not of_job(config)
-    assert third < saved_steps(run / "checkpoints")[0][0] == last_step(run) < STEPS
+    assert third < saved_steps(run)[0] == last_step(run) < STEPS
 
     assert forked_ranks.finish(forked_ranks.start(config)) == [0, 0], config.with_suffix(".log").read_text()[-5000:]
     assert_as_straight(quickstart, run)

@@ -20,8 +20,9 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest
 from pretrain import train
 from pretrain.checkpoint import write as checkpoint_writer
+from pretrain.checkpoint.find import checkpoint_at, saved_steps
+from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.read import read_tensors
-from pretrain.checkpoint.slices import read_manifest, saved_steps
 from pretrain.engine.engine import Engine
 from pretrain.faults.exits import EXIT_FAILED, EXIT_HUNG, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
 from pretrain.faults.watchdog import Watchdog
@@ -29,6 +30,7 @@ from pretrain.session import refuse_other_inputs
 from pretrain.telemetry.record import STRAGGLER
 from pretrain.telemetry.sinks import read_metrics
 from tests.pretrain import forked_ranks, tiny_run
+from tests.pretrain.engine_states import saved_states
 
 
 @pytest.fixture(autouse=True)
@@ -56,12 +58,6 @@ def start_ranks(config: Path, *arguments: str, **environment: str) -> list[BaseP
 def output_of(config: Path) -> str:
     """What the ranks wrote."""
     return config.with_suffix(".log").read_text()
-
-
-def everything(run: Path) -> dict[str, Tensor]:
-    """Weights, moments and EMA of the newest checkpoint."""
-    states = ("weight", "exp_avg", "exp_avg_sq", "ema")
-    return {f"{state}/{name}": t for state in states for name, t in read_tensors(run, state=state).items()}
 
 
 def losses(run: Path) -> list[float]:
@@ -128,10 +124,10 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(
     config = make_config(tmp_path, data)
     monkeypatch.setenv("TINY_TERM", f"0:{ticket}")
     assert start(config) == EXIT_REQUEUE
-    assert read_manifest(tmp_path / "run" / "checkpoints" / f"step-{ticket // 8 + 1:09d}").step == ticket // 8 + 1
+    assert read_manifest(checkpoint_at(tmp_path / "run", ticket // 8 + 1)).step == ticket // 8 + 1
     monkeypatch.delenv("TINY_TERM")
     assert start(config) == 0
-    assert_same(everything(tmp_path / "run"), everything(straight))
+    assert_same(saved_states(tmp_path / "run"), saved_states(straight))
     assert losses(tmp_path / "run") == losses(straight)
 
 
@@ -145,9 +141,9 @@ def test_an_evaluation_that_fails_costs_no_steps(
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate", out_of_memory)
         assert start(config) == EXIT_FAILED
-    assert [step for step, _ in saved_steps(tmp_path / "run" / "checkpoints")] == [2]
+    assert saved_steps(tmp_path / "run") == [2]
     assert start(config) == 0
-    assert_same(everything(tmp_path / "run"), everything(straight))
+    assert_same(saved_states(tmp_path / "run"), saved_states(straight))
     assert losses(tmp_path / "run") == losses(straight)
 
 
@@ -161,9 +157,9 @@ def test_sigterm_after_a_failed_save_saves_all_the_same(
         patch.setenv("TINY_TERM", f"0:{ticket}")
         assert start(config) == EXIT_REQUEUE
     assert "the checkpoint after step 2 could not be written: [Errno 28]" in capsys.readouterr().err
-    assert [step for step, _ in saved_steps(tmp_path / "run" / "checkpoints")] == [ticket // 8 + 1]
+    assert saved_steps(tmp_path / "run") == [ticket // 8 + 1]
     assert start(config) == 0
-    assert_same(everything(tmp_path / "run"), everything(straight))
+    assert_same(saved_states(tmp_path / "run"), saved_states(straight))
 
 
 def test_a_launcher_that_is_killed_while_its_rank_imports_is_missed(tmp_path: Path, data: Path) -> None:
@@ -210,10 +206,10 @@ def test_sigterm_in_any_phase_saves_and_the_same_command_goes_on_bit_for_bit(
         else:
             patch.setattr(Watchdog, "beat", beat_and_signal)
         assert start(make_config(tmp_path, data)) == EXIT_REQUEUE
-    saved = saved_steps(tmp_path / "run" / "checkpoints")
-    assert saved[0][0] < 6
+    saved = saved_steps(tmp_path / "run")
+    assert saved[0] < 6
     assert start(tmp_path / "c.json") == 0
-    assert_same(everything(tmp_path / "run"), everything(straight))
+    assert_same(saved_states(tmp_path / "run"), saved_states(straight))
     assert losses(tmp_path / "run") == losses(straight)
 
 
@@ -225,7 +221,7 @@ def test_a_bad_step_is_skipped_and_written_down(tmp_path: Path, data: Path, monk
     assert [row[0] for row in entry["rows"]] == list(range(16, 24))
     lines = read_metrics(tmp_path / "run")
     assert [line["skipped"] for line in lines] == [0, 0, 1, 0, 0, 0]
-    assert all(torch.isfinite(tensor).all() for tensor in everything(tmp_path / "run").values())
+    assert all(torch.isfinite(tensor).all() for tensor in saved_states(tmp_path / "run").values())
 
 
 def test_too_many_bad_steps_stop_the_run(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -246,7 +242,7 @@ def test_rewinding_leaves_out_the_rows_from_the_last_good_checkpoint_on(
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (rewind,) = [event for event in events if event.get("event") == "rewind"]
     assert (rewind["checkpoint"], rewind["left_out"], rewind["step"]) == ("step-000000002", [2, 4], 5)
-    before, after = (read_manifest(tmp_path / "run" / "checkpoints" / f"step-{step:09d}").extra for step in (2, 5))
+    before, after = (read_manifest(checkpoint_at(tmp_path / "run", step)).extra for step in (2, 5))
     assert after["telemetry"] == before["telemetry"]  # step 2 is lost, and counts against the goodput
 
 
@@ -314,7 +310,7 @@ def test_a_micro_batch_that_does_not_divide_a_ranks_rows_is_made_smaller(
     out = capsys.readouterr().out
     assert "4 micro-batch(es) of 2 x" in out
     assert "(data.micro_batch_rows is 3; a rank has 8 rows)" in out
-    assert_same(everything(tmp_path / "run"), everything(straight))
+    assert_same(saved_states(tmp_path / "run"), saved_states(straight))
 
 
 def test_fresh_puts_the_old_run_aside(tmp_path: Path, data: Path) -> None:
@@ -337,7 +333,7 @@ def test_damaged_checkpoints_are_passed_over_but_never_forgotten(
     file.write_bytes(file.read_bytes()[:-1])
     assert start(config) == 0
     assert "step-000000006" in capsys.readouterr().err
-    assert_same(everything(tmp_path / "run"), everything(straight))
+    assert_same(saved_states(tmp_path / "run"), saved_states(straight))
     for file in checkpoints.glob("step-*/rank-*"):
         file.write_bytes(b"x")
     assert start(config) == EXIT_USER
@@ -358,7 +354,7 @@ def test_deterministic_mode_is_passed_on(
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert_same(everything(tmp_path / "run"), everything(straight))
+    assert_same(saved_states(tmp_path / "run"), saved_states(straight))
 
 
 def test_help_names_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -375,9 +371,9 @@ def test_two_ranks_train_as_one_and_survive_a_full_disk_and_a_signal_to_one_of_t
     ranks = start_ranks(config, TINY_TERM="1:21", TINY_FULL="0")
     assert forked_ranks.finish(ranks) == [EXIT_REQUEUE] * 2, output_of(config)
     assert "rank 0: the checkpoint after step 2 could not be written" in output_of(config)
-    assert [step for step, _ in saved_steps(tmp_path / "run" / "checkpoints")] == [3]
+    assert saved_steps(tmp_path / "run") == [3]
     assert forked_ranks.finish(start_ranks(config)) == [0, 0], output_of(config)
-    two, one = everything(tmp_path / "run"), everything(straight)
+    two, one = saved_states(tmp_path / "run"), saved_states(straight)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
     assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=1e-5)

@@ -11,14 +11,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
-from pretrain.checkpoint.read import read_tensors
-from pretrain.engine.optim import STATES
 from pretrain.faults.exits import EXIT_LOST
 from pretrain.jobs.hosts import launch_variables
 from pretrain.telemetry.sinks import read_metrics
 from tests.pretrain import forked_ranks, tiny_pipeline, tiny_run
+from tests.pretrain.engine_states import saved_states
 from tests.pretrain.two_hosts import REPOSITORY, Host, TwoHosts, kill, two_hosts, wait_for, what_is_missing
 
 MISSING = what_is_missing()
@@ -92,16 +90,11 @@ def finish(process: subprocess.Popen, log: Path) -> None:
         process.kill()
 
 
-def state(run: Path) -> dict[str, Tensor]:
-    """Every tensor of the newest checkpoint."""
-    return {f"{state}/{name}": t for state in STATES for name, t in read_tensors(run, state=state).items()}
-
-
 def assert_as_on_one_host(runs: Runs, name: str, steps: int | None = None) -> None:
     """The same losses of every step, the same bits in every tensor at the end."""
     config = json.loads(runs.configs[name].read_text())
     run, expected = Path(config["train"]["run"]), runs.on_one_host[name]
-    found_state, expected_state = state(run), state(expected)
+    found_state, expected_state = saved_states(run), saved_states(expected)
     assert found_state.keys() == expected_state.keys()
     assert [key for key in found_state if not torch.equal(found_state[key], expected_state[key])] == []
     losses = [line["loss"] for line in read_metrics(run)]

@@ -11,14 +11,14 @@ import torch
 
 from data_pipeline.core.errors import UserError
 from pretrain.engine.file_memory import in_file
-from pretrain.engine.optim import STATES
 from pretrain.engine.settings import EngineSettings, deepspeed_config
 from tests.pretrain.engine_launch import Result, largest_relative_difference, launch
-from tests.pretrain.engine_toy import Reference, plain_training
+from tests.pretrain.engine_toy import SGD, Reference, plain_sgd, plain_training
 
 STAGES = (0, 1, 2, 3)
 STEPS = 4
 SAVED_AT = 2
+STATES = ("weight", "exp_avg", "exp_avg_sq", "ema")
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,14 @@ def two_ranks(folder: Path) -> dict[str, Result]:
             {"name": f"bf16-zero{stage}-resumed", "steps": (SAVED_AT, STEPS), "restore": saved} | base,
         ]
     cases += [{"name": f"zero{s}-recompute", "zero_stage": s, "recompute": True, "steps": (0, STEPS)} for s in (1, 3)]
+    for stage in (1, 3):  # an optimizer from outside
+        base = {"zero_stage": stage, "optimizer": SGD}
+        saving = {"run": str(folder / f"sgd-zero{stage}"), "save": (SAVED_AT,), "evaluate": True}
+        saved = checkpoint_of(folder, f"sgd-zero{stage}", SAVED_AT)
+        cases += [
+            {"name": f"sgd-zero{stage}", "steps": (0, STEPS)} | saving | base,
+            {"name": f"sgd-zero{stage}-resumed", "steps": (SAVED_AT, STEPS), "restore": saved} | base,
+        ]
     in_files = {
         "zero_stage": 3,
         "offload": "nvme",
@@ -106,6 +114,10 @@ def one_rank(folder: Path, two_ranks: dict[str, Result]) -> dict[str, Result]:
                 "restore": saved,
             },
         ]  # fmt: skip
+    for stage in (1, 3):
+        saved = checkpoint_of(folder, f"sgd-zero{stage}", SAVED_AT)
+        elsewhere = {"zero_stage": 4 - stage, "steps": (SAVED_AT, STEPS), "restore": saved, "optimizer": SGD}
+        cases.append({"name": f"sgd-from-zero{stage}"} | elsewhere)
     return launch(folder / "one", 1, cases)
 
 
@@ -129,17 +141,18 @@ def three_ranks(folder: Path, one_rank: dict[str, Result]) -> dict[str, Result]:
 
 def assert_equal_to(reference: Reference, result: Result, tolerance: float = 1e-6) -> None:
     """Weights, moments and EMA agree tensor by tensor, losses and gradient norms step by step."""
-    for state in STATES:
+    assert result.states.keys() == reference.states.keys()
+    for state in reference.states:
         assert largest_relative_difference(result.states[state], reference.states[state]) <= tolerance, state
     assert result.notes["losses"] == pytest.approx(reference.losses, rel=tolerance)
     assert result.notes["norms"] == pytest.approx(reference.norms, rel=tolerance)
-    assert result.notes["adam_step"] == len(reference.losses)
+    assert result.notes["updates"] == len(reference.losses)
 
 
 def assert_same_bits(one: Result, other: Result) -> None:
     """Weights, moments and EMA agree bit for bit."""
-    for state in STATES:
-        for name, tensor in one.states[state].items():
+    for state, tensors in one.states.items():
+        for name, tensor in tensors.items():
             assert torch.equal(tensor, other.states[state][name]), f"{state}/{name}"
 
 
@@ -153,6 +166,18 @@ def test_two_ranks_train_as_the_plain_loop(two_ranks, reference, stage, accumula
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_rank_trains_as_the_plain_loop(one_rank, reference, stage, accumulation):
     assert_equal_to(reference, one_rank[f"zero{stage}-accumulate{accumulation}"])
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_optimizer_from_outside_trains_resumes_and_moves(one_rank, two_ranks, stage):
+    plain, straight = plain_training(STEPS, make_optimizer=plain_sgd), two_ranks[f"sgd-zero{stage}"]
+    assert sorted(straight.states) == ["ema", "velocity", "weight"]
+    assert_equal_to(plain, straight)
+    assert all(straight.notes["checks"].values())
+    assert_same_bits(straight, two_ranks[f"sgd-zero{stage}-resumed"])
+    moved = one_rank[f"sgd-from-zero{stage}"]  # to one rank and another ZeRO stage
+    for state in plain.states:
+        assert largest_relative_difference(moved.states[state], plain.states[state]) <= 1e-6, state
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -192,7 +217,7 @@ def test_a_nan_on_one_rank_is_a_skipped_step_on_all(two_ranks, stage):
     skipped, poisoned = two_ranks[f"zero{stage}-skipped"], two_ranks[f"zero{stage}-poisoned"]
     assert not torch.isfinite(torch.tensor([poisoned.notes["norms"][1], poisoned.notes["losses"][1]])).any()
     assert_same_bits(skipped, poisoned)
-    assert poisoned.notes["adam_step"] == STEPS - 1
+    assert poisoned.notes["updates"] == STEPS - 1
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -207,7 +232,7 @@ def test_one_rank_continues_what_two_saved_under_another_zero_stage(one_rank, st
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_checkpoint_means_the_same_under_any_sharding(one_rank, three_ranks, stage):
     assert_same_bits(one_rank[f"loaded-zero{stage}"], three_ranks[f"loaded-zero{stage}"])
-    assert three_ranks[f"loaded-zero{stage}"].notes["adam_step"] == SAVED_AT
+    assert three_ranks[f"loaded-zero{stage}"].notes["updates"] == SAVED_AT
 
 
 @pytest.mark.slow

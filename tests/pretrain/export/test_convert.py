@@ -24,7 +24,7 @@ from modeling.textldm import TextLDM
 from modeling.textldm import __file__ as textldm_source
 from pretrain import train
 from pretrain.checkpoint.find import newest_complete
-from pretrain.checkpoint.slices import read_manifest
+from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.read import read_tensors
 from pretrain.config.load import load_config
 from pretrain.config.sections import Diagnose

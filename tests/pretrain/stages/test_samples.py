@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from data_pipeline.format.manifest import Manifest
-from pretrain.checkpoint.read import read_tensors
 from pretrain.config.load import load_config
 from pretrain.diagnose.__main__ import word_figures
-from pretrain.engine.optim import STATES
 from pretrain.stages.dit import DiTRun
 from tests.pretrain import forked_ranks, tiny_pipeline, tiny_run
+from tests.pretrain.engine_states import saved_states
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
@@ -48,9 +47,8 @@ def test_an_evaluation_writes_texts_and_changes_nothing(trained, tmp_path: Path,
             assert sample[name] == "" or set(sample[name].split()) <= set(tiny_pipeline.WORDS)
         assert sample["true"] != sample["context"] != ""
     assert f"generated    {json.dumps(found[0]['generated'])}" in capsys.readouterr().out
-    for state in STATES:
-        expected = read_tensors(trained.dit, state)  # which made no evaluation
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in read_tensors(run, state).items())
+    expected = saved_states(trained.dit)  # which made no evaluation
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in saved_states(run).items())
 
 
 def test_data_behind_a_url_is_trained_on_and_read_as_text(trained, tmp_path: Path) -> None:

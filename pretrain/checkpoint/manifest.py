@@ -1,0 +1,131 @@
+"""What a checkpoint says of itself, in manifest.json: the step, the parameters with their states, and the hash of every file.
+
+The file holds the hash of its own content, too. It is written last, so a checkpoint that has one is complete.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+
+from data_pipeline.core.errors import UserError
+from pretrain.checkpoint.storage import Checkpoint, Folder
+from pretrain.engine.partition import Parameter
+
+FORMAT = "textldm-checkpoint-2"
+MANIFEST = "manifest.json"
+HASH_CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """Size and SHA-256 of a file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json.
+
+    `step`: steps done, so the next one is number `step`. `updates`: those of them that were not skipped. `parameters` by
+    name. `aliases`: further names of tied parameters. `files` by name. `extra`: the caller's, anything in JSON.
+    """
+
+    step: int
+    updates: int
+    world_size: int
+    zero_stage: int
+    precision: str
+    parameters: dict[str, Parameter]
+    aliases: dict[str, str]
+    files: dict[str, SavedFile]
+    extra: dict[str, Any]
+    versions: dict[str, str]
+    format: str = FORMAT
+    checkpoint: Checkpoint = field(default=Checkpoint(Folder("."), ""), compare=False)
+
+    @property
+    def states(self) -> list[str]:
+        """Names of all states that any parameter has."""
+        return list(dict.fromkeys(state for parameter in self.parameters.values() for state in parameter.states))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all of the checkpoint's tensors: of the hashes of its files."""
+        return _digest({name: file.sha256 for name, file in self.files.items()})
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write it there, with the hash of its own content inside."""
+        content = json.loads(json.dumps({f.name: _plain(getattr(self, f.name)) for f in fields(self)[:-1]}))
+        text = json.dumps(content | {"sha256": _digest(content)}, indent=1)
+        checkpoint.storage.put(checkpoint.name, MANIFEST, [text.encode()])
+
+    def shape(self, name: str) -> torch.Size:
+        """Full shape of a parameter."""
+        return torch.Size(self.parameters[name].shape)
+
+
+def read_manifest(checkpoint: Checkpoint) -> Manifest:
+    """The manifest of a checkpoint, its own hash checked. Raises: UserError with the reason."""
+    try:
+        with checkpoint.read(MANIFEST) as file:
+            content = json.loads(file.read())
+        stated = content.pop("sha256")
+        if content.get("format") != FORMAT:
+            raise UserError(f"{checkpoint} has format {content.get('format')!r}; this version reads {FORMAT!r}")
+        if stated != _digest(content):
+            raise UserError(f"{checkpoint}/{MANIFEST} was altered: its content does not have the hash that it states")
+        content["files"] = {name: SavedFile(**file) for name, file in content["files"].items()}
+        content["parameters"] = {
+            name: Parameter(tuple(saved["shape"]), saved["decays"], tuple(saved["states"]))
+            for name, saved in content["parameters"].items()
+        }
+        return Manifest(**content, checkpoint=checkpoint)
+    except FileNotFoundError:
+        raise UserError(
+            f"{checkpoint} has no {MANIFEST}: the save was not finished, or this is not a checkpoint"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{checkpoint}/{MANIFEST} cannot be read: {error}") from None
+
+
+def check_sizes(manifest: Manifest) -> None:
+    """Every file is there in its stated size. Raises: UserError naming the file."""
+    for name, stated in manifest.files.items():
+        try:
+            with manifest.checkpoint.read(name) as file:
+                size = file.seek(0, 2)
+        except FileNotFoundError:
+            raise UserError(f"{manifest.checkpoint}/{name} is missing") from None
+        if size != stated.bytes:
+            raise UserError(f"{manifest.checkpoint}/{name} has {size} bytes, the manifest says {stated.bytes}")
+
+
+def check_hashes(manifest: Manifest, part: int = 0, parts: int = 1) -> None:
+    """Files number `part`, `part` + `parts`, ... have their stated SHA-256. Raises: UserError naming the file."""
+    for name in sorted(manifest.files)[part::parts]:
+        digest = hashlib.sha256()
+        with manifest.checkpoint.read(name) as file:
+            while chunk := file.read(HASH_CHUNK_BYTES):
+                digest.update(chunk)
+        if digest.hexdigest() != manifest.files[name].sha256:
+            raise UserError(f"{manifest.checkpoint}/{name} was altered: its SHA-256 is not the one in the manifest")
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses in a dictionary as dictionaries."""
+    if isinstance(value, dict):
+        return {
+            name: asdict(inner) if isinstance(inner, Parameter | SavedFile) else inner for name, inner in value.items()
+        }
+    return value
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

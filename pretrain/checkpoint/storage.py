@@ -1,0 +1,118 @@
+"""Where a run's checkpoints lie. Five calls are all that is asked of a place: `put`, `read`, `commit`, `list`, `remove`.
+
+A checkpoint is a name and files under it. It is written under a name of its own and gets its final one by `commit`, as
+a whole: whoever finds the final name finds all files. What a kill leaves has another name.
+
+Ours is a folder, by default <run>/checkpoints. Others join by name in the group textldm.checkpoint_storages
+(docs/extending.md); a run is told of one by a *file* <run>/checkpoints that holds "name:place", so that whoever knows the
+run's folder finds its checkpoints.
+"""
+
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from data_pipeline.core import plugins
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.storage import atomic_write, sync_folder
+
+OWN = {"folder": "pretrain.checkpoint.storage:Folder"}
+"""Our storages by name; called with the place, a string."""
+
+CHECKPOINTS = "checkpoints"
+"""In a run's folder: the folder of its checkpoints, or a file that names another place."""
+
+ROOT = ""
+"""As a checkpoint's name: the storage itself, for a file beside the checkpoints."""
+
+Content = Iterable[bytes | memoryview]
+"""A file's content in pieces, each to be written before the next one is asked for."""
+
+
+class Storage(Protocol):
+    """A place for checkpoints, shared by all ranks. `str()` of it is its place in messages."""
+
+    def put(self, checkpoint: str, file: str, content: Content) -> None:
+        """Write or replace a file, as a whole and for good: readers see all of it or nothing. Raises: OSError."""
+
+    def read(self, checkpoint: str, file: str) -> BinaryIO:
+        """The file, to seek and read in. Raises: FileNotFoundError; OSError."""
+
+    def commit(self, unfinished: str, name: str) -> None:
+        """Rename a checkpoint in one step, in place of an older one of that name. Raises: OSError."""
+
+    def list(self) -> list[str]:
+        """Names of all checkpoints, in any order."""
+
+    def remove(self, checkpoint: str) -> None:
+        """Remove a checkpoint; what is half removed must not be listed under its name."""
+
+
+class Folder:
+    """A folder of folders, on a local disk or a file system that all ranks share."""
+
+    def __init__(self, place: str | Path) -> None:
+        self.path = Path(place)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def put(self, checkpoint: str, file: str, content: Content) -> None:
+        """Written beside, synced, renamed."""
+        with atomic_write(self.path / checkpoint / file) as opened:
+            for piece in content:
+                opened.write(piece)
+
+    def read(self, checkpoint: str, file: str) -> BinaryIO:
+        """The open file."""
+        return (self.path / checkpoint / file).open("rb", buffering=0)
+
+    def commit(self, unfinished: str, name: str) -> None:
+        """Two renames if there is an older one of that name; between them neither is listed under it."""
+        final, replaced = self.path / name, self.path / f"{name}.replaced"
+        if final.exists():
+            final.rename(replaced)
+        (self.path / unfinished).rename(final)
+        sync_folder(self.path)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def list(self) -> list[str]:
+        """The folders in it."""
+        return [path.name for path in self.path.iterdir() if path.is_dir()] if self.path.is_dir() else []
+
+    def remove(self, checkpoint: str) -> None:
+        """Under another name first."""
+        doomed = self.path / f"{checkpoint}.deleted"
+        with suppress(FileNotFoundError):
+            (self.path / checkpoint).rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint by its place and name."""
+
+    storage: Storage
+    name: str
+
+    def read(self, file: str) -> BinaryIO:
+        """One of its files."""
+        return self.storage.read(self.name, file)
+
+    def __str__(self) -> str:
+        return f"{self.storage}/{self.name}"
+
+
+def storage_of(run: str | Path) -> Storage:
+    """Where the checkpoints of this run lie. Raises: UserError for a file that names no known storage."""
+    path = Path(run) / CHECKPOINTS
+    if not path.is_file():
+        return Folder(path)
+    name, colon, place = path.read_text(encoding="utf-8").strip().partition(":")
+    if not colon:
+        known = ", ".join(plugins.names("checkpoint_storages", OWN))
+        raise UserError(f"{path} holds {name[:80]!r}; expected name:place, the name one of {known}")
+    return plugins.load("checkpoint_storages", name, OWN)(place)

@@ -1,0 +1,58 @@
+"""AdamW (arXiv 1711.05101) on flat pieces of fp32 masters."""
+
+from typing import Any, Self
+
+import torch
+from pydantic import PositiveFloat, model_validator
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from pretrain.engine.optim import Optimizer, OptimizerSettings
+
+
+class AdamWSettings(OptimizerSettings):
+    """AdamW on fp32 masters, with the EMA as one more state."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment, each in [0, 1)."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+
+    @model_validator(mode="after")
+    def _check_betas(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas are {list(self.betas)}; each must lie in [0, 1)")
+        return self
+
+
+class AdamW(Optimizer):
+    """Both moments are states, by the names that torch gives them."""
+
+    Settings = AdamWSettings
+    states = ("exp_avg", "exp_avg_sq")
+
+    def update(self, weight: Tensor, grad: Tensor, states: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """torch's AdamW: on GPUs its fused kernel, on CPUs operation by operation.
+
+        The fused kernel's result on a CPU would depend on where a piece begins (vector or scalar code).
+        """
+        mean, square = states["exp_avg"], states["exp_avg_sq"]
+        if weight.is_cuda:
+            self.fused(weight, grad, mean, square, group)
+            return
+        (beta1, beta2), lr = self.settings.betas, group["lr"]
+        root_correction = (1 - beta2**self.number) ** 0.5
+        weight.mul_(1 - lr * group["weight_decay"])
+        mean.lerp_(grad, 1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        root = (square.sqrt() / root_correction).add_(self.settings.eps)
+        weight.addcdiv_(mean, root, value=-lr / (1 - beta1**self.number))
+
+    def fused(self, weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, group: dict[str, Any]) -> None:
+        """One kernel, which counts the update itself."""
+        beta1, beta2 = self.settings.betas
+        earlier = torch.full((), self.number - 1, dtype=torch.float32, device=weight.device)
+        adamw(
+            [weight], [grad], [mean], [square], [], [earlier], fused=True, amsgrad=False, maximize=False,
+            beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=self.settings.eps,
+        )  # fmt: skip
