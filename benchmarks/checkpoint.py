@@ -59,7 +59,7 @@ class BareDiT(nn.Module):
         device = latents_TZ.device
         everywhere_T = torch.ones(len(latents_TZ), dtype=torch.bool, device=device)
         windows = Segments.from_lengths([len(latents_TZ)], device)
-        velocity_TZ = self.dit(latents_TZ, everywhere_T, everywhere_T.float(), windows)
+        velocity_TZ = self.dit(latents_TZ, everywhere_T, everywhere_T.float(), windows).velocity_TZ
         return SimpleNamespace(loss=velocity_TZ.square().sum() / counts["targets"], metrics={})
 
 

@@ -96,7 +96,9 @@ class SyntheticDiT(nn.Module):
         time_T = torch.rand(len(segments.lengths), device=segments.device)[segments.ids_T]
         is_target_T = segments.positions_T >= 8
         noisy_TZ = flow.interpolate(data_TZ, noise_TZ, time_T[:, None])
-        velocity_TZ = self.dit(torch.where(is_target_T[:, None], noisy_TZ, data_TZ), is_target_T, time_T, segments)
+        velocity_TZ = self.dit(
+            torch.where(is_target_T[:, None], noisy_TZ, data_TZ), is_target_T, time_T, segments
+        ).velocity_TZ
         error_T = losses.squared_error(velocity_TZ, flow.velocity(data_TZ, noise_TZ))
         return StageOutput((error_T * is_target_T).sum() / is_target_T.sum(), {})
 

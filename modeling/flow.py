@@ -35,11 +35,6 @@ def velocity_from_data(noisy_TZ: torch.Tensor, data_TZ: torch.Tensor, time_T1: t
     return (noisy_TZ - data_TZ) / time_T1.clamp_min(MIN_TIME)
 
 
-def blind_velocity(noisy_TZ: torch.Tensor, time_T1: torch.Tensor) -> torch.Tensor:
-    """The best linear predictor of v* that knows only unit variance; its loss is `blind_floor`."""
-    return (2 * time_T1 - 1) / (time_T1**2 + (1 - time_T1) ** 2) * noisy_TZ
-
-
 def blind_floor(time: torch.Tensor) -> torch.Tensor:
     """Flow loss per channel of the best linear predictor that knows only unit variance: F(t) = 2 - (2t-1)^2 / (t^2 + (1-t)^2)."""
     return covariance_floor(time, torch.ones(1, dtype=time.dtype, device=time.device))

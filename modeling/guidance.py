@@ -37,7 +37,7 @@ class GuidedVelocity:
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         belief_scale: float = 1.0,
     ):
-        if belief_scale != 1 and dit.posterior is None:
+        if belief_scale != 1 and dit.config.prediction != "posterior":
             raise ValueError(
                 f"belief_scale is {belief_scale:g}, but this DiT predicts {dit.config.prediction}: only posterior prediction has"
                 " beliefs to scale; leave it at 1"
@@ -64,7 +64,7 @@ class GuidedVelocity:
             windows = Segments.from_lengths(windows.lengths * 2, windows.device)
             estimate_TZ = None if estimate_TZ is None else estimate_TZ.repeat(2, 1)
         time_T = torch.full(target_T.shape, t, device=z_TZ.device)
-        velocity_TZ = self._dit(inputs_TZ, target_T, time_T, windows, estimate_TZ, self._belief_scale)
+        velocity_TZ = self._dit(inputs_TZ, target_T, time_T, windows, estimate_TZ, self._belief_scale).velocity_TZ
         if guided:
             velocity_TZ = guide(velocity_TZ[: len(z_TZ)], velocity_TZ[len(z_TZ) :], self._scale)
             time_T = time_T[: len(z_TZ)]

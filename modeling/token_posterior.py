@@ -20,10 +20,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from .attention import Segments
+from .heads import Prediction, TokenTargets
 from .layers import Gain
 
+MIN_PRIOR = 1e-9
 MIN_VARIANCE = 1e-5
 UNSEEN_COUNT = 0.5
 MIN_OWN = 0.05
@@ -175,6 +179,82 @@ class TokenPosterior(nn.Module):
         both_V2Z = torch.cat((self.means, self.variances), dim=1).float()
         means_TZ, variances_TZ = (logits_TV.softmax(-1) @ both_V2Z).chunk(2, dim=-1)
         return means_TZ, variances_TZ
+
+
+class Alone(NamedTuple):
+    """What the noisy latents tell before the network has read them.
+
+    Attributes:
+        latents_TZ: the estimate of z from each z_t by itself.
+        unigram_TV: `TokenPosterior.unigram_logits`.
+        offset_TZ: what the tokens of a segment have in common; rest_TZ: the share of d that it leaves.
+        begins_T: bool, the first token of each target.
+    """
+
+    latents_TZ: torch.Tensor
+    unigram_TV: torch.Tensor
+    offset_TZ: torch.Tensor
+    rest_TZ: torch.Tensor
+    begins_T: torch.Tensor
+
+
+class PosteriorHead(TokenPosterior):
+    """The token posterior as the head of a TextDiT."""
+
+    def alone(
+        self, latents_TZ: torch.Tensor, is_target_T: torch.Tensor, time_T1: torch.Tensor, windows: Segments
+    ) -> Alone:
+        """Tokens by their frequencies and z_t, and the offset of each segment."""
+        with torch.no_grad():
+            unigram_TV = self.unigram_logits(latents_TZ, time_T1)
+            alone = self.estimate(unigram_TV, latents_TZ, time_T1)
+            # A dropped context, all zeros, tells nothing.
+            dropped_T1 = (latents_TZ == 0).all(-1, keepdim=True)
+            told = alone._replace(deviation_TZ=alone.deviation_TZ.masked_fill(dropped_T1, 0))
+            # An encoder's attention moves the latents of all that it sees at once together: a target's, and apart from them its context's.
+            groups_T, num_groups = 2 * windows.ids_T + is_target_T, 2 * len(windows.lengths)
+            context, target = self.offset(told, groups_T, num_groups).alternate()
+        # What the target leaves open of its own, the context may tell.
+        hint_WZ = context.mean_GZ * (target.prior_GZ / context.prior_GZ.clamp_min(MIN_PRIOR)).sqrt()
+        offset_WZ = target.mean_GZ + target.open_GZ * self.from_context(hint_WZ)
+        rest_WZ = self.own_variance.float() + target.open_GZ * target.prior_GZ
+        begins_T = begins_target(is_target_T, windows)
+        return Alone(alone.latents_TZ, unigram_TV, offset_WZ[windows.ids_T], rest_WZ[windows.ids_T], begins_T)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_TD: torch.Tensor,
+        latents_TZ: torch.Tensor,
+        time_T1: torch.Tensor,
+        alone: Alone,
+        belief_scale: float,
+        targets: TokenTargets | None,
+    ) -> Prediction:
+        """Velocity and cross-entropies."""
+        velocity_TZ, logits_TV = super().forward(
+            hidden_TD,
+            alone.unigram_TV,
+            latents_TZ,
+            time_T1,
+            belief_scale,
+            alone.offset_TZ,
+            alone.rest_TZ,
+            alone.begins_T,
+        )
+        if targets is None:
+            return Prediction(velocity_TZ, hidden_TD)
+        ce_T = F.cross_entropy(logits_TV, targets.tokens_T, reduction="none")
+        return Prediction(velocity_TZ, hidden_TD, (ce_T * targets.weights_T).sum(), ce_T.detach())
+
+
+def begins_target(is_target_T: torch.Tensor, windows: Segments) -> torch.Tensor:
+    """bool [T]: the first token of each target.
+
+    What stands before it was encoded apart from it: it tells which token follows, but nothing of where in its token's Gaussian the
+    latent lies. To the network it looks like any neighbour, and misleads it (docs/log.md: where the context gap was lost).
+    """
+    goes_on_T = is_target_T.roll(1) & (windows.positions_T > 0)
+    return is_target_T & ~goes_on_T
 
 
 def within_token_moments(

@@ -16,7 +16,8 @@ FLOORS = {
     "modeling": [
         ["attention", "flow", "losses", "times"],
         ["layers", "solvers"],
-        ["repa", "text_vae", "token_posterior"],
+        ["heads", "repa", "text_vae"],
+        ["token_posterior"],
         ["floors", "text_dit"],
         ["guidance"],
         ["textldm"],

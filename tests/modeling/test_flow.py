@@ -61,11 +61,12 @@ def test_the_blind_floor_has_its_known_figures() -> None:
     assert quarters.tolist() == pytest.approx([1.287, 1.855, 1.855, 1.287], abs=1e-3)
 
 
-def test_the_blind_velocity_reaches_the_blind_floor() -> None:
+def test_the_best_linear_predictor_reaches_the_blind_floor() -> None:
     data_TZ, noise_TZ, _ = draw(num=300_000)
     for time in (0.1, 0.5, 0.8):
         t = torch.tensor(time, dtype=torch.float64)
-        guess_TZ = flow.blind_velocity(flow.interpolate(data_TZ, noise_TZ, t), t)
+        # The best linear map: Cov(v*, z_t) / Var(z_t) = (2t - 1) / (t^2 + (1-t)^2).
+        guess_TZ = (2 * t - 1) / (t**2 + (1 - t) ** 2) * flow.interpolate(data_TZ, noise_TZ, t)
         loss = (guess_TZ - flow.velocity(data_TZ, noise_TZ)).square().mean()
         assert float(loss) == pytest.approx(float(blind_floor(t)), rel=5e-3)
 

@@ -6,6 +6,7 @@ import torch
 from modeling.attention import Segments
 from modeling.guidance import GuidedVelocity, guide
 from modeling.text_dit import TextDiT, TextDiTConfig
+from modeling.token_posterior import PosteriorHead
 
 
 def test_guidance_scales() -> None:
@@ -39,8 +40,8 @@ def test_guidance_combines_with_and_without_context(time_conditioning: str) -> N
     dit, (context_TZ, is_target_T, windows), t = make_dit(time_conditioning=time_conditioning), packed(), 0.6
     z_TZ, time_T = torch.randn_like(context_TZ), torch.full((sum(LENGTHS),), t)
     target_T1 = is_target_T[:, None]
-    with_TZ = dit(torch.where(target_T1, z_TZ, context_TZ), is_target_T, time_T, windows) * target_T1
-    without_TZ = dit(z_TZ * target_T1, is_target_T, time_T, windows) * target_T1
+    with_TZ = dit(torch.where(target_T1, z_TZ, context_TZ), is_target_T, time_T, windows).velocity_TZ * target_T1
+    without_TZ = dit(z_TZ * target_T1, is_target_T, time_T, windows).velocity_TZ * target_T1
     assert not torch.allclose(with_TZ, without_TZ)
     for scale, interval, expected_TZ in (
         (1.0, (0.0, 1.0), with_TZ),
@@ -70,8 +71,8 @@ def test_self_conditioning_reads_the_last_estimate_of_the_guided_velocity() -> N
     estimate_TZ = (z_TZ - 0.8 * first_TZ) * is_target_T[:, None]
     inputs_TZ = torch.where(is_target_T[:, None], z_TZ, context_TZ)
     time_T = torch.full((sum(LENGTHS),), 0.5)
-    with_TZ = dit(inputs_TZ, is_target_T, time_T, windows, estimate_TZ)
-    without_TZ = dit(z_TZ * is_target_T[:, None], is_target_T, time_T, windows, estimate_TZ)
+    with_TZ = dit(inputs_TZ, is_target_T, time_T, windows, estimate_TZ).velocity_TZ
+    without_TZ = dit(z_TZ * is_target_T[:, None], is_target_T, time_T, windows, estimate_TZ).velocity_TZ
     expected_TZ = guide(with_TZ, without_TZ, 3.0) * is_target_T[:, None]
     torch.testing.assert_close(velocity(z_TZ, 0.5), expected_TZ, rtol=1e-4, atol=1e-4)
     fresh_TZ = GuidedVelocity(dit, context_TZ, is_target_T, windows, 3.0)(z_TZ, 0.5)
@@ -81,11 +82,11 @@ def test_self_conditioning_reads_the_last_estimate_of_the_guided_velocity() -> N
 def test_a_belief_scale_multiplies_what_the_context_adds_to_the_token_logits() -> None:
     dit, (context_TZ, is_target_T, windows) = make_dit(prediction="posterior", vocab_size=5), packed()
     z_TZ = torch.randn_like(context_TZ)
-    assert dit.posterior is not None
-    dit.posterior.means.copy_(torch.randn(5, 3))
+    assert isinstance(dit.head, PosteriorHead)
+    dit.head.means.copy_(torch.randn(5, 3))
     scaled_TZ = GuidedVelocity(dit, context_TZ, is_target_T, windows, belief_scale=2.5)(z_TZ, 0.6)
     plain_TZ = GuidedVelocity(dit, context_TZ, is_target_T, windows)(z_TZ, 0.6)
-    dit.posterior.to_logits.weight.mul_(2.5)
+    dit.head.to_logits.weight.mul_(2.5)
     torch.testing.assert_close(scaled_TZ, GuidedVelocity(dit, context_TZ, is_target_T, windows)(z_TZ, 0.6))
     assert not torch.allclose(scaled_TZ, plain_TZ)
     with pytest.raises(ValueError, match="belief_scale is 2, but this DiT predicts velocity"):

@@ -7,6 +7,7 @@ from modeling import flow
 from modeling.attention import Segments
 from modeling.losses import squared_error
 from modeling.text_dit import TextDiT, TextDiTConfig
+from modeling.token_posterior import PosteriorHead
 
 LENGTHS, CONTEXTS = [9, 6, 5], [4, 3, 0]
 TINY = {"latent_dim": 3, "width": 32, "num_layers": 2, "head_dim": 16}
@@ -15,8 +16,6 @@ EVERY = [
     {"time_conditioning": "additive"},
     {"time_conditioning": "adaln_zero"},
     {"role_embedding": True, "qk_norm": True},
-    {"prediction": "data"},
-    {"prediction": "residual"},
     {"self_conditioning": True},
     {"prediction": "posterior", "vocab_size": 7},
     {"neighbour_heads": True},
@@ -29,10 +28,10 @@ def make_dit(**options: object) -> TextDiT:
     dit = TextDiT(TextDiTConfig(**(TINY | options))).eval()
     for p in dit.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    if dit.posterior is not None:
-        torch.nn.init.normal_(dit.posterior.means)
-        dit.posterior.shared_variance.fill_(2.0)
-        dit.posterior.own_variance.fill_(0.5)
+    if isinstance(dit.head, PosteriorHead):
+        torch.nn.init.normal_(dit.head.means)
+        dit.head.shared_variance.fill_(2.0)
+        dit.head.own_variance.fill_(0.5)
     return dit.requires_grad_(False)
 
 
@@ -48,29 +47,29 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Segments]:
 @pytest.mark.parametrize("options", EVERY, ids=str)
 def test_windows_do_not_see_each_other(options: dict) -> None:
     dit, (latents_TZ, is_target_T, time_T, windows) = make_dit(**options), inputs()
-    before_TZ = dit(latents_TZ, is_target_T, time_T, windows)
+    before_TZ = dit(latents_TZ, is_target_T, time_T, windows).velocity_TZ
     changed_TZ, changed_T = latents_TZ.clone(), time_T.clone()
     changed_TZ[9:15] += 1
     changed_T[9:15] = 0.7
-    after_TZ = dit(changed_TZ, is_target_T, changed_T, windows)
+    after_TZ = dit(changed_TZ, is_target_T, changed_T, windows).velocity_TZ
     outside = [*range(9), *range(15, 20)]
     assert torch.equal(before_TZ[outside], after_TZ[outside])
     assert not torch.isclose(before_TZ[9:15], after_TZ[9:15]).all(-1).any()
     start = 0
     for length in LENGTHS:
         part = slice(start, start + length)
-        alone_TZ = dit(latents_TZ[part], is_target_T[part], time_T[part], Segments.from_lengths([length]))
+        alone_TZ = dit(latents_TZ[part], is_target_T[part], time_T[part], Segments.from_lengths([length])).velocity_TZ
         torch.testing.assert_close(alone_TZ, before_TZ[part], rtol=1e-4, atol=1e-4)
         start += length
 
 
 def test_targets_see_context_and_each_other() -> None:
     dit, (latents_TZ, is_target_T, time_T, windows) = make_dit(), inputs()
-    before_TZ = dit(latents_TZ, is_target_T, time_T, windows)
+    before_TZ = dit(latents_TZ, is_target_T, time_T, windows).velocity_TZ
     for token in (0, 8):  # a context and a target of the first window
         changed_TZ = latents_TZ.clone()
         changed_TZ[token] += 1
-        after_TZ = dit(changed_TZ, is_target_T, time_T, windows)
+        after_TZ = dit(changed_TZ, is_target_T, time_T, windows).velocity_TZ
         assert not torch.isclose(before_TZ[4:9], after_TZ[4:9]).all(-1).any()
 
 
@@ -78,57 +77,42 @@ def test_without_time_conditioning_the_time_is_not_read() -> None:
     latents_TZ, is_target_T, time_T, windows = inputs()
     plain, timed = make_dit(), make_dit(time_conditioning="additive")
     assert torch.equal(
-        plain(latents_TZ, is_target_T, time_T, windows), plain(latents_TZ, is_target_T, time_T / 2, windows)
+        plain(latents_TZ, is_target_T, time_T, windows).velocity_TZ,
+        plain(latents_TZ, is_target_T, time_T / 2, windows).velocity_TZ,
     )
-    before_TZ, after_TZ = (timed(latents_TZ, is_target_T, x, windows) for x in (time_T, time_T / 2))
+    before_TZ, after_TZ = (timed(latents_TZ, is_target_T, x, windows).velocity_TZ for x in (time_T, time_T / 2))
     assert not torch.allclose(before_TZ, after_TZ)
     # A context's own time is 0: only targets carry the embedding.
     context_T = torch.where(is_target_T, time_T, 0.123)
-    assert torch.equal(before_TZ, timed(latents_TZ, is_target_T, context_T, windows))
-
-
-def test_parametrisations_stand_for_the_same_velocity() -> None:
-    latents_TZ, is_target_T, time_T, windows = inputs()
-    raw_TZ = make_dit()(latents_TZ, is_target_T, time_T, windows)
-    time_T1 = time_T[:, None]
-    data_TZ = make_dit(prediction="data")(latents_TZ, is_target_T, time_T, windows)
-    torch.testing.assert_close(flow.data_from_velocity(latents_TZ, data_TZ, time_T1), raw_TZ, rtol=1e-4, atol=1e-4)
-    residual_TZ = make_dit(prediction="residual")(latents_TZ, is_target_T, time_T, windows)
-    expected_TZ = flow.blind_velocity(latents_TZ, time_T1) + flow.blind_floor(time_T1).sqrt() * raw_TZ
-    torch.testing.assert_close(residual_TZ, expected_TZ, rtol=1e-5, atol=1e-5)
-
-
-def test_the_estimate_undoes_data_prediction_down_to_the_clamp() -> None:
-    dit, (latents_TZ, is_target_T, _, windows) = make_dit(prediction="data"), inputs()
-    raw = make_dit()
-    for time in (0.5, flow.MIN_TIME, flow.MIN_TIME / 10, 0.0):
-        time_T = torch.full((sum(LENGTHS),), time)
-        velocity_TZ = dit(latents_TZ, is_target_T, time_T, windows)
-        found_TZ = dit.estimate(velocity_TZ, latents_TZ, time_T)
-        torch.testing.assert_close(found_TZ, raw(latents_TZ, is_target_T, time_T, windows), rtol=1e-3, atol=1e-4)
+    assert torch.equal(before_TZ, timed(latents_TZ, is_target_T, context_T, windows).velocity_TZ)
 
 
 def test_posterior_prediction_reads_its_own_estimate_where_no_earlier_one_is_given() -> None:
     dit, (latents_TZ, is_target_T, time_T, windows) = make_dit(prediction="posterior", vocab_size=7), inputs()
-    assert dit.posterior is not None
+    assert isinstance(dit.head, PosteriorHead)
     time_T1 = time_T[:, None]
-    logits_TV = dit.posterior.unigram_logits(latents_TZ, time_T1)
-    own_TZ = dit.posterior.estimate(logits_TV, latents_TZ, time_T1).latents_TZ
-    outputs = dit.outputs(latents_TZ, is_target_T, time_T, windows)
-    assert outputs.logits_TV is not None
-    assert outputs.logits_TV.shape == (20, 7)
-    assert torch.equal(outputs.velocity_TZ, dit(latents_TZ, is_target_T, time_T, windows, own_TZ))
+    logits_TV = dit.head.unigram_logits(latents_TZ, time_T1)
+    own_TZ = dit.head.estimate(logits_TV, latents_TZ, time_T1).latents_TZ
+    outputs = dit(latents_TZ, is_target_T, time_T, windows)
+    assert torch.equal(outputs.velocity_TZ, dit(latents_TZ, is_target_T, time_T, windows, own_TZ).velocity_TZ)
     assert not torch.allclose(
-        outputs.velocity_TZ, dit(latents_TZ, is_target_T, time_T, windows, torch.zeros_like(own_TZ))
+        outputs.velocity_TZ, dit(latents_TZ, is_target_T, time_T, windows, torch.zeros_like(own_TZ)).velocity_TZ
     )
+
+
+def test_the_estimate_is_that_of_the_velocity_down_to_the_clamp() -> None:
+    velocity_TZ, noisy_TZ = torch.randn(2, 5, 3)
+    time_T = torch.tensor([0.9, 0.5, flow.MIN_TIME, flow.MIN_TIME / 10, 0.0])
+    expected_TZ = noisy_TZ - time_T.clamp_min(flow.MIN_TIME)[:, None] * velocity_TZ
+    torch.testing.assert_close(make_dit().estimate(velocity_TZ, noisy_TZ, time_T), expected_TZ)
 
 
 def test_the_first_token_of_a_target_takes_no_shift() -> None:
     dit, (latents_TZ, is_target_T, time_T, windows) = make_dit(prediction="posterior", vocab_size=7), inputs()
-    assert dit.posterior is not None
-    before_TZ = dit(latents_TZ, is_target_T, time_T, windows)
-    dit.posterior.to_shift.bias += 1
-    same_T = (dit(latents_TZ, is_target_T, time_T, windows) == before_TZ).all(-1)
+    assert isinstance(dit.head, PosteriorHead)
+    before_TZ = dit(latents_TZ, is_target_T, time_T, windows).velocity_TZ
+    dit.head.to_shift.bias += 1
+    same_T = (dit(latents_TZ, is_target_T, time_T, windows).velocity_TZ == before_TZ).all(-1)
     # Contexts of 4, 3 and no tokens; what happens at a context's own tokens means nothing.
     assert same_T[is_target_T].nonzero().flatten().tolist() == [0, 5, 8]
 
@@ -136,26 +120,26 @@ def test_the_first_token_of_a_target_takes_no_shift() -> None:
 def test_a_context_tells_what_the_target_leaves_open_of_their_common_deviation() -> None:
     """With a network that says nothing: the gain's effect on the velocity, against the formula."""
     dit, (latents_TZ, is_target_T, time_T, windows) = make_dit(prediction="posterior", vocab_size=7), inputs()
-    assert dit.posterior is not None
-    for weights in (*dit.posterior.to_logits.parameters(), *dit.posterior.to_shift.parameters()):
+    assert isinstance(dit.head, PosteriorHead)
+    for weights in (*dit.head.to_logits.parameters(), *dit.head.to_shift.parameters()):
         weights.zero_()
-    dit.posterior.from_context.weight.copy_(torch.tensor([0.0, 0.5, 0.5]))
-    with_context_TZ = dit(latents_TZ, is_target_T, time_T, windows)
-    dit.posterior.from_context.weight.zero_()
-    moved_TZ = with_context_TZ - dit(latents_TZ, is_target_T, time_T, windows)
+    dit.head.from_context.weight.copy_(torch.tensor([0.0, 0.5, 0.5]))
+    with_context_TZ = dit(latents_TZ, is_target_T, time_T, windows).velocity_TZ
+    dit.head.from_context.weight.zero_()
+    moved_TZ = with_context_TZ - dit(latents_TZ, is_target_T, time_T, windows).velocity_TZ
     assert not moved_TZ[15:].any(), "there is no context in the last window"
     kept_TZ, latents_TZ = latents_TZ, latents_TZ.clone()
     latents_TZ[:4] = 0
-    dropped_TZ = dit(latents_TZ, is_target_T, time_T, windows)
-    dit.posterior.from_context.weight.fill_(0.5)
-    assert torch.equal(dit(latents_TZ, is_target_T, time_T, windows)[:9], dropped_TZ[:9]), (
+    dropped_TZ = dit(latents_TZ, is_target_T, time_T, windows).velocity_TZ
+    dit.head.from_context.weight.fill_(0.5)
+    assert torch.equal(dit(latents_TZ, is_target_T, time_T, windows).velocity_TZ[:9], dropped_TZ[:9]), (
         "a dropped context tells something"
     )
     shared, own = 2.0, 0.5
     for context, target, t in ((slice(0, 4), slice(4, 9), 0.2), (slice(9, 12), slice(12, 15), 0.5)):
         k, n = context.stop - context.start, target.stop - target.start
-        alone = dit.posterior.estimate(
-            dit.posterior.unigram_logits(kept_TZ[context], torch.zeros(1, 1)), kept_TZ[context], torch.zeros(1, 1)
+        alone = dit.head.estimate(
+            dit.head.unigram_logits(kept_TZ[context], torch.zeros(1, 1)), kept_TZ[context], torch.zeros(1, 1)
         )
         of_context_Z = shared / k * alone.deviation_TZ.sum(0) / (own + shared)
         # The variances within tokens are 1, in the basis of the channels.
@@ -169,29 +153,29 @@ def test_a_context_tells_what_the_target_leaves_open_of_their_common_deviation()
 
 def test_self_conditioning_reads_targets_only_and_zeros_when_there_is_none() -> None:
     dit, (latents_TZ, is_target_T, time_T, windows) = make_dit(self_conditioning=True), inputs()
-    none_TZ = dit(latents_TZ, is_target_T, time_T, windows)
-    assert torch.equal(none_TZ, dit(latents_TZ, is_target_T, time_T, windows, torch.zeros_like(latents_TZ)))
+    none_TZ = dit(latents_TZ, is_target_T, time_T, windows).velocity_TZ
+    assert torch.equal(none_TZ, dit(latents_TZ, is_target_T, time_T, windows, torch.zeros_like(latents_TZ)).velocity_TZ)
     at_contexts_TZ = torch.randn_like(latents_TZ) * ~is_target_T[:, None]
-    assert torch.equal(none_TZ, dit(latents_TZ, is_target_T, time_T, windows, at_contexts_TZ))
-    assert not torch.allclose(none_TZ, dit(latents_TZ, is_target_T, time_T, windows, torch.ones_like(latents_TZ)))
+    assert torch.equal(none_TZ, dit(latents_TZ, is_target_T, time_T, windows, at_contexts_TZ).velocity_TZ)
+    assert not torch.allclose(
+        none_TZ, dit(latents_TZ, is_target_T, time_T, windows, torch.ones_like(latents_TZ)).velocity_TZ
+    )
 
 
 @pytest.mark.parametrize("options", EVERY, ids=str)
 def test_the_first_loss_is_its_analytic_value(options: dict) -> None:
-    """Zero-initialised, the velocity is 0, z_t / t (data 0), or the blind one; the loss follows from the batch's second moments."""
+    """Zero-initialised, the velocity is 0 or the blind one; the loss follows from the batch's second moments."""
     torch.manual_seed(0)
     dit, num = TextDiT(TextDiTConfig(**(TINY | options))), 20_000
     data_TZ, noise_TZ = 1.7 * torch.randn(num, 3), torch.randn(num, 3)
     is_target_T, time = torch.ones(num, dtype=torch.bool), 0.4
     time_T, windows = torch.full((num,), time), Segments.from_lengths([20] * (num // 20))
     with torch.no_grad():
-        found_TZ = dit(flow.interpolate(data_TZ, noise_TZ, time_T[:, None]), is_target_T, time_T, windows)
+        found_TZ = dit(flow.interpolate(data_TZ, noise_TZ, time_T[:, None]), is_target_T, time_T, windows).velocity_TZ
     loss = float(squared_error(found_TZ, flow.velocity(data_TZ, noise_TZ)).mean())
     power = float(data_TZ.square().mean())
     # v - v* = a z + b eps with independent z and eps, so the loss is a^2 E[z^2] + b^2.
-    if options.get("prediction") == "data":
-        a, b = 1 / time, 0.0
-    elif options.get("prediction") in ("residual", "posterior"):  # without statistics, every token is the unit Gaussian
+    if options.get("prediction") == "posterior":  # without statistics, every token is the unit Gaussian
         slope = (2 * time - 1) / (time**2 + (1 - time) ** 2)
         a, b = slope * (1 - time) + 1, slope * time - 1
     else:
@@ -204,7 +188,7 @@ def test_velocity_prediction_starts_at_the_batchs_own_second_moment() -> None:
     noise_TZ = torch.randn_like(latents_TZ)
     noisy_TZ = flow.interpolate(latents_TZ, noise_TZ, time_T[:, None])
     target_TZ = flow.velocity(latents_TZ, noise_TZ)
-    error_T = squared_error(dit(noisy_TZ, is_target_T, time_T, windows), target_TZ)
+    error_T = squared_error(dit(noisy_TZ, is_target_T, time_T, windows).velocity_TZ, target_TZ)
     torch.testing.assert_close(error_T, target_TZ.square().mean(-1))
 
 
@@ -224,12 +208,11 @@ def test_the_ladder_has_its_sizes(layers: int, width: int, millions: int) -> Non
 def test_half_precision_runs_and_stays_near(options: dict) -> None:
     torch.manual_seed(0)
     dit, (latents_TZ, is_target_T, time_T, windows) = TextDiT(TextDiTConfig(**(TINY | options))), inputs()
-    head = dit.to_latent if dit.posterior is None else dit.posterior.to_shift
-    assert head is not None
+    head = dit.head.to_shift if isinstance(dit.head, PosteriorHead) else dit.head.to_latent
     torch.nn.init.normal_(head.weight, std=0.1)
     estimate_TZ = torch.randn_like(latents_TZ) if options.get("self_conditioning") else None
-    full_TZ = dit(latents_TZ, is_target_T, time_T, windows, estimate_TZ)
-    half_TZ = dit.bfloat16()(latents_TZ, is_target_T, time_T, windows, estimate_TZ)
+    full_TZ = dit(latents_TZ, is_target_T, time_T, windows, estimate_TZ).velocity_TZ
+    half_TZ = dit.bfloat16()(latents_TZ, is_target_T, time_T, windows, estimate_TZ).velocity_TZ
     assert half_TZ.dtype == torch.float32
     assert (half_TZ - full_TZ).norm() < 0.02 * full_TZ.norm()
 
@@ -238,5 +221,5 @@ def test_half_precision_runs_and_stays_near(options: dict) -> None:
     "wrong", [{"time_conditioning": "film"}, {"prediction": "noise"}, {"neighbour_heads": True, "qk_norm": True}]
 )
 def test_unknown_options_are_refused(wrong: dict) -> None:
-    with pytest.raises(ValueError, match=r"expected (none, additive or adaln_zero|velocity, data)|choose one"):
+    with pytest.raises(ValueError, match=r"expected (none, additive or adaln_zero|velocity or posterior)|choose one"):
         TextDiTConfig(**wrong)

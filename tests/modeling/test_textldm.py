@@ -62,7 +62,7 @@ def test_half_precision_keeps_the_statistics_and_generates(tmp_path: Path) -> No
     model = make_model()
     model.save_pretrained(tmp_path)
     loaded = TextLDM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert loaded.dit.to_latent.weight.dtype == torch.bfloat16
+    assert loaded.dit.head.to_latent.weight.dtype == torch.bfloat16
     assert torch.equal(loaded.vae.latents_mean, model.vae.latents_mean)
     assert [len(ids) for ids in loaded.generate(PROMPTS, NEW)] == [NEW] * 4
 

@@ -44,13 +44,11 @@ def test_a_dit_starts_at_the_loss_of_what_it_predicts_without_weights(name: str)
     time_T = times_of(config.flow, shape.latent_dim).quantile(uniform_T).float()
     is_target_T = torch.ones(TOKENS, dtype=torch.bool)
     noisy_TZ = flow.interpolate(data_TZ, noise_TZ, time_T[:, None])
-    velocity_TZ = dit(noisy_TZ, is_target_T, time_T, segments())
+    velocity_TZ = dit(noisy_TZ, is_target_T, time_T, segments()).velocity_TZ
     loss = float(losses.squared_error(velocity_TZ, flow.velocity(data_TZ, noise_TZ)).mean())
     if shape.prediction == "velocity":  # v = 0
         expected = 2.0
-    elif shape.prediction == "data":  # z = 0, so v = z_t / t
-        expected = float(((1 - time_T) ** 2 + time_T**2).div(time_T.clamp_min(flow.MIN_TIME) ** 2).mean())
-    else:  # residual: the blind floor; posterior: one Gaussian N(0, 1) before statistics are read, the same
+    else:  # posterior: one Gaussian N(0, 1) before statistics are read, that is the blind floor
         expected = float(flow.blind_floor(time_T).mean())
     assert loss == pytest.approx(expected, rel=0.02)
 

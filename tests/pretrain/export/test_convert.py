@@ -134,7 +134,7 @@ def test_a_token_posterior_travels_with_its_statistics(trained: Trained, tmp_pat
         tmp_path, tiny_pipeline.dit_values(trained.data, trained.vae, tmp_path / "posterior", model)
     )
     saved = read_tensors(dit, "ema")
-    frequencies_V = saved["dit.posterior.log_frequencies"].exp()
+    frequencies_V = saved["dit.head.log_frequencies"].exp()
     assert float(frequencies_V.sum()) == pytest.approx(1, abs=1e-4)
     assert len(set(frequencies_V.tolist())) > 5  # fitted, not the initial zeros
     exported = TextLDM.from_pretrained(convert(dit, tmp_path / "export"))
@@ -144,7 +144,7 @@ def test_a_token_posterior_travels_with_its_statistics(trained: Trained, tmp_pat
 
 def test_the_folder_holds_what_its_parts_were(trained: Trained, exported: Path) -> None:
     names = {path.name for path in exported.iterdir()}
-    stems = ("attention", "flow", "guidance", "layers", "solvers", "text_dit", "text_vae", "textldm", "times", "token_posterior")
+    stems = ("attention", "flow", "guidance", "heads", "layers", "solvers", "text_dit", "text_vae", "textldm", "times", "token_posterior")
     code = {f"{stem}.py" for stem in stems}
     assert names == code | {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in modeling_files()} == code
