@@ -12,7 +12,6 @@ from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor
@@ -25,9 +24,11 @@ from modeling import flow, losses
 from modeling.attention import Segments
 from modeling.floors import NAMES as FLOOR_NAMES
 from modeling.floors import Floors
-from modeling.text_dit import TextDiT, TextDiTConfig, TokenHead
+from modeling.heads import TokenHead, TokenTargets, VelocityHead
+from modeling.text_dit import TextDiT, TextDiTConfig
 from modeling.text_vae import TextVAE
 from modeling.times import TimeDistribution, move_logit, shift_for_dimension
+from modeling.token_posterior import PosteriorHead
 from pretrain.config import checks
 from pretrain.config.registry import StageKind
 from pretrain.config.schema import RunConfig, inherited
@@ -165,10 +166,10 @@ class DiTStage(Stage):
         shape = config.model.architecture()
         shape.vocab_size = vae.config.vocab_size
         self.dit = TextDiT(shape)
-        if self.dit.posterior is not None:
-            read_posterior(config.run_folder / LATENTS_NAME, self.dit.posterior)
+        if isinstance(self.dit.head, PosteriorHead):
+            read_posterior(config.run_folder / LATENTS_NAME, self.dit.head)
         self.token_head: TokenHead | None = None
-        if config.flow.token_loss_weight and self.dit.posterior is None:
+        if config.flow.token_loss_weight and isinstance(self.dit.head, VelocityHead):
             self.token_head = TokenHead(config.model.width, vae.config.vocab_size)
         # Part of the checkpoint, so that an export needs nothing but it.
         self.register_buffer("latents_mean", vae.latents_mean.clone())
@@ -245,14 +246,13 @@ class DiTStage(Stage):
             batch, latents_TZ, context_TZ, time_W, keep_context_W
         )
         estimate_TZ = self._earlier_estimate(batch, inputs_TZ, is_target_T, time_T, windows)
-        output = self.dit.outputs(inputs_TZ, is_target_T, time_T, windows, estimate_TZ)
+        weights_T = is_target_T.float()
+        targets = TokenTargets(batch.tokens_T, weights_T)
+        output = self.dit(inputs_TZ, is_target_T, time_T, windows, estimate_TZ, targets=targets)
         error_T = losses.squared_error(output.velocity_TZ, flow.velocity(latents_TZ, noise_TZ))
-        weights_T, token_ce = is_target_T.float(), None
-        if output.logits_TV is not None:
-            token_ce = (F.cross_entropy(output.logits_TV, batch.tokens_T, reduction="none") * weights_T).sum()
-        elif self.token_head is not None:
-            weight_VD = self.token_head.weight
-            token_ce, _ = losses.linear_cross_entropy(output.hidden_TD, weight_VD, batch.tokens_T, weights_T)
+        token_ce = output.token_loss
+        if self.token_head is not None:
+            token_ce, _ = losses.linear_cross_entropy(output.hidden_TD, self.token_head.weight, *targets)
         return FlowErrors(error_T, weights_T, time_T, self._frozen["floors"], token_ce)
 
     def one_step_estimate(self, batch: Batch, time: float) -> tuple[Tensor, Tensor]:
@@ -262,7 +262,7 @@ class DiTStage(Stage):
         windows, is_target_T, time_T, inputs_TZ, _ = self._noised(
             batch, latents_TZ, latents_TZ, time_W, torch.ones_like(time_W, dtype=torch.bool)
         )
-        velocity_TZ = self.dit(inputs_TZ, is_target_T, time_T, windows)
+        velocity_TZ = self.dit(inputs_TZ, is_target_T, time_T, windows).velocity_TZ
         estimate_TZ = self.dit.estimate(velocity_TZ, inputs_TZ, time_T)
         return torch.where(is_target_T[:, None], estimate_TZ, latents_TZ), is_target_T
 
@@ -291,7 +291,7 @@ class DiTStage(Stage):
         if not self.config.model.self_conditioning:
             return None
         with torch.no_grad():
-            velocity_TZ = self.dit(inputs_TZ, is_target_T, time_T, windows)
+            velocity_TZ = self.dit(inputs_TZ, is_target_T, time_T, windows).velocity_TZ
             estimate_TZ = self.dit.estimate(velocity_TZ, inputs_TZ, time_T)
         if not self.training:
             return estimate_TZ
