@@ -6,7 +6,7 @@ Prompts are the first held-out windows of the run; weights are the EMA of its ne
 1,000 steps on the training schedule's quantiles. Agreement: share of generated tokens equal to the reference's.
 
 By default the velocity is the one that was trained (belief_scale 1), under the run's guidance: a larger belief bends each token's path
-the more sharply where it is decided, and none of these solvers follows that in 16 evaluations (docs/log.md).
+the more sharply where it is decided, and none of these solvers follows that in 16 evaluations (docs/decisions/sampling.md).
 
 `agreement_16`: the best of the second-order solvers and grids at 16 steps, `best_16`; the even grid is measured on as many training
 tokens. `agreement_euler50`: Euler at 50 on the training grid, the paper's setting. `evaluations_*`: of the network.

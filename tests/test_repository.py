@@ -138,6 +138,12 @@ def locked(lock: str) -> tuple[dict[str, str], set[str]]:
     return pinned, asked_for
 
 
-def test_readme_links_lead_somewhere():
-    for target in re.findall(r"\]\(([\w./-]+)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / target).exists(), target
+def test_links_and_named_documents_lead_somewhere():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+    texts = [path for folder in (*PACKAGES, "benchmarks", "configs") for path in (ROOT / folder).rglob("*.[pj][ys]*")]
+    for path in [*pages, *texts]:
+        for target in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text()):
+            assert (ROOT / target).exists(), f"{path.relative_to(ROOT)} names {target}"
