@@ -73,9 +73,6 @@ class CodedFeatures:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "CodedFeatures":
         return CodedFeatures(*(x.to(device, non_blocking=non_blocking) for x in (self.codes_TC, self.scales_T)))
 
-    def pin_memory(self) -> "CodedFeatures":
-        return CodedFeatures(self.codes_TC.pin_memory(), self.scales_T.pin_memory())
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -111,10 +108,6 @@ class Batch:
             window_uniforms_W2=self.window_uniforms_W2.to(device, non_blocking=non_blocking),
             features=self.features and self.features.to(device, non_blocking),
         )
-
-    def pin_memory(self) -> "Batch":
-        """The batch with its large tensors in pinned host memory, for asynchronous copies to a GPU."""
-        return replace(self, tokens_T=self.tokens_T.pin_memory(), features=self.features and self.features.pin_memory())
 
 
 class RowBlock:

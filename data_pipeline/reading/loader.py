@@ -8,7 +8,7 @@ nothing is left behind after a kill.
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import repeat
@@ -46,7 +46,6 @@ class TrainLoader:
             least.
         verify: compare every shard's SHA-256 with the manifest before its first use.
         cache_dir, cache_gigabytes: where shards of URLs are kept, and how many; see storage.py.
-        skip_tickets: rows to replace by filler, to step around rows that broke training.
 
     Raises:
         UserError: numbers that do not divide, or shards that are not what the manifest says.
@@ -70,7 +69,6 @@ class TrainLoader:
         verify: bool = True,
         cache_dir: str | None = None,
         cache_gigabytes: float = CACHE_GIGABYTES,
-        skip_tickets: Collection[int] = (),
     ):
         self.manifest, self.feature_manifest = load_manifests(data, features)
         shard_rows = [shard.rows for shard in self.manifest.splits["train"]]
@@ -91,7 +89,6 @@ class TrainLoader:
         self._tokens = TokenRows(str(data), self.manifest, "train", **options)
         self._features = _feature_rows(features, self.feature_manifest, "train", options)
         self._seed, self._split, self._micro_batch_rows = seed, split, micro_batch_rows
-        self._skip_tickets = frozenset(skip_tickets)
         self._start_step = self._next_step = start_step
         # Steps built together stay within an eighth of a shard, so that the last is not due long after the first.
         self._block_steps = max(1, min(self._block_limit(), min(shard_rows) // (8 * self.order.rows_per_stream)))
@@ -156,9 +153,7 @@ class TrainLoader:
         self._open_shards(step + self._open_ahead, steps)
         spans = [self.order.spans(stream, step, steps) for stream in self._streams]
         tickets = np.stack([self.order.tickets(stream, step, steps) for stream in self._streams], axis=1)
-        block = read_rows(
-            self._tokens, self._features, spans, tickets, "train", self._seed, self._split, self._skip_tickets
-        )
+        block = read_rows(self._tokens, self._features, spans, tickets, "train", self._seed, self._split)
         starts = range(0, steps * self._rank_rows, self._micro_batch_rows)
         batches = [block.batch(start, start + self._micro_batch_rows) for start in starts]
         per_step = self._rank_rows // self._micro_batch_rows
@@ -196,7 +191,6 @@ def read_rows(
     split_name: str,
     seed: int,
     split: Split,
-    skip_tickets: frozenset[int] = frozenset(),
 ) -> RowBlock:
     """Read the spans of several streams and interleave their rows by ticket.
 
@@ -229,11 +223,6 @@ def read_rows(
     columns = tickets.ravel().tolist(), repeat(split_name), *origin_QS3.reshape(-1, 3).T.tolist()
     ids = list(map(partial(tuple.__new__, RowId), zip(*columns)))
     lengths_W, counts_B = _transpose_windows(np.concatenate(lengths), counts_SQ)
-    if skip_tickets:
-        skipped_B = np.isin(tickets.ravel(), list(skip_tickets))
-        tokens_BR[skipped_B] = 0
-        lengths_W = lengths_W[~np.repeat(skipped_B, counts_B)]
-        counts_B = np.where(skipped_B, 0, counts_B)
     arrays = [array.reshape(-1, *array.shape[2:]) for array in coded.values()]
     return RowBlock(tokens_BR, lengths_W, counts_B, ids, seed, split, (arrays[0], arrays[1]) if arrays else None)
 

@@ -83,10 +83,6 @@ class Order:
         places = step * self.rows_per_stream + np.arange(steps * self.rows_per_stream, dtype=np.int64)
         return places * self.streams + stream
 
-    def epochs(self, step: int) -> float:
-        """Passes over the data completed before the step, averaged over the streams."""
-        return step * self.rows_per_step / sum(self._epoch_rows)
-
     def _epoch(self, stream: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The stream's shards in the epoch's order and the running sum of their rows; the latest epoch is
         remembered.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_pipeline.core.errors import UserError
-from data_pipeline.reading.batch import FILLER, Batch, Split
+from data_pipeline.reading.batch import Batch, Split
 from data_pipeline.reading.loader import TrainLoader, heldout_batches
 from data_pipeline.reading.shard_pool import ShardPool
 from tests.data_pipeline.conftest import write_prepared
@@ -105,16 +105,6 @@ def test_features_line_up_with_their_tokens(prepared: Path) -> None:
                     assert codes[index, 3, 2] == 3 + 2000 + 64 * row.row + 7 * row.shard
                 scales = batch.features.scales_T.view(4, -1)
                 assert scales[:, 0].tolist() == [row.row for row in batch.rows]
-
-
-def test_skipped_rows_become_filler_and_change_nothing_else(prepared: Path) -> None:
-    [plain], [skipped] = global_batches(prepared, 2, steps=1), global_batches(prepared, 2, steps=1, skip_tickets={5})
-    assert plain[:5] + plain[6:] == skipped[:5] + skipped[6:]
-    row, tokens, windows, segments, _ = skipped[5]
-    assert row == plain[5][0]
-    assert set(tokens) == {0}
-    assert [length for length, *_ in windows] == [len(tokens)]
-    assert segments == ((len(tokens), FILLER, 1),)
 
 
 @pytest.mark.parametrize(
