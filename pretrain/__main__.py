@@ -25,7 +25,7 @@ COMMANDS = {
     ),
     "tokenizer": Command("data_pipeline.text.tokenization", "train a byte-level BPE on text, where no hub is at hand"),
     "teacher": Command("data_pipeline.features.make_teacher", "a small frozen language model, where no hub is at hand"),
-    "cache": Command("textldm cache", "the frozen language model's features, once; `cache check`"),
+    "cache": Command("data_pipeline.cache_features", "the frozen language model's features, once; `cache check`"),
     "train": Command("pretrain.train", "train a stage, in one process"),
     "diagnose": Command("pretrain.diagnose.__main__", "go or no-go: is the run alive?"),
     "convert": Command("pretrain.export.convert", "a run into one Hugging Face folder"),

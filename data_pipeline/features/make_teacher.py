@@ -249,7 +249,7 @@ def make_teacher(data: str, output: Path, recipe: Recipe, device: torch.device) 
 def main(argv: list[str] | None = None) -> int | None:
     """Entry point."""
     parser = argparse.ArgumentParser(
-        prog="make_teacher", description="Train a small causal language model as REPA teacher."
+        prog="textldm teacher", description="Train a small causal language model as REPA teacher."
     )
     parser.add_argument("--data", required=True, help="prepared folder")
     parser.add_argument("--output", required=True, type=Path, help="Hugging Face folder to write")
