@@ -13,7 +13,7 @@ import torch
 MIN_TIME = 0.02
 
 
-def interpolate(data_TZ: torch.Tensor, noise_TZ: torch.Tensor, time_T1: torch.Tensor) -> torch.Tensor:
+def interpolate(data_TZ: torch.Tensor, noise_TZ: torch.Tensor, time_T1: torch.Tensor | float) -> torch.Tensor:
     """z_t on the straight path from data to noise."""
     return (1 - time_T1) * data_TZ + time_T1 * noise_TZ
 

@@ -18,7 +18,7 @@ FLOORS = {
         ["layers", "solvers"],
         ["heads", "repa", "text_vae"],
         ["token_posterior"],
-        ["floors", "text_dit"],
+        ["floors", "likelihood", "text_dit"],
         ["guidance"],
         ["textldm"],
     ],

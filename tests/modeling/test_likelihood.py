@@ -1,0 +1,206 @@
+"""The bound against closed forms in float64: entropies that are known, and invariances that must hold."""
+
+import functools
+import math
+
+import pytest
+import torch
+
+from modeling import flow
+from modeling.likelihood import (
+    DocumentNats,
+    bound_at,
+    document_nats,
+    least_bound,
+    per_token,
+    quadrature,
+    time_grid,
+    unigram_nats,
+)
+
+double = {"dtype": torch.float64}
+TOKENS, LATENT = 8, 4
+GRID = time_grid()
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), **double)
+
+
+def language(num: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frequencies [V] and independent tokens [T]."""
+    frequencies_V = (1.2 * draw(TOKENS, seed=7)).softmax(0)
+    generator = torch.Generator().manual_seed(seed)
+    return frequencies_V, torch.multinomial(frequencies_V, num, replacement=True, generator=generator)
+
+
+def optimal(means_VZ: torch.Tensor, frequencies_V: torch.Tensor, tokens_T: torch.Tensor):  # type: ignore[no-untyped-def]
+    """Bayes' denoiser of point masses at the means, and its belief in the true token."""
+
+    def denoise(noisy_TZ: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
+        gaps_TV = (noisy_TZ[:, None] - (1 - t) * means_VZ).square().sum(-1)
+        logits_TV = frequencies_V.log() - gaps_TV / (2 * t * t)
+        velocity_TZ = (noisy_TZ - logits_TV.softmax(-1) @ means_VZ) / t
+        return velocity_TZ, torch.nn.functional.cross_entropy(logits_TV, tokens_T, reduction="none")
+
+    return denoise
+
+
+def measure(
+    means_VZ: torch.Tensor, num: int = 20_000, length: int = 100, times: tuple[float, ...] = GRID, seed: int = 0
+) -> tuple[DocumentNats, float]:
+    """Documents of `length` tokens under the optimal model, and the entropy of a token."""
+    frequencies_V, tokens_T = language(num, seed)
+    found = document_nats(
+        optimal(means_VZ, frequencies_V, tokens_T),
+        means_VZ[tokens_T],
+        lambda i: draw(num, means_VZ.shape[1], seed=1000 * seed + i),
+        torch.arange(num) // length,
+        torch.ones(num, dtype=torch.bool),
+        times,
+    )
+    return found, -float((frequencies_V * frequencies_V.log()).sum())
+
+
+means = functools.partial(draw, TOKENS, LATENT)
+
+
+def test_the_bound_of_the_optimal_denoiser_is_the_entropy_at_every_t0() -> None:
+    found, entropy = measure(means(), num=60_000)
+    assert found.curve == pytest.approx([entropy] * len(GRID), rel=0.01)
+    bound = least_bound(found)
+    assert bound.nats == pytest.approx(entropy, rel=0.01)
+    assert bound.nats == pytest.approx(bound.cross_entropy + bound.flow)
+    fixed = bound_at(found, 10)
+    assert fixed.flow == pytest.approx(float(found.flow_parts_NG[:, 10].sum()) / 60_000)
+    assert (bound.tokens, bound.documents) == (60_000, 600)
+
+
+def test_any_other_model_lies_above_the_entropy() -> None:
+    """Its means shrunk, or its frequencies flattened: both parts together never cost less, and mostly more."""
+    (frequencies_V, tokens_T), means_VZ = language(20_000), means()
+    everything_T = torch.ones(20_000, dtype=torch.bool)
+    given = (
+        means_VZ[tokens_T],
+        lambda i: draw(20_000, LATENT, seed=i),
+        torch.arange(20_000) // 100,
+        everything_T,
+        GRID,
+    )
+    right = document_nats(optimal(means_VZ, frequencies_V, tokens_T), *given)
+    flat_V = torch.full((TOKENS,), 1 / TOKENS, **double)
+    for wrong in (optimal(0.8 * means_VZ, frequencies_V, tokens_T), optimal(means_VZ, flat_V, tokens_T)):
+        more_G = torch.tensor(document_nats(wrong, *given).curve) - torch.tensor(right.curve)
+        assert more_G.min() > -5e-3
+        assert more_G[:8].min() > 0.1
+    # Who believes in equal frequencies and is right about the means pays the cross-entropy to them, log V.
+    assert document_nats(optimal(means_VZ, flat_V, tokens_T), *given).curve == pytest.approx(
+        [math.log(TOKENS)] * len(GRID), rel=0.01
+    )
+
+
+def test_rotated_and_rescaled_latents_have_the_same_bound() -> None:
+    plain, _ = measure(means())
+    rotation_ZZ = torch.linalg.qr(draw(LATENT, LATENT, seed=5)).Q
+    rotated, _ = measure(means() @ rotation_ZZ)
+    assert least_bound(rotated).nats == pytest.approx(least_bound(plain).nats, rel=0.005)
+    for scale in (0.5, 2.0):
+        # z -> s z at the time with the same signal-to-noise ratio: (1 - t') s / t' = (1 - t) / t.
+        times = (*(scale * t / (1 - t + scale * t) for t in GRID[:-1]), 1.0)
+        scaled, _ = measure(scale * means(), times=times)
+        assert scaled.curve == pytest.approx(plain.curve, rel=0.005)
+        assert least_bound(scaled).nats == pytest.approx(least_bound(plain).nats, rel=0.005)
+
+
+def test_the_flow_part_of_gaussian_data_is_its_information() -> None:
+    """E KL(q(z_t0 | z) || p(z_t0)) = 1/2 sum log(1 + SNR l) over the covariance's eigenvalues l."""
+    eigenvalues_Z, num = torch.tensor([0.05, 0.4, 1.0, 2.55], **double), 40_000
+    data_TZ = draw(num, LATENT, seed=3) * eigenvalues_Z.sqrt()
+
+    def denoise(noisy_TZ: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
+        slope_Z = (t - (1 - t) * eigenvalues_Z) / ((1 - t) ** 2 * eigenvalues_Z + t**2)
+        return slope_Z * noisy_TZ, torch.zeros(num, **double)
+
+    everything_T = torch.ones(num, dtype=torch.bool)
+    found = document_nats(
+        denoise, data_TZ, lambda i: draw(num, LATENT, seed=50 + i), torch.arange(num) // 100, everything_T, GRID
+    )
+    expected = [0.5 * float((1 + ((1 - t) / t) ** 2 * eigenvalues_Z).log().sum()) for t in GRID]
+    assert found.curve == pytest.approx(expected, rel=0.01, abs=1e-4)
+
+
+def test_the_error_is_that_of_repetitions_and_the_mean_does_not_depend_on_the_rows() -> None:
+    few = [least_bound(measure(means(), num=600, length=30, seed=seed)[0]) for seed in range(40)]
+    many, entropy = measure(means(), num=24_000, length=30, seed=99)
+    values = torch.tensor([bound.nats for bound in few], **double)
+    spread = float(values.std())
+    assert float(values.mean()) == pytest.approx(entropy, abs=3.5 * spread / math.sqrt(len(few)))
+    assert spread == pytest.approx(sum(bound.error for bound in few) / len(few), rel=0.35)
+    assert least_bound(many).nats == pytest.approx(float(values.mean()), abs=4 * spread / math.sqrt(len(few)))
+
+
+def test_no_document_chooses_its_own_t0() -> None:
+    """Two times, noise around equal bounds: a choice on the reported documents would look better than either."""
+    noise_NG = torch.randn(400, 2, generator=torch.Generator().manual_seed(0), **double)
+    times, ones_N = (0.2, 0.6, 1.0), torch.ones(400, dtype=torch.int64)
+    drawn = []
+    for part_NG in noise_NG.split(2):
+        ce_NG = torch.cat((5 + part_NG, torch.full((2, 1), 50.0, **double)), 1)
+        drawn.append(least_bound(DocumentNats(times, torch.zeros(2, 3, **double), ce_NG, ones_N[:2])).nats)
+    assert sum(drawn) / len(drawn) == pytest.approx(5.0, abs=0.15)
+    one = DocumentNats(times, torch.zeros(1, 3, **double), torch.tensor([[1.0, 2.0, 3.0]], **double), ones_N[:1])
+    assert least_bound(one).nats == 3.0
+
+
+def test_contexts_are_not_counted_and_documents_keep_apart() -> None:
+    """Targets alone, each in its own document, whatever stands between them."""
+    frequencies_V, tokens_T = language(60)
+    means_VZ, is_target_T = means(), torch.arange(60) % 20 >= 8
+    is_target_T[40:] = False
+    denoise = optimal(means_VZ, frequencies_V, tokens_T)
+    noise_TZ = draw(60, LATENT)
+    found = document_nats(
+        denoise, means_VZ[tokens_T], lambda i: noise_TZ, torch.arange(60) // 20, is_target_T, (0.3, 0.6, 1.0)
+    )
+    assert found.tokens_N.tolist() == [12, 12]
+    velocity_TZ, ce_T = denoise(flow.interpolate(means_VZ[tokens_T], noise_TZ, 0.6), 0.6)
+    error_T = (velocity_TZ - flow.velocity(means_VZ[tokens_T], noise_TZ)).square().sum(-1)
+    for document, part in enumerate((slice(8, 20), slice(28, 40))):
+        assert found.errors_NG[document, 1] == pytest.approx(float(error_T[part].sum()))
+        assert found.cross_entropies_NG[document, 1] == pytest.approx(float(ce_T[part].sum()))
+    again = DocumentNats.joined([found[0:1], found[1:2]])
+    assert torch.equal(again.bounds_NG, found.bounds_NG)
+    assert bound_at(again, 0) == bound_at(found, 0)
+
+
+def test_the_quadrature_is_exact_for_parabolas_and_near_for_what_occurs() -> None:
+    times_G = torch.tensor(GRID, **double)
+    for power in (0, 1, 2):
+        expected_G = (1 - times_G ** (power + 1)) / (power + 1)
+        torch.testing.assert_close(quadrature(GRID) @ times_G**power, expected_G, rtol=0, atol=1e-12)
+    # Errors that fall as they do where tokens become certain: (1-t)/t^3 exp(-a ((1-t)/t)^2), by substitution (1 - exp(-a SNR)) / (2 a).
+    snr_G = ((1 - times_G) / times_G) ** 2
+    for a in (0.5, 2.0, 8.0):
+        values_G = (1 - times_G) / times_G**3 * (-a * snr_G).exp()
+        torch.testing.assert_close(
+            quadrature(GRID) @ values_G, (1 - (-a * snr_G).exp()) / (2 * a), rtol=0.01, atol=1e-4
+        )
+    with pytest.raises(ValueError, match="at least 3 rising times"):
+        quadrature((0.1, 0.5, 0.4))
+
+
+def test_the_error_of_a_paired_difference_has_only_what_differs() -> None:
+    tokens_N = torch.tensor([10, 30, 20, 40])
+    base_N = torch.tensor([50.0, 200.0, 90.0, 120.0], **double)
+    mean, error = per_token(base_N + 0.25 * tokens_N - base_N, tokens_N)
+    assert (mean, error) == pytest.approx((0.25, 0.0), abs=1e-12)
+    assert per_token(base_N, tokens_N)[1] > 0.1
+    equal_N = torch.full((4,), 20)
+    assert per_token(base_N, equal_N)[1] == pytest.approx(float((base_N / 20).std()) / 2)
+    assert math.isnan(per_token(base_N[:1], tokens_N[:1])[1])
+
+
+def test_unigram_nats_are_the_cross_entropy_to_the_counts() -> None:
+    counts_V = torch.tensor([6, 3, 0])
+    expected = -(2 * math.log(6.5 / 10.5) + math.log(0.5 / 10.5)) / 3
+    assert unigram_nats(counts_V, torch.tensor([0, 0, 2])) == pytest.approx(expected)
