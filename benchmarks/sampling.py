@@ -27,16 +27,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pretrain.runs.folder import config_of
 
 from benchmarks.measuring import ROOT, existing, print_figures
 from data_pipeline.core.devices import device_of
 from data_pipeline.core.errors import UserError, cli
+from data_pipeline.reading.prompts import Prompt, prompts_of
 from modeling.solvers import find_solver, solver_names
 from modeling.times import GRIDS, EstimatePath
-from pretrain.diagnose.__main__ import heldout, load_run, load_stage, training
-from pretrain.diagnose.text_checks import Prompt, prompts_of, sample
+from pretrain.checkpoint.find import checkpoint_of
+from pretrain.diagnose.diagnosis import heldout, training
+from pretrain.stages.build import load_stage
 from pretrain.stages.dit import DiTStage
-from pretrain.stages.latent_space import checkpoint_of
+from pretrain.stages.samples import sample
 
 
 def measure(
@@ -46,10 +49,10 @@ def measure(
 
     def right(solver: str, num_steps: int, grid: str = "training") -> list[int]:
         """Of each prompt, the tokens equal to the reference's."""
-        _, texts = sample(stage, prompts, scale, num_steps, solver, seed=seed, grid=grid)
+        texts = sample(stage, prompts, scale, num_steps, solver, seed=seed, grid=grid).tokens
         return [sum(map(operator.eq, text, true)) for text, true in zip(texts, reference, strict=True)]
 
-    _, reference = sample(stage, prompts, scale, reference_steps, "multistep", seed=seed)
+    reference = sample(stage, prompts, scale, reference_steps, "multistep", seed=seed).tokens
     num_tokens = sum(map(len, reference))
     halved = sum(right("multistep", reference_steps // 2)) / num_tokens
     print(f"reference against half its steps: {halved:.4f} of {num_tokens} tokens", flush=True)
@@ -113,7 +116,7 @@ def main_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int | None:
     """Entry point."""
     args = main_parser().parse_args(argv)
-    config = load_run(existing(args.run, "--run"), [f"diagnose.belief_scale={args.belief_scale}"])
+    config = config_of(existing(args.run, "--run"), [f"diagnose.belief_scale={args.belief_scale}"])
     device = device_of(args.device)
     if config.stage != "dit":
         raise UserError(f"--run {args.run} is a run of stage {config.stage}; expected one of stage dit")

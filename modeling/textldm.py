@@ -3,7 +3,7 @@
 This file and its neighbours travel in every exported folder (`trust_remote_code=True`), so they import only torch,
 transformers and each other.
 
-Shape letters: T packed tokens, Z latent dim.
+Shape letters: N new tokens of all prompts, Z latent dim.
 """
 
 import dataclasses
@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .attention import Segments
-from .guidance import GuidedVelocity
-from .solvers import Solver, integrate
+from .continuation import decode_targets, sample_targets
+from .solvers import Solver
 from .text_dit import TextDiT, TextDiTConfig
 from .text_vae import TextVAE, TextVAEConfig
 from .times import TimeDistribution
@@ -114,25 +113,27 @@ class TextLDM(PreTrainedModel):
         prompts = [torch.as_tensor(ids, dtype=torch.int64).reshape(-1).cpu() for ids in input_ids]
         num_steps = config.num_steps if num_steps is None else num_steps
         self._check(prompts, max_new_tokens, num_steps, noise)
-        device = self.device
-        # The two are encoded separately in training; here only the context exists.
-        latents_TZ, is_target_T, lengths = self._pack(prompts, max_new_tokens)
-        windows = Segments.from_lengths(lengths, device)
         if noise is None:
             noise = [self._noise(seed, i, max_new_tokens) for i in range(len(prompts))]
-        noise_TZ = torch.zeros_like(latents_TZ)
-        noise_TZ[is_target_T] = torch.cat([n.to(device, torch.float32) for n in noise])
-        scale = config.guidance_scale if guidance_scale is None else guidance_scale
-        belief = config.belief_scale if belief_scale is None else belief_scale
-        velocity = GuidedVelocity(self.dit, latents_TZ, is_target_T, windows, scale, guidance_interval, belief)
-        times = TimeDistribution(**config.times).grid(num_steps, grid or config.grid).tolist()
+        lengths = [max_new_tokens] * len(prompts)
 
-        def report(step: int, t: float, estimate_TZ: torch.Tensor) -> None:
+        def report(step: int, t: float, estimate_NZ: torch.Tensor) -> None:
             assert on_step is not None
-            on_step(step, t, self._decode(estimate_TZ[is_target_T], max_new_tokens))
+            on_step(step, t, decode_targets(self.vae, estimate_NZ, lengths))
 
-        z_TZ = integrate(velocity, noise_TZ, times, solver or config.solver, report if on_step else None)
-        tokens = self._decode(z_TZ[is_target_T], max_new_tokens)
+        latents_NZ = sample_targets(
+            self.vae,
+            self.dit,
+            prompts,
+            noise,
+            TimeDistribution(**config.times).grid(num_steps, grid or config.grid).tolist(),
+            solver=solver or config.solver,
+            guidance_scale=config.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance_interval=guidance_interval,
+            belief_scale=config.belief_scale if belief_scale is None else belief_scale,
+            on_step=report if on_step else None,
+        )
+        tokens = decode_targets(self.vae, latents_NZ, lengths)
         eos = eos_token_id if eos_token_id is not None else getattr(config, "eos_token_id", None)
         return [_before(ids, eos) for ids in tokens]
 
@@ -167,25 +168,9 @@ class TextLDM(PreTrainedModel):
                 f"noise has shapes {shapes[:3]}; expected ({max_new_tokens}, {latent_dim}) for each prompt"
             )
 
-    def _pack(self, prompts: list[torch.Tensor], new: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-        """Context latents with gaps for the targets [T, Z], where the gaps are [T], and the windows' lengths."""
-        pieces, is_target, lengths = [], [], []
-        for ids in prompts:
-            if len(ids):
-                segments = Segments.from_lengths([len(ids)], self.device)
-                pieces.append(self.vae.standardize(self.vae.encode(ids.to(self.device), segments)[0]))
-            pieces.append(torch.zeros(new, self.vae.config.latent_dim, device=self.device))
-            is_target += [torch.zeros(len(ids), dtype=torch.bool), torch.ones(new, dtype=torch.bool)]
-            lengths.append(len(ids) + new)
-        return torch.cat(pieces), torch.cat(is_target).to(self.device), lengths
-
     def _noise(self, seed: int, index: int, new: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
         return torch.randn(new, self.vae.config.latent_dim, generator=generator)
-
-    def _decode(self, latents_TZ: torch.Tensor, new: int) -> list[torch.Tensor]:
-        segments = Segments.from_lengths([new] * (len(latents_TZ) // new), latents_TZ.device)
-        return list(self.vae.decode_tokens(latents_TZ, segments).cpu().split(new))
 
 
 def _before(ids: torch.Tensor, eos: int | None) -> torch.Tensor:

@@ -1,31 +1,40 @@
-"""A training session: all that the loop of pretrain/train.py works with, built in one place and in a fixed order:
+"""A training session: all that the loop of pretrain/train.py works with, opened step by step in this order:
 
-data manifest -> newest checkpoint, what may differ from it -> stage -> engine -> restored state -> telemetry, loader
+    check          the ranks share out the data's streams; the data, its held-out split and the frozen inputs are there
+    start_over     an earlier run in the same folder is put aside, if --fresh says so
+    watch          signals and hangs are noticed from here on
+    find           the newest complete checkpoint; what differs from its run is allowed
+    measure_once   what the stage must know before it is built goes into the run folder: by rank 0, for which the others wait
+    build          the stage, with the same first weights on every rank, and its engine
+    restore        weights, moments, EMA and buffers of the checkpoint
+    open_records   telemetry, the guard against bad steps, the writer of checkpoints
+    open_loader    this rank's rows from the next step on
+    tell           the plan, and what changed since the checkpoint
+
+Constructors build; what measures, writes or waits for other ranks is one of these steps.
 """
 
 import json
 import os
 import platform
-import shutil
-import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.keys import key
-from data_pipeline.core.storage import atomic_write
-from data_pipeline.format.manifest import FeatureManifest, Manifest
+from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.loader import TrainLoader
-from pretrain.checkpoint.find import discard_after, had_checkpoints, newest_complete, saved_steps
+from pretrain.checkpoint.find import discard_after, newest_complete, saved_steps
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.read import restore
+from pretrain.checkpoint.storage import Checkpoint
 from pretrain.checkpoint.write import CheckpointWriter
-from pretrain.config.load import check_ranks, micro_batch_size, refuse_changes, resume_differences
+from pretrain.config.load import Difference, check_ranks, micro_batch_size
+from pretrain.config.registry import part, stage_kind
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import Engine, EngineSettings
 from pretrain.engine.schedule import learning_rate
@@ -33,10 +42,11 @@ from pretrain.faults.signals import Signals
 from pretrain.faults.spikes import SpikeGuard
 from pretrain.faults.watchdog import Watchdog
 from pretrain.ranks.distributed import Topology, barrier
+from pretrain.runs.folder import put_aside, write_config
+from pretrain.runs.record import RunRecord
+from pretrain.runs.resume import allowed_differences, refuse_lost_checkpoints
 from pretrain.stages.base import Stage
-from pretrain.stages.build import build_stage
-from pretrain.stages.dit import DiTRun
-from pretrain.stages.latent_space import vae_fingerprint
+from pretrain.stages.build import build_stage, measure
 from pretrain.telemetry.record import Telemetry
 
 
@@ -46,9 +56,7 @@ class Session:
 
     config: RunConfig
     topology: Topology
-    run: Path
-    manifest: Manifest
-    inputs: dict[str, str]
+    inputs: "Inputs"
     stage: Stage
     engine: Engine
     loader: TrainLoader
@@ -61,6 +69,16 @@ class Session:
     saved_step: int
     rewinds: int = 0
 
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return self.config.run_folder
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the prepared data."""
+        return self.inputs.manifest
+
     def lr(self, step: int) -> float:
         """Learning rate of update number `step`."""
         schedule = self.config.schedule
@@ -71,7 +89,7 @@ class Session:
         if self.step == self.saved_step and self.writer.settle():
             return
         blocking = blocking or not self.config.train.checkpoint_async
-        stalled_s = self.writer.save(self.step, self.engine, extra=self._extra(), blocking=blocking)
+        stalled_s = self.writer.save(self.step, self.engine, extra=self.record().extra(), blocking=blocking)
         self.saved_step = self.step
         self.telemetry.event("checkpoint", step=self.step, stalled_s=stalled_s, blocking=blocking)
 
@@ -81,7 +99,7 @@ class Session:
         The same rows would end the same way, so all rows between that checkpoint and here are left out.
         """
         self.writer.settle()  # whether or not it failed: what is complete counts
-        bad_from = self.guard.state()["skipped_steps"][0]
+        bad_from = self.guard.state().skipped_steps[0]
         earlier = [step for step in saved_steps(self.run) if step <= bad_from]
         barrier()  # every rank has looked before rank 0 deletes
         if not earlier:
@@ -91,8 +109,9 @@ class Session:
         if path is None:
             return False
         restored = restore(path, self.engine)
-        self.guard.load(restored.extra["guard"])
-        self.telemetry.load(restored.extra["telemetry"])
+        record = RunRecord.of_checkpoint(restored)
+        self.guard.load(record.guard)
+        self.telemetry.load(record.telemetry)
         self.rewinds += 1
         left_out = (restored.step, self.step - 1)
         self.loader.close()
@@ -109,16 +128,21 @@ class Session:
         self.telemetry.close()
         self.engine.close()
 
-    def _extra(self) -> dict[str, Any]:
-        return {
-            "config": self.config.model_dump(mode="json"),
-            "data_fingerprint": self.manifest.fingerprint,
-            "inputs": self.inputs,
-            "tokenizer_sha256": self.manifest.tokenizer.sha256,
-            "guard": self.guard.state(),
-            "telemetry": self.telemetry.state(),
-            "rewinds": self.rewinds,
-        }
+    def samples(self) -> list[dict[str, str]]:
+        """What the stage writes at a held-out evaluation, for the log. Collective."""
+        place = stage_kind(self.config.stage).samples
+        return part(place)(self) if place else []
+
+    def record(self) -> RunRecord:
+        """What a checkpoint says of this run."""
+        return RunRecord.of_run(
+            self.config,
+            self.manifest,
+            inputs=self.inputs.fingerprints,
+            guard=self.guard.state(),
+            telemetry=self.telemetry.state(),
+            rewinds=self.rewinds,
+        )
 
 
 def open_session(
@@ -129,103 +153,124 @@ def open_session(
     With `fresh`, an existing run folder is put aside, once the inputs are known to be there.
     What must not survive an error (signal handlers, threads) is registered with `stack`. Raises: UserError.
     """
-    train, run = config.train, config.run_folder
-    check_ranks(config, topology.world_size)
-    manifest, inputs = Manifest.load(config.data.path), fingerprints(config)
-    if train.eval_every and not manifest.splits["heldout"]:
-        raise UserError(
-            f"{config.data.path} has no held-out split, which train.eval_every={train.eval_every} evaluates: set"
-            " train.eval_every=0, or prepare the data again with --heldout-fraction 0.005"
-        )
+    inputs = check(config, topology)
     if fresh:
-        start_over(run, topology)
-    signals = stack.enter_context(Signals())
-    watchdog = stack.enter_context(Watchdog(train.watchdog_s, run, topology.rank, topology.hostname))
-    signals.on_first = lambda: watchdog.end_within(train.grace_s)
-
-    found = newest_complete(run, topology)
-    earlier = read_manifest(found).extra if found else None
-    if earlier is None and had_checkpoints(run):
-        raise UserError(
-            f"{run} had checkpoints, but none of them is complete any more; start over with --fresh, or restore them"
-        )
-    differences = []
-    if earlier:
-        if earlier["data_fingerprint"] != manifest.fingerprint:
-            raise UserError(
-                f"{run} cannot resume: its data's fingerprint was {earlier['data_fingerprint'][:16]}, that of"
-                f" {config.data.path} is {manifest.fingerprint[:16]}. Set data.path back, or name another folder with"
-                " --run"
-            )
-        differences = resume_differences(earlier["config"], config)
-        refuse_changes(differences, allow_change, run)
-        refuse_other_inputs(earlier["inputs"], inputs, allow_change, run)
-
-    if train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    torch.manual_seed(key(train.seed, "initial weights") % 2**63)  # every rank builds the same weights
-    stage = build_stage(config, topology.device)
-    engine = Engine(stage, engine_settings(config, topology), config.optimizer, topology)
-    restored = restore(found, engine) if found else None
-    step = restored.step if restored else 0
-
-    guard = SpikeGuard(train.spike_sigmas, train.spike_window, train.max_skips, train.skip_window)
-    if earlier:
-        guard.load(earlier["guard"])
-    telemetry = Telemetry(
-        run,
-        config,
-        topology,
-        row_tokens=manifest.row_tokens,
-        stage=stage,
-        precision=engine.settings.precision,
-        start_step=step,
-        state=earlier and earlier["telemetry"],
-    )
-    writer = CheckpointWriter(run, topology, train.keep_last, train.keep_every, train.timeout_s)
-    writer.prepare(engine)  # host buffers before the first save, which would otherwise stall for them
+        start_over(config, topology)
+    signals, watchdog = watch(config, topology, stack)
+    earlier = find(config, topology, inputs, allow_change)
+    measure_once(config, topology, inputs)
+    stage, engine = build(config, topology, inputs)
+    step = restore(earlier.path, engine).step if earlier.path else 0
+    guard, telemetry, writer = open_records(config, topology, inputs, engine, stage, earlier, step)
     loader = open_loader(config, topology, step)
     session = Session(
-        config=config, topology=topology, run=run, manifest=manifest, inputs=inputs, stage=stage, engine=engine, loader=loader,
-        writer=writer, guard=guard, telemetry=telemetry, signals=signals, watchdog=watchdog, step=step,
-        saved_step=step if found else -1, rewinds=earlier["rewinds"] if earlier else 0,
+        config, topology, inputs, stage, engine, loader, writer, guard, telemetry, signals, watchdog, step=step,
+        saved_step=step if earlier.path else -1, rewinds=earlier.record.rewinds if earlier.record else 0,
     )  # fmt: skip
     stack.callback(lambda: session.loader.close())
-    if topology.is_main:
-        with atomic_write(run / "config.json") as file:
-            file.write(config.model_dump_json(indent=2).encode() + b"\n")
-    telemetry.event(
-        "start", step=step, ranks=topology.world_size, python=platform.python_version(), torch=torch.__version__
-    )
-    telemetry.say(describe(session))
-    if found:
-        telemetry.say(f"resuming {found} at step {step}")
-    for change in differences:
-        telemetry.say(f"changed since then: {change.key} was {json.dumps(change.old)}, is {json.dumps(change.new)}")
+    tell(session, earlier)
     return session
 
 
-def fingerprints(config: RunConfig) -> dict[str, str]:
-    """What a run reads besides tokens, by the key that names it: a feature cache, or the VAE's checkpoint."""
-    found = {}
-    if features := config.features_folder():
-        found["repa.features"] = FeatureManifest.load(features).fingerprint
-    if isinstance(config, DiTRun):
-        found["model.vae"] = vae_fingerprint(config.model.vae)
-    return found
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads: the prepared data, and the fingerprints of all that is frozen, by the key that names it."""
+
+    manifest: Manifest
+    fingerprints: dict[str, str]
 
 
-def refuse_other_inputs(
-    old: Mapping[str, str], new: Mapping[str, str], allowed: Collection[str], run: str | Path
-) -> None:
-    """Raise UserError if a resumed run would read another cache or VAE than before, though perhaps by the same name."""
-    for name in sorted(old.keys() & new.keys() - set(allowed)):
-        if old[name] != new[name]:
-            raise UserError(
-                f"{run} cannot resume: what {name} names had fingerprint {old[name][:16]} and has {new[name][:16]}. Put the"
-                f" old one back, or add --allow-change {name}"
-            )
+@dataclass(frozen=True)
+class Earlier:
+    """The checkpoint that a run goes on from, what it says of its run, and the allowed differences; all empty for a new run."""
+
+    path: Checkpoint | None = None
+    record: RunRecord | None = None
+    differences: list[Difference] = field(default_factory=list)
+
+
+def find_inputs(config: RunConfig) -> Inputs:
+    """What the run would read. Raises: UserError for what is not there."""
+    return Inputs(Manifest.load(config.data.path), stage_kind(config.stage).inputs(config))
+
+
+def check(config: RunConfig, topology: Topology) -> Inputs:
+    """What is wrong with the input is found before anything is built. Raises: UserError."""
+    check_ranks(config, topology.world_size)
+    inputs = find_inputs(config)
+    if config.train.eval_every and not inputs.manifest.splits["heldout"]:
+        raise UserError(
+            f"{config.data.path} has no held-out split, which train.eval_every={config.train.eval_every} evaluates: set"
+            " train.eval_every=0, or prepare the data again with --heldout-fraction 0.005"
+        )
+    return inputs
+
+
+def start_over(config: RunConfig, topology: Topology) -> None:
+    """Put an existing run folder aside. Collective."""
+    if topology.is_main:
+        put_aside(config.run_folder)
+    barrier()
+
+
+def watch(config: RunConfig, topology: Topology, stack: ExitStack) -> tuple[Signals, Watchdog]:
+    """Until `stack` is left."""
+    train = config.train
+    signals = stack.enter_context(Signals())
+    watchdog = stack.enter_context(Watchdog(train.watchdog_s, config.run_folder, topology.rank, topology.hostname))
+    signals.on_first = lambda: watchdog.end_within(train.grace_s)
+    return signals, watchdog
+
+
+def find(config: RunConfig, topology: Topology, inputs: Inputs, allow_change: Collection[str]) -> Earlier:
+    """The checkpoint to go on from. Collective. Raises: UserError when the run cannot go on from what is there."""
+    path = newest_complete(config.run_folder, topology)
+    if path is None:
+        refuse_lost_checkpoints(config.run_folder)
+        return Earlier()
+    earlier = RunRecord.of_checkpoint(read_manifest(path))
+    differences = allowed_differences(earlier, config, inputs.manifest, inputs.fingerprints, allow_change)
+    return Earlier(path, earlier, differences)
+
+
+def measure_once(config: RunConfig, topology: Topology, inputs: Inputs) -> None:
+    """What the stage needs in the run folder. Collective."""
+    if topology.is_main:
+        measure(config, inputs.manifest, topology.device)
+    barrier()
+
+
+def build(config: RunConfig, topology: Topology, inputs: Inputs) -> tuple[Stage, Engine]:
+    """Stage and engine. Collective, because DeepSpeed's part is."""
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(key(config.train.seed, "initial weights") % 2**63)  # every rank builds the same weights
+    stage = build_stage(config, inputs.manifest, topology.device)
+    return stage, Engine(stage, engine_settings(config, topology), config.optimizer, topology)
+
+
+def open_records(
+    config: RunConfig, topology: Topology, inputs: Inputs, engine: Engine, stage: Stage, earlier: Earlier, step: int
+) -> tuple[SpikeGuard, Telemetry, CheckpointWriter]:
+    """What goes on from the checkpoint beside the weights."""
+    train = config.train
+    guard = SpikeGuard(train.spike_sigmas, train.spike_window, train.max_skips, train.skip_window)
+    if earlier.record:
+        guard.load(earlier.record.guard)
+    telemetry = Telemetry(
+        config.run_folder,
+        config,
+        topology,
+        row_tokens=inputs.manifest.row_tokens,
+        stage=stage,
+        precision=engine.settings.precision,
+        start_step=step,
+        state=earlier.record.telemetry if earlier.record else None,
+    )
+    writer = CheckpointWriter(config.run_folder, topology, train.keep_last, train.keep_every, train.timeout_s)
+    writer.prepare(engine)  # host buffers before the first save, which would otherwise stall for them
+    return guard, telemetry, writer
 
 
 def open_loader(config: RunConfig, topology: Topology, start_step: int) -> TrainLoader:
@@ -271,19 +316,24 @@ def multiplies_bf16(device: torch.device) -> bool:
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
-def start_over(run: Path, topology: Topology) -> None:
-    """Put an existing run folder aside, as <run>.1, <run>.2 and so on. Collective."""
-    if topology.is_main:
-        put_aside(run)
-    barrier()
-
-
-def put_aside(run: Path) -> None:
-    """What `start_over` does, for one process."""
-    if run.exists():
-        number = next(n for n in range(1, sys.maxsize) if not Path(f"{run}.{n}").exists())
-        shutil.move(run, f"{run}.{number}")
-        print(f"--fresh: {run} is now {run}.{number}", flush=True)
+def tell(session: Session, earlier: Earlier) -> None:
+    """The configuration in the run folder, the plan in the log."""
+    if session.topology.is_main:
+        write_config(session.config)
+    session.telemetry.event(
+        "start",
+        step=session.step,
+        ranks=session.topology.world_size,
+        python=platform.python_version(),
+        torch=torch.__version__,
+    )
+    session.telemetry.say(describe(session))
+    if earlier.path:
+        session.telemetry.say(f"resuming {earlier.path} at step {session.step}")
+    for change in earlier.differences:
+        session.telemetry.say(
+            f"changed since then: {change.key} was {json.dumps(change.old)}, is {json.dumps(change.new)}"
+        )
 
 
 def describe(session: Session) -> str:

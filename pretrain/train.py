@@ -35,8 +35,7 @@ from pretrain.faults.spikes import record_skip as write_skip
 from pretrain.ranks.distributed import Topology, all_reduce_sum, barrier, init_distributed, shutdown
 from pretrain.session import Session, open_session
 from pretrain.stages.base import Stage
-from pretrain.stages.latent_space import heldout_rows
-from pretrain.stages.samples import continuations
+from pretrain.stages.rows import heldout_rows
 from pretrain.telemetry.metrics import MetricSums, reduce_metrics
 
 
@@ -107,7 +106,7 @@ def evaluate(session: Session) -> dict[str, float]:
             # A sum and a weight per metric: how the loss is normalised does not enter, and a batch may be all filler.
             counts = {name: max(count, 1) for name, count in session.stage.token_counts(batch).items()}
             sums.add(session.engine.evaluate(batch.to(topology.device), counts).metrics)
-        samples = continuations(session)
+        samples = session.samples()
     metrics = reduce_metrics(sums.totals())
     session.telemetry.evaluation(session.step, metrics, time.perf_counter() - started, samples)
     return metrics

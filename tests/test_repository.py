@@ -20,11 +20,12 @@ FLOORS = {
         ["token_posterior"],
         ["floors", "likelihood", "text_dit"],
         ["guidance"],
+        ["continuation"],
         ["textldm"],
     ],
     "pretrain": [
-        "ranks", "engine", "checkpoint", "faults", "config", "telemetry", "stages", "session", "export", "diagnose", "train", "jobs",
-        "quickstart", "__main__",
+        "ranks", "engine", "checkpoint", "faults", "config", "telemetry", "runs", "stages", "session", "export", "diagnose", "train",
+        "jobs", "quickstart", "__main__",
     ],
 }  # fmt: skip
 """From the ground up: within a package nothing imports from a floor above its own. ARCHITECTURE.md draws it."""

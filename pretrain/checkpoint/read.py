@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
 from pretrain.checkpoint.find import checkpoint_of
@@ -75,6 +75,21 @@ def read_tensors(run: str | Path | Checkpoint, state: str = "ema", buffers: bool
         tensors = {name: reader.full(state, name) for name in names}
         tensors |= {alias: tensors[name] for alias, name in manifest.aliases.items() if name in tensors}
         return tensors | reader.buffers() if buffers else tensors
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Checkpoint) -> None:
+    """`load_state_dict` whose mismatches are one message. Raises: UserError."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = [
+        f"{name} is {found.get(name, 'missing')}, expected {wanted.get(name, 'nothing')}"
+        for name in sorted(wanted | found)
+        if wanted.get(name) != found.get(name)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{source} does not fit the model: {'; '.join(wrong[:3])}{more}; check the sizes in its config")
+    model.load_state_dict(tensors)
 
 
 def verify(checkpoint: Checkpoint) -> Manifest:

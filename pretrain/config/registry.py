@@ -1,5 +1,7 @@
 """The kinds of runs by the name that `stage` has in a configuration. A kind is one entry here, or of an installed package."""
 
+import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +12,39 @@ OWN = {"vae": "pretrain.stages.vae:KIND", "dit": "pretrain.stages.dit:KIND"}
 """Where ours are; imported when a run asks for them."""
 
 
+def _no_inputs(config: RunConfig) -> dict[str, str]:
+    """Of a stage that reads nothing but tokens."""
+    return {}
+
+
 @dataclass(frozen=True)
 class StageKind:
-    """All that is known of a stage.
+    """All that is known of a stage. docs/extending.md adds one.
 
-    config: the class of its runs' configurations.
-    stage: called with (config, manifest, device) gives what the loop trains (pretrain/stages/base.py).
+    What a stage need not have, and what only some commands need, is named by its place ("module:attribute") and imported
+    when it is asked for (`part`).
+
+    Attributes:
+        config: the class of its runs' configurations.
+        stage: called with (config, manifest of the data, device), gives what the loop trains (pretrain/stages/base.py). It builds:
+            it neither measures nor writes nor waits for other ranks.
+        inputs: called with (config), gives the fingerprint of everything frozen that a run reads besides tokens, by the key that
+            names it. A resumed run must find them unchanged. Raises UserError for what is not there.
+        measure: place of a function of (config, manifest, device) that puts into the run folder what must be known before the
+            stage can be built. One rank calls it while the others wait; it does nothing if it has been done.
+        samples: place of a function of (session) that gives texts for the log at held-out evaluations, one dictionary "name of a
+            column" -> text each; all ranks call it, rank 0's are logged (pretrain/stages/samples.py).
+        diagnosis: place of a `Diagnosis` (pretrain/diagnose/diagnosis.py), for `textldm diagnose`.
+        export: place of a function of (`Source`) that gives an `Exported` (pretrain/export/parts.py), for `textldm convert`.
     """
 
     config: type[RunConfig]
-    stage: Any
+    stage: Callable[..., Any]
+    inputs: Callable[[Any], dict[str, str]] = _no_inputs
+    measure: str | None = None
+    samples: str | None = None
+    diagnosis: str | None = None
+    export: str | None = None
 
 
 def stage_kind(name: str) -> StageKind:
@@ -30,3 +55,8 @@ def stage_kind(name: str) -> StageKind:
 def stage_names() -> list[str]:
     """All kinds, ours first."""
     return plugins.names("stages", OWN)
+
+
+def part(place: str) -> Any:
+    """What stands at a place, "module:attribute"."""
+    return pkgutil.resolve_name(place)

@@ -23,7 +23,7 @@ from modeling.floors import Floors, measure_floors
 from modeling.text_vae import TextVAE
 from pretrain.stages.base import Stage, row_noise
 from pretrain.stages.dit import QUARTERS, DiTStage
-from pretrain.stages.latent_space import MIN_STD
+from pretrain.stages.latent_statistics import MIN_STD
 from pretrain.telemetry.metrics import MetricSums
 
 NOISE_LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)

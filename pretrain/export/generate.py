@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from data_pipeline.core.devices import device_of
 from data_pipeline.core.errors import UserError, cli
 from modeling.solvers import solver_names
-from modeling.times import GRIDS
 from modeling.textldm import TextLDM, TextLDMConfig
+from modeling.times import GRIDS
 
 DEFAULT_NEW_TOKENS = 128
 TRAJECTORY_TEXTS = 8

@@ -1,12 +1,11 @@
-"""README.md of an exported folder: what the model is, how to use it, and what it was made from."""
+"""README.md of an exported TextLDM: what the model is, how to use it, and what it was made from."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.format.manifest import Manifest
 from modeling.textldm import TextLDM
-from pretrain.checkpoint.manifest import Manifest as CheckpointManifest
+from pretrain.export.parts import Source
 
 CARD = """---
 library_name: transformers
@@ -64,14 +63,12 @@ It continues text like its training data, with their errors and biases. It was n
 """
 
 
-def model_card(
-    model: TextLDM, manifest: Manifest, saved: CheckpointManifest, weights: str, name: str, license_id: str
-) -> str:
+def model_card(model: TextLDM, source: Source) -> str:
     """The card's text, in Markdown with the hub's metadata on top."""
-    config, shape = saved.extra["config"], model.config
+    config, shape, manifest, saved = source.record.config, model.config, source.manifest, source.saved
     return CARD.format(
-        name=name,
-        license_id=license_id,
+        name=source.name,
+        license_id=source.license_id,
         latent_dim=model.dit.config.latent_dim,
         dit_millions=_num_parameters(model.dit) / 1e6,
         vae_millions=_num_parameters(model.vae) / 1e6,
@@ -81,7 +78,7 @@ def model_card(
         belief_scale=shape.belief_scale,
         solver=shape.solver,
         max_window=shape.max_window,
-        weights="moving average (EMA)" if weights == "ema" else "last weights",
+        weights="moving average (EMA)" if source.weights == "ema" else "last weights",
         step=saved.step,
         world_size=saved.world_size,
         precision=saved.precision,

@@ -1,7 +1,6 @@
-"""What a run does when something goes wrong: signals, hangs, bad gradients, exceptions, memory.
+"""How a process ends: one of the codes of `EXIT_CODES`, said in a line, promptly.
 
-A process ends with one of the codes of `EXIT_CODES`, promptly: a rank that lingers leaves the others waiting in a
-collective operation. What all ranks must decide alike is decided from numbers that all of them have.
+A rank that lingers leaves the others waiting in a collective operation.
 """
 
 import os

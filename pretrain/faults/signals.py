@@ -1,8 +1,4 @@
-"""What a run does when something goes wrong: signals, hangs, bad gradients, exceptions, memory.
-
-A process ends with one of the codes of `EXIT_CODES`, promptly: a rank that lingers leaves the others waiting in a
-collective operation. What all ranks must decide alike is decided from numbers that all of them have.
-"""
+"""Signals by which a scheduler asks a job to end: noted here, agreed on by all ranks in the loop."""
 
 import signal
 from collections.abc import Callable

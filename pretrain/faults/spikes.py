@@ -1,7 +1,6 @@
-"""What a run does when something goes wrong: signals, hangs, bad gradients, exceptions, memory.
+"""Bad gradients: which steps are skipped, what is written down of them, and when there are too many.
 
-A process ends with one of the codes of `EXIT_CODES`, promptly: a rank that lingers leaves the others waiting in a
-collective operation. What all ranks must decide alike is decided from numbers that all of them have.
+What all ranks must decide alike is decided from numbers that all of them have.
 """
 
 import json
@@ -13,11 +12,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from pretrain.ranks.distributed import barrier
 
 
 class TooManySkips(RuntimeError):
     """More steps than train.max_skips within train.skip_window had bad gradients."""
+
+
+class GuardState(BaseModel):
+    """What a checkpoint must carry of a `SpikeGuard`."""
+
+    norms: list[float] = []
+    """Of the last accepted steps."""
+    skipped_steps: list[int] = []
+    """Numbers of the steps skipped lately."""
 
 
 class SpikeGuard:
@@ -70,15 +80,15 @@ class SpikeGuard:
                 )
         return None
 
-    def state(self) -> dict[str, list]:
+    def state(self) -> GuardState:
         """What a checkpoint must carry."""
-        return {"norms": list(self._norms), "skipped_steps": self._skipped_steps}
+        return GuardState(norms=list(self._norms), skipped_steps=list(self._skipped_steps))
 
-    def load(self, state: dict[str, list]) -> None:
+    def load(self, state: GuardState) -> None:
         """The inverse of `state`."""
         self._norms.clear()
-        self._norms.extend(state["norms"])
-        self._skipped_steps = list(state["skipped_steps"])
+        self._norms.extend(state.norms)
+        self._skipped_steps = list(state.skipped_steps)
 
 
 def record_skip(run: Path, rank: int, world_size: int, entry: dict[str, Any], batches: Iterable[Any]) -> None:

@@ -1,12 +1,7 @@
-"""What a run does when something goes wrong: signals, hangs, bad gradients, exceptions, memory.
-
-A process ends with one of the codes of `EXIT_CODES`, promptly: a rank that lingers leaves the others waiting in a
-collective operation. What all ranks must decide alike is decided from numbers that all of them have.
-"""
+"""Hangs: a process that makes no progress ends, with its stacks written down and the rank named that holds up the others."""
 
 import contextlib
 import faulthandler
-import json
 import os
 import sys
 import threading
@@ -15,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pretrain.faults.exits import EXIT_HUNG, EXIT_REQUEUE
+from pretrain.faults.heartbeat import FOLDER, Heartbeat, heartbeat_file, read_heartbeats
 from pretrain.ranks.distributed import goodbye
 
 HEARTBEAT_S = 5.0
@@ -41,14 +37,13 @@ class Watchdog:
         self._position = (0, "setup", time.monotonic())
         self._deadline: float | None = None
         self._silent, self._stopped = threading.Event(), threading.Event()
-        self._folder = run / "heartbeats"
         self._since = time.time()
         self._poll_s = min(HEARTBEAT_S, timeout_s / 4)
         self._heart = threading.Thread(target=self._write_heartbeats, name="heartbeat", daemon=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._run / FOLDER).mkdir(parents=True, exist_ok=True)
         self._write_heartbeat()  # so that a rank that freezes before the first poll can be named too
         self._heart.start()
         self._thread.start()
@@ -58,7 +53,7 @@ class Watchdog:
         self._silent.set()
         self._heart.join()  # still watched
         with contextlib.suppress(OSError):
-            self._file(self._rank).unlink(missing_ok=True)
+            heartbeat_file(self._run, self._rank).unlink(missing_ok=True)
         self._stopped.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
@@ -88,40 +83,27 @@ class Watchdog:
 
     def _write_heartbeat(self) -> None:
         step, phase, since = self._position
-        beat = {"rank": self._rank, "host": self._host, "pid": os.getpid(), "step": step, "phase": phase}
-        beat |= {"stuck_s": round(time.monotonic() - since, 1), "time": time.time()}
-        temporary = self._file(self._rank).with_suffix(".tmp")
-        try:
-            temporary.write_text(json.dumps(beat), encoding="utf-8")
-            temporary.replace(self._file(self._rank))
-        except OSError:  # a full or absent disk must not end the run from here
-            return
+        stuck_s = round(time.monotonic() - since, 1)
+        beat = Heartbeat(self._rank, self._host, os.getpid(), step, phase, stuck_s, time.time())
+        with contextlib.suppress(OSError):  # a full or absent disk must not end the run from here
+            beat.write(self._run)
 
     def culprit(self) -> str:
         """A sentence naming the rank that is silent, else the one that is furthest behind."""
-        beats = []
-        for file in sorted(self._folder.glob("rank-*.json")):
-            try:
-                beats.append(json.loads(file.read_text(encoding="utf-8")))
-            except (OSError, ValueError):
-                continue
         # A killed job leaves its files behind, and may have had more ranks than this one.
-        beats = [beat for beat in beats if beat["time"] > self._since - HEARTBEAT_AGE_S]
+        beats = [beat for beat in read_heartbeats(self._run) if beat.time > self._since - HEARTBEAT_AGE_S]
         if not beats:
             return "no rank's heartbeat is readable"
 
-        def name(beat: dict) -> str:
-            return f"rank {beat['rank']} on {beat['host']} (step {beat['step']}, phase {beat['phase']})"
+        def name(beat: Heartbeat) -> str:
+            return f"rank {beat.rank} on {beat.host} (step {beat.step}, phase {beat.phase})"
 
-        oldest = min(beats, key=lambda beat: beat["time"])
-        silent_s = max(beat["time"] for beat in beats) - oldest["time"]
+        oldest = min(beats, key=lambda beat: beat.time)
+        silent_s = max(beat.time for beat in beats) - oldest.time
         if silent_s > 3 * self._poll_s:
             return f"{name(oldest)} is silent for {silent_s:.0f} s: frozen, dead or cut off"
-        slowest = min(beats, key=lambda beat: (beat["step"], self.PHASES.index(beat["phase"])))
+        slowest = min(beats, key=lambda beat: (beat.step, self.PHASES.index(beat.phase)))
         return f"{name(slowest)} is the furthest behind"
-
-    def _file(self, rank: int) -> Path:
-        return self._folder / f"rank-{rank:05d}.json"
 
     def _end(self, code: int, why: str) -> None:
         # The run folder may hang, and nobody may read what is printed; the process ends all the same.

@@ -20,6 +20,7 @@ import sys
 import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -131,8 +132,26 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0]} | {name: version(name) for name in ("torch", "deepspeed")}
 
 
-def check(hosts: Mapping[str, int], shared: Path) -> list[str]:
-    """A line a host; those with something wrong contain the word "but". `shared` is to be seen by all of them."""
+@dataclass(frozen=True)
+class HostReport:
+    """What a host says of itself, and what is wrong with it."""
+
+    host: str
+    slots: int
+    gpus: int | None = None
+    """None if it did not say."""
+    problems: tuple[str, ...] = ()
+
+    def line(self, shared: Path) -> str:
+        """For people."""
+        if self.gpus is None:
+            return f"{self.host} {'; '.join(self.problems)}"
+        state = f"{self.host} answers, {self.slots} rank(s), {self.gpus or 'no'} GPU(s)"
+        return f"{state}, but {'; '.join(self.problems)}" if self.problems else f"{state}, same versions, sees {shared}"
+
+
+def check(hosts: Mapping[str, int], shared: Path) -> list[HostReport]:
+    """Ask all hosts at once; `shared` is a folder that all of them are to see."""
     shared.mkdir(parents=True, exist_ok=True)
     sign = shared / f".seen-from-all-hosts-{uuid.uuid4().hex}"
     sign.touch()
@@ -142,25 +161,28 @@ def check(hosts: Mapping[str, int], shared: Path) -> list[str]:
         answers = on_hosts(hosts, f"cd {folder} && {report}")
     finally:
         sign.unlink()
-    return [_describe(host, slots, answers[host], shared) for host, slots in hosts.items()]
+    return [_report(host, slots, answers[host], shared) for host, slots in hosts.items()]
 
 
-def _describe(host: str, slots: int, done: subprocess.CompletedProcess[str] | None, shared: Path) -> str:
+def _report(host: str, slots: int, done: subprocess.CompletedProcess[str] | None, shared: Path) -> HostReport:
+    silent = None
     if done is None:
-        return f"{host}: expected to answer, but does not: `ssh {host} true` must work without a password"
-    if done.returncode:
-        return f"{host} answers, but {sys.executable} in {ROOT} does not run there: {done.stderr.strip()[-300:]}"
-    try:  # the last line: what a login shell's own files say comes first
-        found = json.loads(done.stdout.strip().rpartition("\n")[2])
-    except ValueError:
-        return f"{host} answers, but not with a report: {done.stdout.strip()[-300:]!r}; its shell's start-up files must not print"
+        silent = f"does not answer: `ssh {host} true` must work without a password"
+    elif done.returncode:
+        silent = f"answers, but {sys.executable} in {ROOT} does not run there: {done.stderr.strip()[-300:]}"
+    else:
+        try:  # the last line: what a login shell's own files say comes first
+            found = json.loads(done.stdout.strip().rpartition("\n")[2])
+        except ValueError:
+            silent = f"answers, but not with a report: {done.stdout.strip()[-300:]!r}; its shell's start-up files must not print"
+    if silent:
+        return HostReport(host, slots, problems=(silent,))
     problems = [f"has {name} {found[name]}, here is {own}" for name, own in versions().items() if found[name] != own]
     if not found["sees"]:
         problems.append(f"does not see {shared}: run folders and data must lie on a file system that all hosts share")
     if found["gpus"] and found["gpus"] < slots:
         problems.append(f"has {found['gpus']} GPU(s) for slots={slots}")
-    state = f"{host} answers, {slots} rank(s), {found['gpus'] or 'no'} GPU(s)"
-    return f"{state}, but {'; '.join(problems)}" if problems else f"{state}, same versions, sees {shared}"
+    return HostReport(host, slots, found["gpus"], tuple(problems))
 
 
 @cli
@@ -182,9 +204,9 @@ def main(argv: list[str] | None = None) -> int:
         gpus = len([file for file in Path("/dev").glob("nvidia*") if file.name[6:].isdigit()])
         print(json.dumps(versions() | {"sees": arguments.sign.exists(), "gpus": gpus}))
     else:
-        lines = check(read_hostfile(arguments.hostfile), arguments.shared)
-        print("\n".join(lines))
-        return 1 if any(" but " in line for line in lines) else 0
+        reports = check(read_hostfile(arguments.hostfile), arguments.shared)
+        print("\n".join(report.line(arguments.shared) for report in reports))
+        return 1 if any(report.problems for report in reports) else 0
     return 0
 
 

@@ -15,7 +15,6 @@ A signal to this command stops the job, and this command ends with the job's cod
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import shutil
@@ -30,20 +29,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError, cli
-from data_pipeline.format.manifest import Manifest
 from pretrain.checkpoint.find import saved_steps
 from pretrain.config.load import check_ranks, load_config
 from pretrain.config.schema import RunConfig
 from pretrain.faults.exits import EXIT_CODES, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
+from pretrain.faults.heartbeat import read_heartbeats
 from pretrain.jobs.hosts import ROOT, answering, launch_variables, on_hosts, read_hostfile
-from pretrain.session import fingerprints, put_aside
+from pretrain.runs.folder import put_aside
+from pretrain.session import find_inputs
 from pretrain.train import make_parser as train_parser
 
 JOB = "TEXTLDM_JOB"
 """A variable in the environment of all of a job's processes, by which those that outlive it are found."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 120.0
 DEAD_S = 120.0
-"""A launcher whose ranks have written no heartbeat for so long waits in vain (faults.HEARTBEAT_S is much shorter)."""
+"""A launcher whose ranks have written no heartbeat for so long waits in vain (faults/watchdog.py's HEARTBEAT_S is much shorter)."""
 POLL_S = 2.0
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
 """What may end a job that is being stopped, from its scheduler or from here."""
@@ -202,16 +202,16 @@ class Supervisor:
 
 
 class Heartbeats:
-    """What the ranks' heartbeat files (faults.py) say since this object was made."""
+    """What the ranks' heartbeats say since this object was made."""
 
     def __init__(self, run: Path) -> None:
-        self._folder = run / "heartbeats"
-        self._last = self._read()
+        self._run = run
+        self._last = read_heartbeats(run)
         self._changed_at: float | None = None
 
     def silent_s(self) -> float:
         """Seconds since any rank last wrote one; 0 before the first."""
-        found = self._read()
+        found = read_heartbeats(self._run)
         if found != self._last:
             self._last, self._changed_at = found, time.monotonic()
         return 0.0 if self._changed_at is None else time.monotonic() - self._changed_at
@@ -219,23 +219,15 @@ class Heartbeats:
     def signal_main_rank(self, hosts: Mapping[str, int]) -> bool:
         """SIGUSR1 to rank 0, which tells the others; False if it has not started to train."""
         self.silent_s()
-        text = self._last.get("rank-00000.json")
-        if self._changed_at is None or text is None:
+        beat = next((beat for beat in self._last if beat.rank == 0), None)
+        if self._changed_at is None or beat is None:
             return False
-        beat = json.loads(text)
-        command = f"kill -USR1 {beat['pid']}"
+        command = f"kill -USR1 {beat.pid}"
         first = next(iter(hosts), None)
-        if first is None or beat["host"] == socket.gethostname():
+        if first is None or beat.host == socket.gethostname():
             return subprocess.run(["sh", "-c", command], check=False).returncode == 0
         done = on_hosts([first], command)[first]
         return done is not None and done.returncode == 0
-
-    def _read(self) -> dict[str, str]:
-        found = {}
-        for file in self._folder.glob("rank-*.json"):
-            with contextlib.suppress(OSError):
-                found[file.name] = file.read_text(encoding="utf-8")
-        return found
 
 
 def usable(config: RunConfig, alive: Mapping[str, int]) -> tuple[dict[str, int], str]:
@@ -304,8 +296,7 @@ def make_plan(argv: list[str] | None) -> Plan:
         )
     if parsed.fresh:  # argparse takes it abbreviated too
         training = [argument for argument in training if len(argument) < 3 or not "--fresh".startswith(argument)]
-        Manifest.load(config.data.path)
-        fingerprints(config)  # a mistake puts nothing aside
+        find_inputs(config)  # a mistake puts nothing aside
     return Plan(config, training, parsed.fresh, hosts, launcher, arguments.max_failures, arguments.wait_s)
 
 

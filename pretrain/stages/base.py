@@ -1,10 +1,13 @@
-"""The two stages: each owns its models and turns a batch into a loss. Nothing else differs between training a VAE and a DiT.
+"""What the loop knows of a stage, and what every stage is made of.
 
-A stage's loss for a micro-batch is its sum over tokens divided by the *step's* token counts over all micro-batches and ranks, so
-that gradients add up to the same whatever the number of ranks, rows or accumulation steps. Frozen models hide from DeepSpeed:
-they are not registered as submodules, so they are neither sharded nor optimised nor saved.
+A stage owns its models and turns a batch into a loss. Its loss for a micro-batch is its sum over tokens divided by the *step's* token
+counts over all micro-batches and ranks (`token_counts`), so that gradients add up to the same whatever the number of ranks, rows or
+accumulation steps. What is random in it is drawn from the rows' keys (`row_noise`), never from a generator's history.
 
-Shape letters: T packed tokens, B rows, D width, Z latent dim, F teacher features, W windows.
+Its parameters are what is trained, sharded and saved; its buffers are saved with them. Frozen models hide from DeepSpeed: they are held
+in plain objects, not registered as submodules, so they are neither sharded nor optimised nor saved.
+
+Shape letters: T packed tokens, B rows.
 """
 
 from dataclasses import dataclass
@@ -13,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.reading.batch import Batch
+from pretrain.checkpoint.read import load_weights
+from pretrain.checkpoint.storage import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,10 @@ class Stage(nn.Module):
     def forward(self, batch: Batch, counts: dict[str, int]) -> StageOutput:
         """The micro-batch's part of the step's loss. In eval mode nothing is random."""
         raise NotImplementedError
+
+    def load_trained(self, tensors: dict[str, Tensor], source: Checkpoint) -> None:
+        """Take all parameters and buffers of a checkpoint, outside training. Raises: UserError naming `source`."""
+        load_weights(self, tensors, source)
 
 
 def ramp(step: int, warmup_steps: int) -> float:

@@ -1,30 +1,43 @@
-"""The two stages: each owns its models and turns a batch into a loss. Nothing else differs between training a VAE and a DiT.
+"""Building the stage that a configuration names, with first weights or with those of a checkpoint."""
 
-A stage's loss for a micro-batch is its sum over tokens divided by the *step's* token counts over all micro-batches and ranks, so
-that gradients add up to the same whatever the number of ranks, rows or accumulation steps. Frozen models hide from DeepSpeed:
-they are not registered as submodules, so they are neither sharded nor optimised nor saved.
-
-Shape letters: T packed tokens, B rows, D width, Z latent dim, F teacher features, W windows.
-"""
+from typing import Any
 
 import torch
 from torch import nn
 
 from data_pipeline.format.manifest import Manifest
 from modeling.layers import Transformer
-from pretrain.config.registry import stage_kind
+from pretrain.checkpoint.read import read_tensors
+from pretrain.checkpoint.storage import Checkpoint
+from pretrain.config.registry import part, stage_kind
 from pretrain.config.schema import RunConfig
 from pretrain.config.sections import Train
-from pretrain.stages.dit import DiTStage
-from pretrain.stages.vae import VAEStage
 
 
-def build_stage(config: RunConfig, device: torch.device) -> VAEStage | DiTStage:
-    """The stage that a configuration names, on `device`. Raises: UserError."""
-    manifest = Manifest.load(config.data.path)
+def measure(config: RunConfig, manifest: Manifest, device: torch.device) -> None:
+    """What the stage must know before it is built, if anything, into the run folder. Of several ranks, one calls it.
+
+    Raises: UserError.
+    """
+    if place := stage_kind(config.stage).measure:
+        part(place)(config, manifest, device)
+
+
+def build_stage(config: RunConfig, manifest: Manifest, device: torch.device) -> Any:
+    """The stage on `device`, with first weights from torch's generator; `measure` comes before it. Raises: UserError."""
     stage = stage_kind(config.stage).stage(config, manifest, device)
     prepare_blocks(stage, config.train)
     return stage.to(device)
+
+
+def load_stage(config: RunConfig, path: Checkpoint, device: torch.device) -> Any:
+    """The stage with the EMA weights of a checkpoint, in eval mode, without DeepSpeed, for one process. Raises: UserError."""
+    config.train.compile, config.train.activation_checkpointing = False, 0
+    manifest = Manifest.load(config.data.path)
+    measure(config, manifest, device)
+    stage = build_stage(config, manifest, device)
+    stage.load_trained(read_tensors(path, "ema"), path)
+    return stage.eval().requires_grad_(False)
 
 
 def prepare_blocks(stage: nn.Module, train: Train) -> None:

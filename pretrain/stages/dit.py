@@ -1,22 +1,16 @@
-"""The two stages: each owns its models and turns a batch into a loss. Nothing else differs between training a VAE and a DiT.
+"""Stage 2: the TextDiT learns the flow from noise to the latents of a frozen TextVAE (TextLDM).
 
-A stage's loss for a micro-batch is its sum over tokens divided by the *step's* token counts over all micro-batches and ranks, so
-that gradients add up to the same whatever the number of ranks, rows or accumulation steps. Frozen models hide from DeepSpeed:
-they are not registered as submodules, so they are neither sharded nor optimised nor saved.
-
-Shape letters: T packed tokens, B rows, D width, Z latent dim, F teacher features, W windows.
+Shape letters: T packed tokens, D width, Z latent dim, W windows.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
-import torch.distributed as dist
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor
 
-from data_pipeline.core.errors import UserError
 from data_pipeline.core.settings import STRICT, Section, Share
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import PREFIX, SUFFIX, Batch
@@ -29,19 +23,13 @@ from modeling.text_dit import TextDiT, TextDiTConfig
 from modeling.text_vae import TextVAE
 from modeling.times import TimeDistribution, move_logit, shift_for_dimension
 from modeling.token_posterior import PosteriorHead
+from pretrain.checkpoint.storage import Checkpoint
 from pretrain.config import checks
 from pretrain.config.registry import StageKind
 from pretrain.config.schema import RunConfig, inherited
-from pretrain.ranks.distributed import barrier
 from pretrain.stages.base import Stage, StageOutput, row_noise, weighted
-from pretrain.stages.latent_space import (
-    LATENTS_NAME,
-    load_vae,
-    measured_latents,
-    posterior_mean,
-    read_latents,
-    read_posterior,
-)
+from pretrain.stages.frozen_vae import load_vae, posterior_mean, vae_fingerprint
+from pretrain.stages.latent_statistics import LATENTS_NAME, LatentStatistics
 from pretrain.telemetry.flops import transformer_flops
 
 
@@ -143,6 +131,14 @@ class FlowErrors:
         return metrics
 
 
+@dataclass(frozen=True)
+class LatentSpace:
+    """Where a DiT works: the frozen VAE, and what predictors without language reach on its latents."""
+
+    vae: TextVAE
+    floors: Floors
+
+
 class DiTStage(Stage):
     """L_FM = E || v(z_t, z_c) - v* ||^2 on the target tokens of a frozen VAE's latents (TextLDM, stage 2), per channel."""
 
@@ -152,22 +148,15 @@ class DiTStage(Stage):
     def __init__(self, config: DiTRun, manifest: Manifest, device: torch.device):
         super().__init__()
         self.config = config
-        vae = load_vae(config.model.vae, manifest).to(device)
-        if vae.config.latent_dim != config.model.latent_dim:
-            raise UserError(
-                f"model.latent_dim is {config.model.latent_dim}, but the VAE in {config.model.vae} has latent_dim"
-                f" {vae.config.latent_dim}: set model.latent_dim={vae.config.latent_dim}, or name another VAE"
-            )
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            measured_latents(vae, config, manifest, device)
-        barrier()
-        floors = read_latents(config.run_folder / LATENTS_NAME, vae).to(device)
-        self._frozen: dict[str, Any] = {"vae": vae, "floors": floors}
+        vae = load_vae(config.model.vae, manifest, config.model.latent_dim).to(device)
+        statistics = LatentStatistics.load(config.run_folder / LATENTS_NAME)
+        statistics.apply(vae)
+        self.space = LatentSpace(vae, statistics.floors.to(device))
         shape = config.model.architecture()
         shape.vocab_size = vae.config.vocab_size
         self.dit = TextDiT(shape)
         if isinstance(self.dit.head, PosteriorHead):
-            read_posterior(config.run_folder / LATENTS_NAME, self.dit.head)
+            statistics.apply_posterior(self.dit.head)
         self.token_head: TokenHead | None = None
         if config.flow.token_loss_weight and isinstance(self.dit.head, VelocityHead):
             self.token_head = TokenHead(config.model.width, vae.config.vocab_size)
@@ -179,12 +168,18 @@ class DiTStage(Stage):
     @property
     def vae(self) -> TextVAE:
         """The frozen VAE."""
-        return self._frozen["vae"]
+        return self.space.vae
 
     @property
     def floors(self) -> Floors:
         """What predictors without language reach on this VAE's latents."""
-        return self._frozen["floors"]
+        return self.space.floors
+
+    def load_trained(self, tensors: dict[str, Tensor], source: Checkpoint) -> None:
+        """The VAE gets the statistics that the DiT was trained with, which are those of its checkpoint."""
+        super().load_trained(tensors, source)
+        self.vae.latents_mean.copy_(self.latents_mean)
+        self.vae.latents_std.copy_(self.latents_std)
 
     def token_counts(self, batch: Batch) -> dict[str, int]:
         """`targets`: tokens whose velocity is learned."""
@@ -253,7 +248,7 @@ class DiTStage(Stage):
         token_ce = output.token_loss
         if self.token_head is not None:
             token_ce, _ = losses.linear_cross_entropy(output.hidden_TD, self.token_head.weight, *targets)
-        return FlowErrors(error_T, weights_T, time_T, self._frozen["floors"], token_ce)
+        return FlowErrors(error_T, weights_T, time_T, self.floors, token_ce)
 
     def one_step_estimate(self, batch: Batch, time: float) -> tuple[Tensor, Tensor]:
         """Standardised latents [T, Z] with the network's estimate of z at the targets, all noised to `time`, and where they are [T]."""
@@ -300,4 +295,17 @@ class DiTStage(Stage):
         return estimate_TZ * gate_W.to(inputs_TZ.device)[windows.ids_T][:, None]
 
 
-KIND = StageKind(config=DiTRun, stage=DiTStage)
+def inputs(config: DiTRun) -> dict[str, str]:
+    """The VAE's checkpoint."""
+    return {"model.vae": vae_fingerprint(config.model.vae)}
+
+
+KIND = StageKind(
+    config=DiTRun,
+    stage=DiTStage,
+    inputs=inputs,
+    measure="pretrain.stages.latent_statistics:measure",
+    samples="pretrain.stages.samples:continuations",
+    diagnosis="pretrain.diagnose.dit:DIAGNOSIS",
+    export="pretrain.export.textldm:export",
+)

@@ -1,11 +1,22 @@
-"""What a run of stage 2 writes at its held-out evaluations: continuations of the same contexts from the same noise every time."""
+"""What a run of stage 2 writes at its held-out evaluations: continuations of the same contexts from the same noise every time.
 
+Shape letters: N target tokens of all prompts, Z latent dim.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from pretrain.diagnose.text_checks import Reader, prompts_of, sample
+import torch
+from torch import Tensor
+
+from data_pipeline.reading.prompts import Prompt, prompts_of
+from data_pipeline.text.detokenizer import Detokenizer
+from modeling.continuation import decode_targets, sample_targets
+from modeling.times import EstimatePath
 from pretrain.stages.dit import DiTStage
-from pretrain.stages.latent_space import heldout_rows
+from pretrain.stages.rows import heldout_rows
 
 if TYPE_CHECKING:
     from pretrain.session import Session
@@ -14,13 +25,57 @@ NUM_STEPS, SOLVER = 16, "multistep"
 """A preview; `textldm diagnose` samples as the paper does."""
 
 
+@dataclass(frozen=True)
+class Samples:
+    """Standardised latents of all targets [N, Z] and the tokens of each."""
+
+    latents_NZ: Tensor
+    tokens: list[list[int]]
+
+
+@torch.no_grad()
+def sample(
+    stage: DiTStage,
+    prompts: Sequence[Prompt],
+    guidance_scale: float,
+    num_steps: int,
+    solver: str,
+    seed: int = 0,
+    grid: str = "training",
+    tick: Callable[[], None] = lambda: None,
+    path: EstimatePath | None = None,
+) -> Samples:
+    """Generate a target of the true length for each prompt, at the run's diagnose.belief_scale; `path` is told of the estimates."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths, channels = [len(prompt.target_T) for prompt in prompts], stage.vae.config.latent_dim
+
+    def on_step(step: int, t: float, estimate_NZ: Tensor) -> None:
+        tick()
+        if path is not None:
+            path.add(t, estimate_NZ)
+
+    latents_NZ = sample_targets(
+        stage.vae,
+        stage.dit,
+        [prompt.context_T for prompt in prompts],
+        [torch.randn(length, channels, generator=generator) for length in lengths],
+        stage.times.grid(num_steps, grid).tolist(),
+        solver=solver,
+        guidance_scale=guidance_scale,
+        belief_scale=stage.config.diagnose.belief_scale,
+        on_step=on_step,
+    )
+    return Samples(latents_NZ, [tokens_T.tolist() for tokens_T in decode_targets(stage.vae, latents_NZ, lengths)])
+
+
 def continuations(session: "Session") -> list[dict[str, str]]:
-    """{"context", "generated", "true"} texts of the first held-out windows; none of a stage that generates nothing. Collective.
+    """{"context", "generated", "true"} texts of the first held-out windows. Collective.
 
     Every rank generates all of them, because under ZeRO-3 it takes all of them to gather the weights.
     """
     stage, config, count = session.stage, session.config, session.config.train.eval_samples
-    if not isinstance(stage, DiTStage) or not count:
+    assert isinstance(stage, DiTStage)
+    if not count:
         return []
     session.watchdog.beat(session.step, "evaluate")
     batches = islice(heldout_rows(config, config.train.eval_rows, micro_batch_rows=1), count)
@@ -28,11 +83,11 @@ def continuations(session: "Session") -> list[dict[str, str]]:
     if not prompts:
         return []
     scale = config.diagnose.guidance_scale
-    _, generated = session.engine.call(lambda: sample(stage, prompts, scale, NUM_STEPS, SOLVER))
+    generated = session.engine.call(lambda: sample(stage, prompts, scale, NUM_STEPS, SOLVER)).tokens
     if not session.topology.is_main:
         return []
-    reader = Reader(config.data.path, session.manifest)
+    detokenizer = Detokenizer(config.data.path, session.manifest)
     contexts, true = ([part.tolist() for part in parts] for parts in zip(*((p.context_T, p.target_T) for p in prompts)))
     columns = {"context": contexts, "generated": generated, "true": true}
-    texts = {name: reader.texts(tokens) for name, tokens in columns.items()}
+    texts = {name: detokenizer.texts(tokens) for name, tokens in columns.items()}
     return [dict(zip(texts, row)) for row in zip(*texts.values())]

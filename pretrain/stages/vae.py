@@ -1,36 +1,30 @@
-"""The two stages: each owns its models and turns a batch into a loss. Nothing else differs between training a VAE and a DiT.
+"""Stage 1: the TextVAE learns to give back every token, its encoder aligned with a frozen language model (TextLDM).
 
-A stage's loss for a micro-batch is its sum over tokens divided by the *step's* token counts over all micro-batches and ranks, so
-that gradients add up to the same whatever the number of ranks, rows or accumulation steps. Frozen models hide from DeepSpeed:
-they are not registered as submodules, so they are neither sharded nor optimised nor saved.
-
-Shape letters: T packed tokens, B rows, D width, Z latent dim, F teacher features, W windows.
+Shape letters: T packed tokens, D width, Z latent dim, F teacher features.
 """
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.settings import STRICT, Section
-from data_pipeline.features.cache import load_cache
-from data_pipeline.features.codec import FeatureCodec
 from data_pipeline.features.settings import Repa
-from data_pipeline.features.teacher import check_same_tokenizer, load_teacher
-from data_pipeline.format.manifest import Manifest
+from data_pipeline.format.manifest import FeatureManifest, Manifest
 from data_pipeline.reading.batch import FILLER, PREFIX, SUFFIX, Batch
 from modeling import losses
 from modeling.attention import Segments
 from modeling.repa import RepaHead
 from modeling.text_vae import TextVAE, TextVAEConfig
+from pretrain.checkpoint.storage import Checkpoint
 from pretrain.config import checks
 from pretrain.config.registry import StageKind
 from pretrain.config.schema import RunConfig, inherited
 from pretrain.stages.base import Stage, StageOutput, ramp, row_noise, weighted
+from pretrain.stages.repa_target import RepaTarget, repa_target
 from pretrain.telemetry.flops import transformer_flops
 
 
@@ -104,21 +98,14 @@ class VAEStage(Stage):
                 f" {manifest.tokenizer.vocab_size - 1}: expected at least {manifest.tokenizer.vocab_size}; 0 takes it from the data"
             )
         self.vae = TextVAE(shape)
-        self.repa: RepaHead | None = None
-        self._frozen: dict[str, Any] = {}
-        if features := config.features_folder():
-            self._frozen["codec"] = load_cache(features, manifest).codec.to(device)
-            feature_dim = self._frozen["codec"].feature_dim
-        elif config.repa.weight and config.repa.online_teacher:
-            check_same_tokenizer(config.repa.online_teacher, config.repa.online_revision, config.data.path, manifest)
-            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-            teacher = load_teacher(
-                config.repa.online_teacher, config.repa.layer, config.repa.online_revision, dtype=dtype
-            )
-            self._frozen["teacher"] = teacher.to(device)
-            feature_dim = teacher.feature_dim
-        if self._frozen:
-            self.repa = RepaHead(shape.width, feature_dim)
+        self.target: RepaTarget | None = repa_target(config, manifest, device)
+        self.repa = RepaHead(shape.width, self.target.feature_dim) if self.target else None
+
+    def load_trained(self, tensors: dict[str, Tensor], source: Checkpoint) -> None:
+        """Without the REPA projection if the teacher that it was trained with is not at hand now."""
+        if self.repa is None:
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("repa.")}
+        super().load_trained(tensors, source)
 
     def token_counts(self, batch: Batch) -> dict[str, int]:
         """`tokens`: all but filler. `aligned`: those with a REPA target."""
@@ -151,9 +138,9 @@ class VAEStage(Stage):
             "posterior_variance": weighted(log_variance_TZ.exp().mean(-1), real_T),
             "mean_square": weighted(mean_TZ.square().mean(-1), real_T),
         }
-        if self.repa is not None:
+        if self.repa is not None and self.target is not None:
             aligned_T = (roles_T == PREFIX).float()
-            directions_TF = self._directions(batch)
+            directions_TF = self.target.directions(batch)
             cosine_T = self.repa(hidden_TD, directions_TF)
             weight = self.config.repa.weight * ramp(self.step, self.config.repa.warmup_steps)
             loss = loss - weight * (cosine_T * aligned_T).sum() / max(counts["aligned"], 1)
@@ -165,18 +152,11 @@ class VAEStage(Stage):
             metrics["repa_cosine_excess"] = weighted(cosine_T - shuffled_T, both_T)
         return StageOutput(loss, metrics)
 
-    def _directions(self, batch: Batch) -> Tensor:
-        """The teacher's features over their norms [T, F]; those of a lossy codec as it gives them, see RepaHead."""
-        codec = self._frozen.get("codec")
-        if codec is None:
-            return F.normalize(self._online_features(batch).float(), dim=-1)
-        decoded_TF = codec.decode(batch.features, batch.tokens_T, batch.window_lengths)
-        return decoded_TF if isinstance(codec, FeatureCodec) else F.normalize(decoded_TF, dim=-1)
 
-    def _online_features(self, batch: Batch) -> Tensor:
-        filler = {w for w, role in zip(batch.segment_windows, batch.segment_roles) if role == FILLER}
-        wanted = [w not in filler for w in range(len(batch.window_lengths))]
-        return self._frozen["teacher"].features(batch.tokens_T, batch.window_lengths, wanted).clone()
+def inputs(config: VAERun) -> dict[str, str]:
+    """The feature cache, if one is read."""
+    features = config.features_folder()
+    return {"repa.features": FeatureManifest.load(features).fingerprint} if features else {}
 
 
-KIND = StageKind(config=VAERun, stage=VAEStage)
+KIND = StageKind(config=VAERun, stage=VAEStage, inputs=inputs, diagnosis="pretrain.diagnose.vae:DIAGNOSIS")

@@ -1,14 +1,7 @@
-"""What a run tells: one JSON line a logged step, a progress bar or plain lines, and on request wandb and TensorBoard.
+"""Model FLOPs of a batch, and devices' peaks: MFU = model FLOPs a second and device / the device's dense peak.
 
-Between logging steps nothing is reduced, written or waited for: metrics are summed on the device, as (sum, weight).
-A logging step costs one small all-reduce, in which every rank also gets what the others measured.
-
-MFU = model FLOPs a second and device / the device's dense peak. Model FLOPs (`transformer_flops`) count a multiply-add
-as two, forward once and backward twice, attention over true segment lengths in both directions, the output layer, and
-frozen models' forward; embedding look-ups, norms and recomputed activations count nothing.
-
-Goodput = wall time of the steps that made the present weights, skipped ones left out, over all wall time since the
-run's first start: start-up, evaluation, checkpoints, lost steps and the time between restarts count against it.
+Model FLOPs count a multiply-add as two, forward once and backward twice, attention over true segment lengths in both directions,
+the output layer, and frozen models' forward; embedding look-ups, norms and recomputed activations count nothing.
 """
 
 import re

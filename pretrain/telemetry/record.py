@@ -1,11 +1,7 @@
-"""What a run tells: one JSON line a logged step, a progress bar or plain lines, and on request wandb and TensorBoard.
+"""The run's record: what is measured between two logged steps, reduced over the ranks and handed to the sinks.
 
 Between logging steps nothing is reduced, written or waited for: metrics are summed on the device, as (sum, weight).
 A logging step costs one small all-reduce, in which every rank also gets what the others measured.
-
-MFU = model FLOPs a second and device / the device's dense peak. Model FLOPs (`transformer_flops`) count a multiply-add
-as two, forward once and backward twice, attention over true segment lengths in both directions, the output layer, and
-frozen models' forward; embedding look-ups, norms and recomputed activations count nothing.
 
 Goodput = wall time of the steps that made the present weights, skipped ones left out, over all wall time since the
 run's first start: start-up, evaluation, checkpoints, lost steps and the time between restarts count against it.
@@ -21,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 from pretrain.config.schema import RunConfig
@@ -33,6 +30,13 @@ GIB = 2**30
 STRAGGLER = 1.5
 """A rank whose forward passes take this many times the median is named (of an even number, the lower median: of two ranks,
 the faster one's)."""
+
+
+class TelemetryState(BaseModel):
+    """What a checkpoint must carry of a run's `Telemetry`."""
+
+    productive_s: float = 0.0
+    """Wall time of the steps that made the weights."""
 
 
 class ForwardTimer:
@@ -97,14 +101,14 @@ class Telemetry:
         stage: nn.Module,
         precision: str,
         start_step: int = 0,
-        state: Mapping[str, float] | None = None,
+        state: TelemetryState | None = None,
     ):
         self._config, self._topology = config, topology
         self._step_tokens = config.data.rows_per_step * row_tokens
         name = torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu"
         self._peak = peak_flops(name, precision, config.telemetry.peak_tflops)
         self._forward = ForwardTimer(stage, topology.device)
-        self.load(state or {"productive_s": 0.0})
+        self.load(state or TelemetryState())
         self._window, self._pending = MetricSums(), MetricSums()
         self._window_steps, self._window_s, self._flops, self._skips, self._waited_before = 0, 0.0, 0.0, 0, 0.0
         self._step_started = time.perf_counter()
@@ -203,13 +207,13 @@ class Telemetry:
         if self._sinks:
             self._sinks.say(text)
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> TelemetryState:
         """What a checkpoint must carry."""
-        return {"productive_s": self._productive_s}
+        return TelemetryState(productive_s=self._productive_s)
 
-    def load(self, state: Mapping[str, float]) -> None:
+    def load(self, state: TelemetryState) -> None:
         """Go on from `state()` of a checkpoint: the steps made since then do not count."""
-        self._productive_s = float(state["productive_s"])
+        self._productive_s = state.productive_s
 
     def close(self) -> None:
         """Flush everything."""

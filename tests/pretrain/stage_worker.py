@@ -7,8 +7,8 @@ A job is {"name", "config", "zero_stage" (null: a plain PyTorch loop), "accumula
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,8 +26,9 @@ from pretrain.engine.adamw import AdamWSettings
 from pretrain.engine.engine import Engine, EngineSettings
 from pretrain.engine.optim import parameter_groups
 from pretrain.ranks.distributed import Topology, init_distributed
+from pretrain.runs.record import RunRecord
 from pretrain.stages.base import Stage
-from pretrain.stages.build import build_stage
+from pretrain.stages.build import build_stage, measure
 from tests.pretrain.engine_states import gather_full
 
 FEATURE_DIM = 24
@@ -35,13 +36,26 @@ OPTIMIZER = AdamWSettings(lr=3e-3, eps=1e-3, weight_decay=0.1, grad_clip=1.0, em
 """A large eps: attention's key bias has no gradient but rounding errors, which Adam would blow up to full steps."""
 
 
+@dataclass(frozen=True)
+class TableTarget:
+    """A direction for every token, whatever stands around it."""
+
+    table_VF: Tensor
+    feature_dim: int = FEATURE_DIM
+
+    def directions(self, batch: Batch) -> Tensor:
+        return nn.functional.normalize(self.table_VF[batch.tokens_T], dim=-1)
+
+
 def make_stage(config: RunConfig) -> Stage:
     """The configured stage, with random weights everywhere (zero ones hide errors) and, for the VAE, a REPA target."""
     torch.manual_seed(0)
-    stage = build_stage(config, torch.device("cpu"))
+    manifest = Manifest.load(config.data.path)
+    measure(config, manifest, torch.device("cpu"))
+    stage = build_stage(config, manifest, torch.device("cpu"))
     if config.stage == "vae":
         table_VF = torch.randn(stage.vae.config.vocab_size, FEATURE_DIM, generator=torch.Generator().manual_seed(1))
-        stage._frozen["codec"] = SimpleNamespace(decode=lambda features, tokens_T, lengths: table_VF[tokens_T])
+        stage.target = TableTarget(table_VF)
         stage.repa = RepaHead(stage.vae.config.width, FEATURE_DIM)
     with torch.no_grad():
         for p in stage.parameters():
@@ -108,7 +122,7 @@ def train_sharded(job: dict[str, Any], config: RunConfig, topology: Topology) ->
             engine.evaluate(batches[0], counts)
     if config.stage == "vae":
         manifest = Manifest.load(config.data.path)
-        extra = {"config": config.model_dump(mode="json"), "tokenizer_sha256": manifest.tokenizer.sha256}
+        extra = RunRecord.of_run(config, manifest).extra()
         CheckpointWriter(config.run_folder, topology).save(num_steps, engine, extra, blocking=True)
     states = gather_full(engine)
     engine.close()

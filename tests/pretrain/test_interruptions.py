@@ -67,7 +67,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
     assert forked_ranks.finish(forked_ranks.start(tiny_run.write_config(folder / "vae.json", vae), ranks=1)) == [0]
     made = Quickstart(dit, folder / "run")
     config = made.config(folder)
-    codes = forked_ranks.finish(forked_ranks.start(config, module="noted_run"))
+    codes = forked_ranks.finish(forked_ranks.start(config, module="tests.pretrain.noted_run"))
     assert codes == [0, 0], config.with_suffix(".log").read_text()[-5000:]
     return made
 
@@ -146,7 +146,7 @@ def test_moved_between_ranks_and_zero_stages_it_takes_the_same_way(quickstart: Q
     config, run = quickstart.config(tmp_path), tmp_path / "run"
     for part, (ranks, zero_stage) in enumerate([(2, 1), (1, 3), (2, 2)]):
         sharding = ("--set", f"train.zero_stage={zero_stage}")
-        processes = forked_ranks.start(config, *sharding, ranks=ranks, module="noted_run")
+        processes = forked_ranks.start(config, *sharding, ranks=ranks, module="tests.pretrain.noted_run")
         if part < 2:
             await_while_alive(processes, lambda: last_step(run) >= STEPS * (part + 1) // 3)  # noqa: B023
             os.kill(processes[-1].pid or 0, signal.SIGTERM)

@@ -26,7 +26,7 @@ from pretrain.checkpoint.read import read_tensors
 from pretrain.engine.engine import Engine
 from pretrain.faults.exits import EXIT_FAILED, EXIT_HUNG, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
 from pretrain.faults.watchdog import Watchdog
-from pretrain.session import refuse_other_inputs
+from pretrain.runs.resume import refuse_other_inputs
 from pretrain.telemetry.record import STRAGGLER
 from pretrain.telemetry.sinks import read_metrics
 from tests.pretrain import forked_ranks, tiny_run
@@ -35,7 +35,7 @@ from tests.pretrain.engine_states import saved_states
 
 @pytest.fixture(autouse=True)
 def tiny_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.session.build_stage", lambda config, device: tiny_run.TinyStage())
+    monkeypatch.setattr("pretrain.session.build_stage", lambda config, manifest, device: tiny_run.TinyStage())
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
@@ -52,7 +52,7 @@ def start(config: Path, *arguments: str) -> int:
 
 def start_ranks(config: Path, *arguments: str, **environment: str) -> list[BaseProcess]:
     """The same command on two ranks, as a launcher starts it, but without one that ends them."""
-    return forked_ranks.start(config, *arguments, module="tiny_run", **environment)
+    return forked_ranks.start(config, *arguments, module="tests.pretrain.tiny_run", **environment)
 
 
 def output_of(config: Path) -> str:
@@ -77,7 +77,7 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
     config = tiny_run.write_config(folder / "c.json", tiny_run.config_values(data, folder / "run"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pretrain.session.build_stage", lambda config, device: tiny_run.TinyStage())
+        patch.setattr("pretrain.session.build_stage", lambda config, manifest, device: tiny_run.TinyStage())
         assert start(config) == 0
     return folder / "run"
 

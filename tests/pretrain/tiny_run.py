@@ -155,5 +155,5 @@ def main(argv: list[str]) -> int:
 
     if os.environ.get("TINY_FULL") == os.environ.get("RANK"):
         checkpoint_writer.write_slices = full_disk_once(checkpoint_writer.write_slices)
-    pretrain.session.build_stage = lambda config, device: TinyStage()
+    pretrain.session.build_stage = lambda config, manifest, device: TinyStage()
     return train.main(argv)

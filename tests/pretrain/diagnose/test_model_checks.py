@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.reading.batch import FILLER, PREFIX, SUFFIX, Batch
+from data_pipeline.reading.prompts import prompts_of
 from modeling.attention import Segments
 from modeling.floors import Floors
 from pretrain.diagnose import model_checks, text_checks
@@ -186,11 +187,11 @@ def test_basin_radius(accuracies: list[float], radius: float) -> None:
 
 
 def test_prompts_are_windows_with_a_context_within_the_budget() -> None:
-    prompts = text_checks.prompts_of(BATCHES, max_tokens=40)
+    prompts = prompts_of(BATCHES, max_tokens=40)
     assert [(len(p.context_T), len(p.target_T)) for p in prompts] == [(5, 9), (8, 4)]
     assert torch.equal(prompts[1].target_T, BATCHES[0].tokens_T[22:26])
-    assert len(text_checks.prompts_of(BATCHES, max_tokens=1)) == 1
-    everything = text_checks.prompts_of(BATCHES, max_tokens=1000)
+    assert len(prompts_of(BATCHES, max_tokens=1)) == 1
+    everything = prompts_of(BATCHES, max_tokens=1000)
     assert [(len(p.context_T), len(p.target_T)) for p in everything][2:] == [(3, 20), (10, 10), (7, 30)]
 
 

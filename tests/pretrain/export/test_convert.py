@@ -9,29 +9,31 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from tests.pretrain import tiny_pipeline
 import torch
-from tests.pretrain.conftest import Trained
 from safetensors.torch import load_file
 
-from data_pipeline.reading.batch import Batch
 from data_pipeline.format.manifest import Manifest
+from data_pipeline.reading.batch import Batch
 from modeling.attention import Segments
 from modeling.guidance import GuidedVelocity
 from modeling.solvers import integrate
-from modeling.times import TimeDistribution
 from modeling.textldm import TextLDM
 from modeling.textldm import __file__ as textldm_source
+from modeling.times import TimeDistribution
 from pretrain import train
 from pretrain.checkpoint.find import newest_complete
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.read import read_tensors
 from pretrain.config.load import load_config
 from pretrain.config.sections import Diagnose
-from pretrain.export.convert import Sampling, convert, main, modeling_files
-from pretrain.stages.latent_space import heldout_rows
-from pretrain.stages.dit import DiTStage
+from pretrain.export.convert import convert, main
+from pretrain.export.parts import Sampling
+from pretrain.export.textldm import modeling_files
 from pretrain.stages.build import build_stage
+from pretrain.stages.dit import DiTStage
+from pretrain.stages.rows import heldout_rows
+from tests.pretrain import tiny_pipeline
+from tests.pretrain.conftest import Trained
 
 PROMPTS, NEW_TOKENS, NUM_STEPS, SCALE = [[3, 4, 5, 6, 7], [9, 8]], 12, 8, 3.0
 
@@ -71,7 +73,7 @@ def noise() -> list[torch.Tensor]:
 
 def training_side(trained: Trained) -> list[list[int]]:
     """Tokens from the stage's own models with EMA weights and the sampler, written out prompt by prompt."""
-    stage = build_stage(load_config(trained.dit / "config.json"), torch.device("cpu"))
+    stage = build_stage(load_config(trained.dit / "config.json"), Manifest.load(trained.data), torch.device("cpu"))
     assert isinstance(stage, DiTStage)
     stage.load_state_dict(read_tensors(trained.dit, "ema"))
     found = []
@@ -92,7 +94,7 @@ def training_side(trained: Trained) -> list[list[int]]:
 
 def test_time_spread_gives_target_tokens_times_of_their_own_in_training_alone(trained: Trained) -> None:
     config = load_config(trained.dit / "config.json", ["flow.time_spread=1.5"])
-    stage = build_stage(config, torch.device("cpu"))
+    stage = build_stage(config, Manifest.load(trained.data), torch.device("cpu"))
     assert isinstance(stage, DiTStage)
     batches = list(heldout_rows(stage.config, 32))
 
@@ -144,7 +146,20 @@ def test_a_token_posterior_travels_with_its_statistics(trained: Trained, tmp_pat
 
 def test_the_folder_holds_what_its_parts_were(trained: Trained, exported: Path) -> None:
     names = {path.name for path in exported.iterdir()}
-    stems = ("attention", "flow", "guidance", "heads", "layers", "solvers", "text_dit", "text_vae", "textldm", "times", "token_posterior")
+    stems = (
+        "attention",
+        "continuation",
+        "flow",
+        "heads",
+        "guidance",
+        "layers",
+        "solvers",
+        "text_dit",
+        "text_vae",
+        "textldm",
+        "times",
+        "token_posterior",
+    )
     code = {f"{stem}.py" for stem in stems}
     assert names == code | {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in modeling_files()} == code

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling.times import TimeDistribution
 from modeling.textldm import TextLDM
+from modeling.times import TimeDistribution
 from pretrain.export.generate import Options, continue_prompts, load_exported, main, read_prompts
 
 

@@ -1,6 +1,5 @@
 """Faults: who is skipped, who is named, and that a process that hangs ends with its stacks written."""
 
-import json
 import math
 import os
 import signal
@@ -15,8 +14,9 @@ import torch
 
 from data_pipeline.core.errors import UserError
 from pretrain.faults import exits
+from pretrain.faults.heartbeat import Heartbeat
 from pretrain.faults.signals import Signals
-from pretrain.faults.spikes import SpikeGuard, TooManySkips
+from pretrain.faults.spikes import GuardState, SpikeGuard, TooManySkips
 from pretrain.faults.watchdog import Watchdog
 
 
@@ -47,7 +47,7 @@ def test_spikes_are_skipped_and_do_not_enter_the_history() -> None:
         assert guard.verdict(step, 1.0, 1.0 + 0.05 * (step % 3)) is None
     state = guard.state()
     assert "sigmas" in (guard.verdict(40, 1.0, 50.0) or "")
-    assert guard.state()["norms"] == state["norms"]
+    assert guard.state().norms == state.norms
     assert guard.verdict(41, 1.0, 1.1) is None
 
 
@@ -84,7 +84,7 @@ def test_a_restored_guard_decides_as_the_uninterrupted_one() -> None:
     first, second = make_guard(), make_guard()
     for step in range(35):
         first.verdict(step, 1.0, norms[step])
-    second.load(json.loads(json.dumps(first.state())))
+    second.load(GuardState.model_validate_json(first.state().model_dump_json()))
     assert [second.verdict(step, 1.0, norms[step]) for step in range(35, 60)] == verdicts[35:]
     assert second.state() == straight.state()
 
@@ -168,12 +168,10 @@ def test_the_grace_period_ends_the_process_for_requeue(tmp_path: Path) -> None:
 
 def test_the_culprit_is_the_silent_rank_else_the_one_behind(tmp_path: Path) -> None:
     watchdog = Watchdog(40.0, tmp_path, rank=0)
-    folder = tmp_path / "heartbeats"
-    folder.mkdir()
+    (tmp_path / "heartbeats").mkdir()
 
     def beat(rank: int, step: int, phase: str, age_s: float = 0.0) -> None:
-        entry = {"rank": rank, "host": f"host{rank}", "step": step, "phase": phase, "time": time.time() - age_s}
-        (folder / f"rank-{rank:05d}.json").write_text(json.dumps(entry))
+        Heartbeat(rank, f"host{rank}", 1, step, phase, 0.0, time.time() - age_s).write(tmp_path)
 
     for rank in range(4):
         beat(rank, 12, "compute" if rank == 2 else "measure")

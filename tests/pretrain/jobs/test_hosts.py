@@ -9,7 +9,7 @@ import pytest
 from data_pipeline.core.errors import UserError
 from pretrain.faults.exits import EXIT_USER
 from pretrain.jobs import hosts
-from pretrain.jobs.hosts import check, forwarded, launch_variables, versions
+from pretrain.jobs.hosts import HostReport, check, forwarded, launch_variables, versions
 
 
 @pytest.fixture
@@ -56,15 +56,32 @@ def test_exporting_again_sees_what_has_changed_and_keeps_the_users_file(home: Pa
 
 def test_a_host_whose_login_shell_prints_is_understood(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_ssh(home, monkeypatch, "welcome", json.dumps(versions() | {"sees": True, "gpus": 2}))
-    assert check({"node1": 2}, home / "runs") == [
-        f"node1 answers, 2 rank(s), 2 GPU(s), same versions, sees {home / 'runs'}"
-    ]
+    (report,) = check({"node1": 2}, home / "runs")
+    assert report == HostReport("node1", slots=2, gpus=2)
+    assert report.line(home) == f"node1 answers, 2 rank(s), 2 GPU(s), same versions, sees {home}"
 
 
 def test_a_host_that_reports_nothing_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_ssh(home, monkeypatch, "welcome")
-    (line,) = check({"node1": 2}, home / "runs")
-    assert line.startswith("node1 answers, but not with a report: 'welcome'")
+    (report,) = check({"node1": 2}, home / "runs")
+    assert report.gpus is None
+    assert report.line(home).startswith("node1 answers, but not with a report: 'welcome'")
+
+
+def test_what_is_wrong_with_a_host_decides_the_exit_code_and_no_word_in_its_name(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """A folder called "all but this" is no problem; other versions are."""
+    shared = home / "all but this"
+    (home / "hosts").write_text("node1 slots=2\n")
+    command = ["check", str(home / "hosts"), "--shared", str(shared)]
+    write_ssh(home, monkeypatch, json.dumps(versions() | {"sees": True, "gpus": 2}))
+    assert hosts.main(command) == 0
+    write_ssh(home, monkeypatch, json.dumps(versions() | {"sees": False, "gpus": 1, "torch": "0.1"}))
+    assert hosts.main(command) == 1
+    (report,) = check({"node1": 2}, shared)
+    assert [problem.split()[0] for problem in report.problems] == ["has", "does", "has"]
+    assert "has torch 0.1" in capsys.readouterr().out
 
 
 def test_without_ssh_there_is_one_message(home: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

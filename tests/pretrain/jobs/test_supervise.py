@@ -38,7 +38,7 @@ elif step == "die":
 elif step == "obey":
     signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), -code) if code < 0 else os._exit(code))
     (folder / "run" / "heartbeats").mkdir(parents=True)
-    beat = {"host": __import__("socket").gethostname(), "pid": os.getpid()}
+    beat = {"rank": 0, "host": __import__("socket").gethostname(), "pid": os.getpid(), "step": 0, "phase": "setup", "stuck_s": 0, "time": 0}
     (folder / "run" / "heartbeats" / "rank-00000.json").write_text(json.dumps(beat))
     time.sleep(60)
 else:

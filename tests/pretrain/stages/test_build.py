@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.format.manifest import Manifest
 from modeling.attention import Segments
 from pretrain.config.load import load_config
-from pretrain.stages.build import build_stage
+from pretrain.stages.build import build_stage, measure
 from pretrain.stages.dit import DiTStage
-from pretrain.stages.latent_space import heldout_rows
+from pretrain.stages.rows import heldout_rows
 from tests.pretrain import tiny_pipeline
 
 
@@ -19,7 +20,9 @@ def test_latents_drawn_from_the_posterior_tell_nothing_of_the_flows_noise(traine
     values["flow"]["target"] = "sample"
     (tmp_path / "c.json").write_text(json.dumps(values))
     config = load_config(str(tmp_path / "c.json"), [])
-    stage = build_stage(config, torch.device("cpu"))
+    manifest, cpu = Manifest.load(trained.data), torch.device("cpu")
+    measure(config, manifest, cpu)
+    stage = build_stage(config, manifest, cpu)
     assert isinstance(stage, DiTStage)
     batch = next(iter(heldout_rows(config, 8)))
     vae = stage.vae

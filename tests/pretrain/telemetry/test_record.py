@@ -14,7 +14,7 @@ from pretrain.config.schema import RunConfig
 from pretrain.ranks.distributed import Topology
 from pretrain.telemetry.flops import PEAK_TFLOPS, peak_flops, transformer_flops
 from pretrain.telemetry.metrics import MetricSums, reduce_metrics
-from pretrain.telemetry.record import ForwardTimer, Telemetry, find_stragglers
+from pretrain.telemetry.record import ForwardTimer, Telemetry, TelemetryState, find_stragglers
 from pretrain.telemetry.sinks import describe_figures, duration, read_metrics
 from tests.pretrain import tiny_run
 
@@ -106,7 +106,7 @@ def test_goodput_counts_the_time_between_restarts(config: RunConfig) -> None:
     config.run_folder.mkdir()
     first = {"kind": "event", "event": "start", "time": time.time() - 1000}
     (config.run_folder / "metrics.jsonl").write_text(json.dumps(first) + "\n")
-    telemetry = make_telemetry(config, start_step=2, state={"productive_s": 600.0})
+    telemetry = make_telemetry(config, start_step=2, state=TelemetryState(productive_s=600.0))
     take_step(telemetry, 2)
     take_step(telemetry, 3)
     telemetry.close()

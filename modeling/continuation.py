@@ -1,0 +1,78 @@
+"""Continuations of contexts in latent space: packed windows from noise to the latents of their targets, and to tokens.
+
+The one place where contexts, noise and the guided flow are put together: the exported model, the texts of held-out evaluations and the
+diagnosis all sample by it.
+
+Shape letters: T packed tokens, N target tokens of all windows, Z latent dim.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from .attention import Segments
+from .guidance import GuidedVelocity
+from .solvers import OnStep, Solver, integrate
+from .text_dit import TextDiT
+from .text_vae import TextVAE
+
+
+def sample_targets(
+    vae: TextVAE,
+    dit: TextDiT,
+    contexts: Sequence[torch.Tensor],
+    noise: Sequence[torch.Tensor],
+    times: Sequence[float],
+    *,
+    solver: str | Solver = "euler",
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    belief_scale: float = 1.0,
+    on_step: OnStep | None = None,
+) -> torch.Tensor:
+    """Standardised latents [N, Z] of the targets of all windows, window after window, drawn together.
+
+    Args:
+        vae: with the latents' statistics of the DiT set.
+        contexts: int64 tokens of each window's context; may be empty.
+        noise: of each window's target, [its tokens, Z].
+        times: falling from 1 to 0, e.g. `TimeDistribution.grid(50)`.
+        solver, guidance_scale, guidance_interval, belief_scale: see `integrate` and `GuidedVelocity`.
+        on_step: called with (step, t, one-step estimate of the targets' latents [N, Z]) in every step.
+    """
+    device = vae.latents_mean.device
+    encoded = _encode(vae, [context.to(device) for context in contexts])
+    noise = [eps_TZ.to(device, torch.float32) for eps_TZ in noise]
+    pairs = list(zip(encoded, noise, strict=True))
+    # Context and target of a window lie side by side; each is zero where the other is.
+    context_TZ = torch.cat([part for one, eps in pairs for part in (one, torch.zeros_like(eps))])
+    noise_TZ = torch.cat([part for one, eps in pairs for part in (torch.zeros_like(one), eps)])
+    is_target_T = torch.cat([part for one, eps in pairs for part in (_flags(one, False), _flags(eps, True))])
+    windows = Segments.from_lengths([len(one) + len(eps) for one, eps in pairs], device)
+    velocity = GuidedVelocity(dit, context_TZ, is_target_T, windows, guidance_scale, guidance_interval, belief_scale)
+
+    def report(step: int, t: float, estimate_TZ: torch.Tensor) -> None:
+        assert on_step is not None
+        on_step(step, t, estimate_TZ[is_target_T])
+
+    return integrate(velocity, noise_TZ, times, solver, report if on_step else None)[is_target_T]
+
+
+def decode_targets(vae: TextVAE, latents_NZ: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """The int64 tokens of each target, on the CPU, from the standardised latents of all."""
+    tokens_N = vae.decode_tokens(latents_NZ, Segments.from_lengths(lengths, latents_NZ.device))
+    return list(tokens_N.cpu().split(list(lengths)))
+
+
+def _encode(vae: TextVAE, contexts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Standardised latents fp32 [tokens, Z] of each context, encoded by itself."""
+    lengths = [len(context_T) for context_T in contexts]
+    if not sum(lengths):
+        return [vae.latents_mean.new_zeros(0, vae.config.latent_dim, dtype=torch.float32) for _ in contexts]
+    segments = Segments.from_lengths([length for length in lengths if length], vae.latents_mean.device)
+    latents_TZ = vae.standardize(vae.encode(torch.cat(list(contexts)), segments)[0])
+    return list(latents_TZ.split(lengths))
+
+
+def _flags(part_TZ: torch.Tensor, value: bool) -> torch.Tensor:
+    return torch.full((len(part_TZ),), value, dtype=torch.bool, device=part_TZ.device)

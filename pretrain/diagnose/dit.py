@@ -1,0 +1,213 @@
+"""The diagnosis of stage 2: does the TextDiT model language, on a latent space that is fit for it?"""
+
+import statistics
+from collections.abc import Sequence
+
+import torch
+
+from data_pipeline.core.errors import UserError
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.reading.prompts import Prompt, prompts_of
+from data_pipeline.text.detokenizer import Detokenizer
+from modeling.times import EstimatePath
+from pretrain.checkpoint.find import checkpoint_of
+from pretrain.checkpoint.manifest import read_manifest
+from pretrain.diagnose import model_checks, panels, text_checks
+from pretrain.diagnose.diagnosis import Diagnosis, heldout, phase, say, training
+from pretrain.diagnose.page import Panel
+from pretrain.diagnose.vae import space_figures, space_verdicts
+from pretrain.diagnose.verdicts import Figures, Verdict, above, at_least, at_most, quarters
+from pretrain.runs.record import RunRecord
+from pretrain.stages.build import load_stage
+from pretrain.stages.dit import DiTRun, DiTStage
+from pretrain.stages.samples import sample
+from pretrain.stages.vae import VAERun, VAEStage
+
+SHOWN_SAMPLES = 3
+SWEEP_STEPS = 16
+
+
+def measure(stage: DiTStage, device: torch.device) -> Figures:
+    """All checks, those on its VAE included."""
+    figures, _ = space_figures(stage_of_vae(stage, device), device, set_statistics=False)
+    return {"vae_run": stage.config.model.vae} | figures | flow_figures(stage, device) | text_figures(stage, device)
+
+
+def stage_of_vae(stage: DiTStage, device: torch.device) -> VAEStage:
+    """The stage-1 stage of a DiT's VAE, on its own data if that is still there, with its teacher's features if they are."""
+    path = checkpoint_of(stage.config.model.vae)
+    config = RunRecord.of_checkpoint(read_manifest(path)).run_config(str(path))
+    assert isinstance(config, VAERun)  # load_vae has refused others
+    config.diagnose = stage.config.diagnose
+    try:
+        Manifest.load(config.data.path)
+    except UserError:
+        config.data.path = stage.config.data.path
+    try:
+        vae_stage = load_stage(config, path, device)
+    except UserError as error:
+        say(f"  REPA is left out: {error}")
+        config.repa.weight = 0.0
+        vae_stage = load_stage(config, path, device)
+    assert isinstance(vae_stage, VAEStage)
+    vae_stage.vae.latents_mean.copy_(stage.latents_mean)
+    vae_stage.vae.latents_std.copy_(stage.latents_std)
+    return vae_stage
+
+
+def flow_figures(stage: DiTStage, device: torch.device) -> Figures:
+    """Checks 1, 3, 5 and 6 on the DiT, and its loss on training rows (check 9)."""
+    batches = heldout(stage.config, device)
+    with phase("DiT: flow loss, true and foreign contexts", len(batches)) as tick:
+        flow = model_checks.flow_figures(stage, batches, tick)
+    if not flow.true:
+        raise UserError(f"the first {stage.config.diagnose.rows} held-out rows of {stage.config.data.path} are empty")
+    figures: Figures = {"flow_loss": flow.losses, "flow_loss_foreign_context": flow.foreign_losses}
+    for name, values in flow.floors.items():
+        figures |= {f"{name}_floor": values, f"{name}_floor_removed": flow.floors_removed[name]}
+    figures["blind_floor_removed_mean"] = statistics.fmean(flow.floors_removed["blind"])
+    figures["unigram_floor_removed_error"] = flow.floors_removed_error
+    figures |= {"context_gap": flow.context_gap, "context_gap_error": flow.context_gap_error}
+    figures["loss_by_target_length"] = flow.loss_by_length
+    figures["within_token_variance"] = stage.floors.within_token_variance
+    with phase("DiT: one-step estimates") as tick:
+        figures["estimate_accuracy"] = model_checks.estimate_accuracy(stage, batches, tick)
+    figures["estimate_times"] = list(model_checks.TIMES)
+    rows = training(stage.config, device, max(1, stage.config.diagnose.rows // 2))
+    with phase("DiT: training rows", len(rows)) as tick:
+        figures["training_flow_loss"] = model_checks.heldout_metrics(stage, rows, tick)["flow"]
+    figures["generalisation_gap"] = statistics.fmean(flow.losses) / figures["training_flow_loss"] - 1
+    return figures
+
+
+def text_figures(stage: DiTStage, device: torch.device) -> Figures:
+    """Checks 7 to 9 on generated continuations of held-out contexts."""
+    config, settings = stage.config, stage.config.diagnose
+    manifest = Manifest.load(config.data.path)
+    prompts = prompts_of(heldout(config, device), settings.sample_tokens)
+    if not prompts:
+        say("  no held-out window has a context: generated text is not measured")
+        return {}
+    scale, num_steps = settings.guidance_scale, settings.num_steps
+    path = EstimatePath()
+    with phase(f"text: {num_steps} steps at guidance {scale:g}", num_steps) as tick:
+        samples = sample(stage, prompts, scale, num_steps, settings.solver, tick=tick, path=path)
+    generated = samples.tokens
+    truth = [prompt.target_T.tolist() for prompt in prompts]
+    figures: Figures = {
+        "guidance_scale": scale, "belief_scale": settings.belief_scale, "num_steps": num_steps, "solver": settings.solver,
+        "generated_tokens": sum(map(len, generated)), "latent_rms": text_checks.rms(samples.latents_NZ),
+        "even_times": path.even_times(),
+    }  # fmt: skip
+    for name, texts in (("", generated), ("true_", truth)):
+        for n in (1, 2):
+            figures[f"{name}distinct_{n}"] = text_checks.distinct(texts, n)
+        figures[f"{name}entropy"] = text_checks.entropy(texts)
+    for name in ("distinct_2", "entropy"):
+        figures[f"{name}_ratio"] = figures[name] / max(figures[f"true_{name}"], 1e-9)
+    few = prompts_of(heldout(config, device), settings.sample_tokens // 4)
+    with phase("text: guidance sweep", SWEEP_STEPS * len(settings.sweep_scales)) as tick:
+        figures["guidance_sweep"] = text_checks.guidance_sweep(stage, few, settings.sweep_scales, SWEEP_STEPS, tick)
+    return figures | word_figures(stage.config, manifest, prompts, generated)
+
+
+def word_figures(
+    config: DiTRun, manifest: Manifest, prompts: Sequence[Prompt], generated: Sequence[Sequence[int]]
+) -> Figures:
+    """What of the generated text occurs in the training text: words, and whole sequences of them."""
+    try:
+        detokenizer = Detokenizer(config.data.path, manifest)
+    except UserError as error:
+        say(f"  words are not measured: {error}")
+        return {}
+    texts = detokenizer.texts(generated)
+    true_texts = detokenizer.texts([prompt.target_T.tolist() for prompt in prompts])
+    own, true = ([text_checks.words(text, whole=False) for text in group] for group in (texts, true_texts))
+    wanted = {gram for words in (*own, *true) for gram in text_checks.ngrams(words, text_checks.COPY_WORDS)}
+    rows = min(sum(shard.rows for shard in manifest.splits["train"]), config.diagnose.training_rows)
+    with phase("text: words of the training rows", rows) as tick:
+        training_text = text_checks.TrainingText.read(
+            config.data.path, manifest, detokenizer, wanted, rows, tick, **config.data.reading()
+        )
+    contexts = detokenizer.texts([prompt.context_T.tolist() for prompt in prompts[:SHOWN_SAMPLES]])
+    samples = [
+        {"context": context, "generated": text, "true": true_text}
+        for context, text, true_text in zip(contexts, texts, true_texts)
+    ]
+    figures: Figures = {"training_rows_read": training_text.rows, "training_words": len(training_text.words)}
+    for name, group in (("", own), ("true_", true)):
+        figures[f"{name}real_word_share"] = text_checks.real_word_share(group, training_text.words)
+        figures[f"{name}copied_share"] = text_checks.copied_share(group, training_text.found)
+    # A model that writes nothing but symbols writes no real words either.
+    figures["real_word_share"] = figures["real_word_share"] or 0.0
+    return figures | {"samples": samples}
+
+
+def judge(figures: Figures, config: DiTRun) -> list[Verdict]:
+    """Does it model language, on a latent space that is fit for it?"""
+    limits = config.diagnose
+    unigram, gaps = figures["unigram_floor_removed"], figures["context_gap"]
+    lengths = list(figures["loss_by_target_length"].values())
+    ratio = max(lengths) / (sum(figures["flow_loss"]) / len(figures["flow_loss"])) if lengths else None
+    verdicts = [
+        *space_verdicts(figures, limits, expects_teacher=False),
+        Verdict(1, "flow loss, by t", quarters(figures["flow_loss"])),
+        at_least(1, "blind floor removed, mean", figures["blind_floor_removed_mean"], limits.min_blind_floor_removed),
+        Verdict(1, "covariance floor removed, by t", quarters(figures["covariance_floor_removed"])),
+        Verdict(1, "unigram floor removed, by t", quarters(unigram)),
+        Verdict(1, "strict unigram floor removed, by t", quarters(figures["strict_unigram_floor_removed"])),
+        above(1, "unigram floor removed, first quarter", unigram[0], limits.min_unigram_floor_removed),
+        at_least(
+            3, "one-step estimate decoded at t = 0.05", figures["estimate_accuracy"][0], limits.min_estimate_accuracy
+        ),
+        Verdict(5, "loss of a foreign context, by t", quarters(gaps, "+.4f")),
+        above(5, "loss of a foreign context, least of q1-q3", _least(gaps[:3]), limits.min_context_gap, ".4f"),
+        at_most(6, "loss of the worst length / mean", ratio, limits.max_length_ratio, ".2f"),
+        at_most(9, "held-out / training loss - 1", figures["generalisation_gap"], limits.max_generalisation_gap),
+    ]
+    if "latent_rms" not in figures:
+        return [*verdicts, Verdict(7, "generated text", "not measured")]
+    at_scale = f" at guidance {figures['guidance_scale']:g}"
+    verdicts += [
+        at_most(7, "rms of latents" + at_scale, figures["latent_rms"], limits.max_latent_rms, ".2f"),
+        at_least(8, "distinct-2 / that of true text", figures["distinct_2_ratio"], limits.min_distinct_ratio, ".2f"),
+        at_least(8, "entropy / that of true text", figures["entropy_ratio"], limits.min_entropy_ratio, ".2f"),
+    ]
+    verdicts += [
+        Verdict(
+            7,
+            f"guidance {row['guidance_scale']:g}: rms, distinct-2",
+            f"{row['latent_rms']:.2f}  {row['distinct_2']:.3f}",
+        )
+        for row in figures["guidance_sweep"]
+    ]
+    if "real_word_share" in figures:
+        own, true = figures["copied_share"], figures["true_copied_share"]
+        excess = own - true if own is not None and true is not None else None
+        verdicts += [
+            at_least(8, "real words", figures["real_word_share"], limits.min_real_word_share),
+            at_most(9, f"copied {text_checks.COPY_WORDS}-word runs above true text", excess, limits.max_copied_excess),
+        ]
+    return verdicts
+
+
+def _least(values: Sequence[float]) -> float:
+    """The minimum, nan if any is (min() would depend on the order)."""
+    return min(values) if all(value == value for value in values) else float("nan")
+
+
+def page_panels(figures: Figures) -> list[Panel]:
+    """What the page draws."""
+    drawn: list[Panel] = [
+        panels.draw_flow,
+        panels.draw_removed,
+        panels.draw_context,
+        panels.draw_lengths,
+        panels.draw_estimates,
+        panels.draw_basin,
+        panels.draw_noise,
+    ]
+    return [*drawn, panels.draw_guidance] if "guidance_sweep" in figures else drawn
+
+
+DIAGNOSIS = Diagnosis(measure, judge, page_panels)

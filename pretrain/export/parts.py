@@ -1,0 +1,74 @@
+"""What an exporter is given and what it gives: a stage's part of `textldm convert` is one function of a `Source`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from data_pipeline.core.errors import UserError
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.text.tokenization import LoadedTokenizer
+from pretrain.checkpoint.manifest import Manifest as CheckpointManifest
+from pretrain.config.schema import RunConfig
+from pretrain.config.sections import Diagnose
+from pretrain.runs.record import RunRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Defaults of `generate` in the exported config; None is what the run's diagnosis generates with."""
+
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    belief_scale: float | None = None
+    solver: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_steps is not None and self.num_steps < 1:
+            raise UserError(f"--num-steps is {self.num_steps}; expected at least 1")
+
+    def settings(self, diagnose: Diagnose) -> dict[str, Any]:
+        """Every field with its value."""
+        given = dataclasses.asdict(self)
+        return {name: getattr(diagnose, name) if value is None else value for name, value in given.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What is exported: a checkpoint whose data and tokenizer are at hand and are those of its run.
+
+    Attributes:
+        saved: the checkpoint's manifest; `saved.path` is its folder.
+        weights: the state that is exported, "ema" or "weight".
+        name, license_id: for the model card.
+        sampling: what the command line says about sampling.
+        vae: where the run's VAE is now, if it moved.
+    """
+
+    run: Path
+    saved: CheckpointManifest
+    record: RunRecord
+    config: RunConfig
+    manifest: Manifest
+    tokenizer: LoadedTokenizer
+    weights: str
+    name: str
+    license_id: str
+    sampling: Sampling = Sampling()
+    vae: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What an exporter makes.
+
+    Attributes:
+        model: on the CPU in fp32; its config says all that the tokenizer's files do not.
+        card: README.md, Markdown with the hub's metadata on top.
+        code: files that travel with the weights, for `trust_remote_code=True`; none of a stock class of transformers.
+    """
+
+    model: PreTrainedModel
+    card: str
+    code: tuple[Path, ...] = ()

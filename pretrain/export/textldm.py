@@ -1,0 +1,100 @@
+"""The export of stage 2: frozen VAE, DiT and the latents' statistics as one `TextLDM`, with the code that it needs."""
+
+import ast
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import modeling
+from data_pipeline.core.errors import UserError
+from modeling.text_vae import TextVAE
+from modeling.textldm import TextLDM, TextLDMConfig
+from modeling.times import TimeDistribution
+from pretrain.checkpoint.read import load_weights, read_tensors
+from pretrain.checkpoint.storage import Checkpoint
+from pretrain.export.model_card import model_card
+from pretrain.export.parts import Exported, Source
+from pretrain.stages.dit import DiTRun, times_of
+from pretrain.stages.frozen_vae import load_vae, vae_fingerprint
+
+ENTRY = "textldm.py"
+
+
+def export(source: Source) -> Exported:
+    """The inference model of a stage-2 run; the VAE is always the EMA one that stage 2 saw. Raises: UserError."""
+    config = source.config
+    assert isinstance(config, DiTRun)
+    frozen = frozen_vae_of(source, config)
+    shape = config.model.architecture()
+    shape.vocab_size = frozen.config.vocab_size
+    times = times_of(config.flow, frozen.config.latent_dim)
+    model_config = TextLDMConfig(
+        vae=dataclasses.asdict(frozen.config),
+        dit=dataclasses.asdict(shape),
+        times=dataclasses.asdict(with_even_times(times, source.run)),
+        max_window=source.manifest.max_window,
+        eos_token_id=source.manifest.tokenizer.eos_id,
+        auto_map={"AutoConfig": "textldm.TextLDMConfig", "AutoModel": "textldm.TextLDM"},
+        **source.sampling.settings(config.diagnose),
+    )
+    tensors = read_tensors(source.saved.checkpoint, source.weights)
+    take_statistics(frozen, tensors, source.saved.checkpoint)
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("dit.")}
+    tensors |= {f"vae.{name}": tensor for name, tensor in frozen.state_dict().items()}
+    with torch.device("meta"):
+        model = TextLDM(model_config)
+    model.to_empty(device="cpu")
+    load_weights(model, tensors, source.saved.checkpoint)
+    model.eval().requires_grad_(False)
+    return Exported(model, model_card(model, source), tuple(modeling_files()))
+
+
+def frozen_vae_of(source: Source, config: DiTRun) -> TextVAE:
+    """The VAE that the run was trained with. Raises: UserError if it is not there, or is another by now."""
+    vae = source.vae or config.model.vae
+    frozen = load_vae(vae, source.manifest)
+    expected, found = source.record.inputs["model.vae"], vae_fingerprint(vae)
+    if found != expected:
+        raise UserError(
+            f"{source.run} was trained with a VAE of fingerprint {expected[:16]}, that in {vae} has {found[:16]} (has it been"
+            " trained on?): name the right run, or its checkpoint's folder, with --vae"
+        )
+    return frozen
+
+
+def with_even_times(times: TimeDistribution, run: Path) -> TimeDistribution:
+    """With the times that the run's diagnosis measured for the even grid, if there is one. Raises: UserError."""
+    path = run / "diagnosis.json"
+    if not path.is_file():
+        return times
+    try:
+        return dataclasses.replace(times, path=tuple(json.loads(path.read_text()).get("even_times", ())))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not what textldm diagnose writes ({error}): run it on {run} again") from None
+
+
+def take_statistics(vae: TextVAE, tensors: dict[str, Tensor], path: Checkpoint) -> None:
+    """Set the VAE's `latents_mean` and `latents_std` to those of a DiT's checkpoint. Raises: UserError."""
+    for name in ("latents_mean", "latents_std"):
+        if name not in tensors:
+            raise UserError(f"{path} has no {name}: it is not a checkpoint of stage dit")
+        getattr(vae, name).copy_(tensors[name])
+
+
+def modeling_files() -> list[Path]:
+    """modeling/textldm.py and every neighbour that it needs, by its relative imports."""
+    folder = Path(modeling.__path__[0])
+    names, waiting = [], [ENTRY]
+    while waiting:
+        name = waiting.pop()
+        if name in names:
+            continue
+        names.append(name)
+        for node in ast.walk(ast.parse((folder / name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                modules = [node.module] if node.module else [alias.name for alias in node.names]
+                waiting += [f"{module}.py" for module in modules]
+    return [folder / name for name in sorted(names)]

@@ -1,0 +1,50 @@
+"""Heartbeats: a small file a rank in the run folder, which says where the rank is and that it is alive.
+
+heartbeats/rank-00000.json        written every few seconds by a thread of the rank's watchdog
+"""
+
+import contextlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+FOLDER = "heartbeats"
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """A rank's sign of life at `time` (seconds since 1970): for `stuck_s` seconds in this phase of this step."""
+
+    rank: int
+    host: str
+    pid: int
+    step: int
+    phase: str
+    stuck_s: float
+    time: float
+
+    def write(self, run: Path) -> None:
+        """Replace the rank's file as a whole. Raises: OSError."""
+        path = heartbeat_file(run, self.rank)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        temporary.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """The one in a file; None if there is none, or not one of this version."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        return None
+
+
+def heartbeat_file(run: Path, rank: int) -> Path:
+    """Where a rank's is."""
+    return run / FOLDER / f"rank-{rank:05d}.json"
+
+
+def read_heartbeats(run: Path) -> list[Heartbeat]:
+    """Those of all ranks that left one, by rank; a killed job leaves its files behind."""
+    found = [Heartbeat.read(path) for path in sorted((run / FOLDER).glob("rank-*.json"))]
+    return [beat for beat in found if beat is not None]

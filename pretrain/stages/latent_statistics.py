@@ -1,0 +1,174 @@
+"""What a DiT must know of its VAE's latents before it is built: mean and deviation, the floors of its loss, a posterior's statistics.
+
+Measured once on the run's first rows and its own splits, and kept in the run folder: they belong to the VAE *and* to the way in which
+targets are cut.
+
+Shape letters: T packed tokens, M target tokens of several batches, N held-out ones, Z latent dim, G times of a grid.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data_pipeline.core.errors import UserError
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.reading.batch import SUFFIX, Batch
+from modeling.floors import NAMES, Floors, measure_floors
+from modeling.text_vae import TextVAE
+from modeling.token_posterior import TokenPosterior, token_statistics
+from pretrain.checkpoint.find import checkpoint_of, saved_steps
+from pretrain.checkpoint.manifest import read_manifest
+from pretrain.stages.frozen_vae import load_vae, posterior_mean
+from pretrain.stages.rows import heldout_rows, training_batches
+
+if TYPE_CHECKING:
+    from pretrain.stages.dit import DiTRun
+
+LATENTS_NAME = "latents.safetensors"
+POSTERIOR_PREFIX = "posterior."
+MIN_STD = 1e-4
+FLOOR_SAMPLES = 8192
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Mean and deviation per channel fp32 [Z], the floors, and with posterior prediction its statistics by name."""
+
+    mean_Z: Tensor
+    std_Z: Tensor
+    floors: Floors
+    posterior: dict[str, Tensor] = field(default_factory=dict)
+
+    def apply(self, vae: TextVAE) -> None:
+        """Set the VAE's `latents_mean` and `latents_std`."""
+        vae.latents_mean.copy_(self.mean_Z)
+        vae.latents_std.copy_(self.std_Z)
+
+    def apply_posterior(self, posterior: TokenPosterior) -> None:
+        """Set the statistics of a DiT's token posterior."""
+        for name, buffer in posterior.named_buffers():
+            buffer.copy_(self.posterior[name])
+
+    def save(self, path: Path, key: str) -> None:
+        """Write them as a whole; `key` says what they depend on (`statistics_key`)."""
+        tensors = {f"{name}_G": getattr(self.floors, f"{name}_G") for name in ("times", *NAMES)}
+        tensors |= {"latents_mean": self.mean_Z, "latents_std": self.std_Z}
+        tensors |= {"within_token_variance": torch.tensor(self.floors.within_token_variance, dtype=torch.float64)}
+        tensors |= {f"{POSTERIOR_PREFIX}{name}": tensor for name, tensor in self.posterior.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"key": key})
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, key: str | None = None) -> Self:
+        """Read a file of `save`. Raises: UserError when it cannot be read or has another key than `key`."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = (file.metadata() or {}).get("key")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}); delete it, it is measured again at the next start"
+            ) from None
+        if key is not None and found != key:
+            raise UserError(
+                f"{path} was measured for another VAE (has it been trained on?) or other data than model.vae, data and"
+                " flow.statistics_rows name now, and the run's checkpoints belong to it: set them back, or start over with --fresh"
+            )
+        grids = {f"{name}_G": tensors[f"{name}_G"] for name in ("times", *NAMES)}
+        posterior = {
+            name.removeprefix(POSTERIOR_PREFIX): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(POSTERIOR_PREFIX)
+        }
+        floors = Floors(**grids, within_token_variance=float(tensors["within_token_variance"]))
+        return cls(tensors["latents_mean"], tensors["latents_std"], floors, posterior)
+
+
+def measure(config: "DiTRun", manifest: Manifest, device: torch.device) -> None:
+    """Write the run's statistics into its folder, if they are not there already. Call on one rank.
+
+    Raises: UserError when the run has checkpoints and its latents were measured for another VAE or other data: a DiT cannot go on in
+    another latent space than it began in.
+    """
+    path, key = config.run_folder / LATENTS_NAME, statistics_key(config, manifest)
+    if path.is_file():
+        try:
+            LatentStatistics.load(path, key)
+            return
+        except UserError:
+            if saved_steps(config.run_folder):
+                raise
+            path.unlink()
+    vae = load_vae(config.model.vae, manifest, config.model.latent_dim).to(device)
+    statistics_of(vae, config, manifest, device).save(path, key)
+
+
+def statistics_of(vae: TextVAE, config: "DiTRun", manifest: Manifest, device: torch.device) -> LatentStatistics:
+    """Measured on the run's first rows; sets the VAE's too. The floors are fitted to training rows and measured on held-out ones."""
+    latents_MZ, tokens_M, segments_M = target_latents(
+        vae, training_batches(config, config.flow.statistics_rows), device
+    )
+    standardised_MZ = set_statistics(vae, latents_MZ)
+    if manifest.splits["heldout"]:
+        rows = min(config.train.eval_rows, max(config.flow.statistics_rows // 4, 1))
+        held_NZ, held_tokens_N, _ = target_latents(vae, heldout_rows(config, rows), device)
+        stride = max(len(held_NZ) // FLOOR_SAMPLES, 1)
+        held_NZ, held_tokens_N = standardised(vae, held_NZ[::stride]), held_tokens_N[::stride]
+        floors = measure_floors(
+            torch.cat((standardised_MZ, held_NZ)), torch.cat((tokens_M, held_tokens_N)), num_samples=len(held_NZ)
+        )
+    else:
+        floors = measure_floors(standardised_MZ, tokens_M)
+    posterior = {}
+    if config.model.prediction == "posterior":
+        posterior = token_statistics(standardised_MZ, tokens_M, segments_M, vae.config.vocab_size)
+    return LatentStatistics(vae.latents_mean.cpu(), vae.latents_std.cpu(), floors, posterior)
+
+
+def statistics_key(config: "DiTRun", manifest: Manifest) -> str:
+    """What the statistics depend on, as a hash: the VAE's checkpoint, the data, and how the rows are drawn."""
+    vae = read_manifest(checkpoint_of(config.model.vae))
+    parts = [
+        vae.step,
+        vae.fingerprint,
+        manifest.fingerprint,
+        config.data.split.model_dump(),
+        [config.train.seed, config.data.streams, config.data.rows_per_step, config.flow.statistics_rows],
+        config.model.prediction == "posterior",
+    ]
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def target_latents(vae: TextVAE, batches: Iterable[Batch], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Posterior means [M, Z], tokens [M] and segments [M] (numbered from 0) of the target segments, on the CPU."""
+    latents, tokens, segments, num_segments = [], [], [], 0
+    for batch in batches:
+        is_target_T = batch.roles_T == SUFFIX
+        latents.append(posterior_mean(vae, batch.to(device)).cpu()[is_target_T])
+        tokens.append(batch.tokens_T[is_target_T])
+        lengths_S = torch.tensor([n for n, role in zip(batch.segment_lengths, batch.segment_roles) if role == SUFFIX])
+        segments.append(num_segments + torch.arange(len(lengths_S)).repeat_interleave(lengths_S.long()))
+        num_segments += len(lengths_S)
+    return torch.cat(latents), torch.cat(tokens), torch.cat(segments)
+
+
+def set_statistics(vae: TextVAE, latents_MZ: Tensor) -> Tensor:
+    """Set the VAE's `latents_mean` and `latents_std` from posterior means; returns the standardised latents [M, Z]."""
+    vae.latents_mean.copy_(latents_MZ.double().mean(0))
+    vae.latents_std.copy_(latents_MZ.double().std(0).clamp_min(MIN_STD))
+    return standardised(vae, latents_MZ)
+
+
+def standardised(vae: TextVAE, latents_MZ: Tensor) -> Tensor:
+    """`TextVAE.standardize` for latents on the CPU, wherever the VAE is."""
+    return vae.standardize(latents_MZ.to(vae.latents_mean.device)).cpu()
