@@ -8,6 +8,7 @@ other.
 | `x.parquet` | one row, its text column |
 | a folder | all such files below it, by path, of splits that names tell apart train; or what `datasets` saved there or can load |
 | `owner/name`, `owner/name:configuration@revision` | the train split of a Hugging Face dataset, streamed |
+| `bible` | the Bible in Basic English, see bible.py |
 | `installed` | English prose found on this machine, see installed_prose.py |
 """
 
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError
-from data_pipeline.text import installed_prose
+from data_pipeline.text import bible, installed_prose
 from data_pipeline.text.units import HUB_NAME, Unit, load_saved, load_streamed, read_unit
 
 UNIT_BYTES = 8 << 20  # of plain text; a unit is the grain of parallel work and of resuming
@@ -62,6 +63,8 @@ def files_hash(spec: str, units: Iterable[Unit]) -> str | None:
 
 def open_source(spec: str, text_field: str = "text") -> Source:
     """Find the parts of a source. Raises UserError if there is nothing to read."""
+    if spec == bible.NAME:
+        return Source(spec, [Unit("bible", spec, 0, 0)])
     if spec == "installed":
         return Source(spec, _file_units(installed_prose.cached_path()))
     path = Path(spec)

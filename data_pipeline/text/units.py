@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.text import bible
 
 _LINES_PER_BLOCK = 256
 _DOCUMENT_END = b"<|endoftext|>"
@@ -139,6 +140,7 @@ def _read_streamed(unit: Unit, text_field: str) -> Iterator[str]:
 
 
 _READERS: dict[str, Callable[[Unit, str], Iterator[str]]] = {
+    "bible": lambda unit, text_field: iter(bible.chapters()),
     "jsonl": _read_jsonl,
     "compressed": _read_compressed,
     "text": _read_text,

