@@ -251,7 +251,7 @@ def begins_target(is_target_T: torch.Tensor, windows: Segments) -> torch.Tensor:
     """bool [T]: the first token of each target.
 
     What stands before it was encoded apart from it: it tells which token follows, but nothing of where in its token's Gaussian the
-    latent lies. To the network it looks like any neighbour, and misleads it (docs/log.md: where the context gap was lost).
+    latent lies. To the network it looks like any neighbour, and misleads it (docs/decisions/diffusion.md).
     """
     goes_on_T = is_target_T.roll(1) & (windows.positions_T > 0)
     return is_target_T & ~goes_on_T
