@@ -181,7 +181,7 @@ def train_figures(name: str, peak: float, device: torch.device, size: Size) -> d
     prepare_blocks(stage.to(device), config.train)
     lengths = list(size.lengths) * (config.data.micro_batch_rows if not size.shape else 1)
     repetitions = size.steps
-    engine = Engine(stage, EngineSettings(1, "bf16"), AdamWSettings(lr=1e-4), init_distributed())
+    engine = Engine(stage, EngineSettings(zero_stage=1, precision="bf16"), AdamWSettings(lr=1e-4), init_distributed())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     number = iter(range(1 << 30))

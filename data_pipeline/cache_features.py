@@ -11,24 +11,25 @@ manifest.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from data_pipeline.core.configuration import read_config
 from data_pipeline.core.devices import device_of, share_cores
 from data_pipeline.core.environment import launch
 from data_pipeline.core.errors import UserError, cli
+from data_pipeline.core.mistakes import check_config
+from data_pipeline.core.settings import Section
 from data_pipeline.core.storage import local_folder
 from data_pipeline.features.check import check_cache
 from data_pipeline.features.codec_choice import Target
 from data_pipeline.features.job import CodecOptions, FeatureJob
-
-CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+from data_pipeline.features.settings import Repa
+from data_pipeline.reading.settings import Data
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,6 +40,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("command", nargs="?", choices=("cache", "check"), default="cache")
     parser.add_argument(
         "--config", help="a stage-1 config, path or name: data.path and the section repa fill in what is not given"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of that config, e.g. repa.layer=-2",
     )
     parser.add_argument("--data", help="prepared folder")
     parser.add_argument("--teacher", help="hub id or folder of a causal language model")
@@ -72,26 +80,28 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+class CacheConfig(Section):
+    """The sections of a stage-1 configuration that say what is cached."""
+
+    data: Data
+    repa: Repa = Repa()
+
+
 def with_config(args: argparse.Namespace) -> argparse.Namespace:
-    """Fill in from the configuration what the command line leaves open."""
+    """Fill in from the configuration what the command line leaves open. Raises: UserError."""
     if args.config is None:
+        if args.set:
+            raise UserError("--set overrides a key of a configuration: name it with --config")
         return args
-    candidates = [Path(args.config), CONFIG_FOLDER / args.config, CONFIG_FOLDER / f"{args.config}.json"]
-    path = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if path is None:
-        raise UserError(f"no configuration {args.config}: neither a file nor one of {CONFIG_FOLDER.name}/")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-        repa = config.get("repa", {})
-        found = {
-            "data": config.get("data", {}).get("path"),
-            "output": repa.get("features"),
-            "teacher": repa.get("teacher") or repa.get("online_teacher"),
-            "revision": repa.get("revision") or repa.get("online_revision"),
-            "layer": repa.get("layer"),
-        }
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not a configuration: {error}; expected an object with sections") from error
+    raw = read_config(args.config, args.set)
+    config = check_config(CacheConfig, raw.values, raw.source, sections_of_others=True)
+    found = {
+        "data": config.data.path,
+        "output": config.repa.features,
+        "teacher": config.repa.teacher or config.repa.online_teacher,
+        "revision": config.repa.revision or config.repa.online_revision,
+        "layer": config.repa.layer,
+    }
     given = vars(args)
     return argparse.Namespace(**given | {k: v for k, v in found.items() if given[k] is None and v is not None})
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Segments, varlen_attention
+from .shapes import check_heads
 
 
 def rope_tables(positions_T: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,8 +149,7 @@ class Transformer(nn.Module):
         neighbour_heads: bool = False,
     ):
         super().__init__()
-        if width % head_dim:
-            raise ValueError(f"width {width} is not a multiple of head_dim {head_dim}")
+        check_heads(width, head_dim)
         self.head_dim, self.rope_theta = head_dim, rope_theta
         self.checkpoint_every = 0
         self.neighbour_heads = neighbour_heads

@@ -3,8 +3,6 @@
 Shape letters: T packed tokens, D width, Z latent dim.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
@@ -12,50 +10,8 @@ from .attention import Segments
 from .flow import MIN_TIME, data_from_velocity
 from .heads import Prediction, TokenTargets, VelocityHead
 from .layers import Transformer, initialize, time_embedding
+from .shapes import TextDiTConfig
 from .token_posterior import PosteriorHead
-
-
-@dataclass(kw_only=True)
-class TextDiTConfig:
-    """Shape of a TextDiT.
-
-    Attributes:
-        latent_dim: Z of the VAE.
-        width, num_layers, head_dim: of the Transformer, 12 width^2 weights a layer.
-        rope_theta: base of the rotary embedding; positions run over context and target together.
-        qk_norm: LayerNorm of queries and keys per head.
-        time_conditioning: "none" (the paper's appendix A), "additive" (an embedding added to the input) or "adaln_zero" (DiT's).
-        role_embedding: add a learned vector that tells context from target tokens.
-        prediction: what the network puts out: "velocity" (the paper), or "posterior", what the context adds to the best predictor
-            without context (token_posterior.py; for small vocabularies). The loss is the same flow loss.
-        self_conditioning: the network also reads its own earlier estimate of z (arXiv 2208.04202). When there is none: zeros, or with
-            posterior prediction the estimate without context, which it always reads.
-        neighbour_heads: some heads start by looking at the tokens beside their own (layers.look_at).
-        vocab_size: V of the VAE; read only with posterior prediction.
-    """
-
-    latent_dim: int = 64
-    width: int = 768
-    num_layers: int = 16
-    head_dim: int = 64
-    rope_theta: float = 10_000.0
-    qk_norm: bool = False
-    time_conditioning: str = "none"
-    role_embedding: bool = False
-    prediction: str = "velocity"
-    self_conditioning: bool = False
-    neighbour_heads: bool = False
-    vocab_size: int = 0
-
-    def __post_init__(self) -> None:
-        if self.time_conditioning not in ("none", "additive", "adaln_zero"):
-            raise ValueError(f"time_conditioning {self.time_conditioning!r}: expected none, additive or adaln_zero")
-        if self.neighbour_heads and self.qk_norm:
-            raise ValueError(
-                "neighbour_heads sets queries' and keys' biases, which qk_norm would normalise away: choose one"
-            )
-        if self.prediction not in ("velocity", "posterior"):
-            raise ValueError(f"prediction {self.prediction!r}: expected velocity or posterior")
 
 
 class TextDiT(nn.Module):

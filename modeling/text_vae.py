@@ -3,37 +3,12 @@
 Shape letters: T packed tokens, D width, Z latent dim, V vocabulary, F teacher features.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from .attention import Segments
 from .layers import Transformer, initialize
-
-
-@dataclass(kw_only=True)
-class TextVAEConfig:
-    """Shape of a TextVAE.
-
-    Attributes:
-        vocab_size: V, rows of the untied token embedding and LM head; at least the tokenizer's size.
-        latent_dim: Z, channels of a token's latent.
-        width: D of both Transformers.
-        num_encoder_layers, num_decoder_layers: blocks.
-        head_dim: K; width must be a multiple.
-        rope_theta: base of the rotary embedding.
-        qk_norm: LayerNorm of queries and keys per head.
-    """
-
-    vocab_size: int
-    latent_dim: int = 64
-    width: int = 768
-    num_encoder_layers: int = 9
-    num_decoder_layers: int = 9
-    head_dim: int = 64
-    rope_theta: float = 10_000.0
-    qk_norm: bool = False
+from .shapes import TextVAEConfig
 
 
 class TextVAE(nn.Module):

@@ -33,8 +33,8 @@ from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.read import restore
 from pretrain.checkpoint.storage import Checkpoint
 from pretrain.checkpoint.write import CheckpointWriter
-from pretrain.config.load import Difference, check_ranks, micro_batch_size
 from pretrain.config.registry import part, stage_kind
+from pretrain.config.resume import Difference
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import Engine, EngineSettings
 from pretrain.engine.schedule import learning_rate
@@ -196,7 +196,7 @@ def find_inputs(config: RunConfig) -> Inputs:
 
 def check(config: RunConfig, topology: Topology) -> Inputs:
     """What is wrong with the input is found before anything is built. Raises: UserError."""
-    check_ranks(config, topology.world_size)
+    config.data.rank_rows(topology.world_size)  # ranks that cannot share out the streams are refused first
     inputs = find_inputs(config)
     if config.train.eval_every and not inputs.manifest.splits["heldout"]:
         raise UserError(
@@ -282,7 +282,7 @@ def open_loader(config: RunConfig, topology: Topology, start_step: int) -> Train
         seed=config.train.seed,
         streams=data.streams,
         rows_per_step=data.rows_per_step,
-        micro_batch_rows=micro_batch_size(config, topology.world_size),
+        micro_batch_rows=data.micro_batch(topology.world_size),
         split=data.split,
         rank=topology.rank,
         world_size=topology.world_size,
@@ -295,17 +295,12 @@ def open_loader(config: RunConfig, topology: Topology, start_step: int) -> Train
 
 def engine_settings(config: RunConfig, topology: Topology) -> EngineSettings:
     """The engine's part of the configuration, "auto" resolved for this device."""
-    train, precision, rank_rows = config.train, config.train.precision, config.data.rows_per_step // topology.world_size
+    train, precision = config.train, config.train.precision
     if precision == "auto":
         precision = "bf16" if multiplies_bf16(topology.device) and train.zero_stage > 0 else "fp32"
-    return EngineSettings(
-        zero_stage=train.zero_stage,
-        precision=precision,
-        accumulation_steps=rank_rows // micro_batch_size(config, topology.world_size),
-        offload_optimizer=train.offload_optimizer,
-        offload_parameters=train.offload_parameters,
-        offload_folder=train.offload_folder,
-        overrides=config.deepspeed,
+    rows, micro_batch = config.data.rank_rows(topology.world_size), config.data.micro_batch(topology.world_size)
+    return EngineSettings.of(
+        train, precision=precision, accumulation_steps=rows // micro_batch, overrides=config.deepspeed
     )
 
 
@@ -343,7 +338,7 @@ def describe(session: Session) -> str:
     train_tokens = sum(shard.tokens for shard in manifest.splits["train"])
     epochs = config.train.steps * tokens_per_step / max(train_tokens / max(manifest.fill(), 1e-9), 1)
     device = torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu"
-    settings, rows = session.engine.settings, micro_batch_size(config, topology.world_size)
+    settings, rows = session.engine.settings, config.data.micro_batch(topology.world_size)
     wanted = config.data.micro_batch_rows
     why = f" (data.micro_batch_rows is {wanted}; a rank has {rows * settings.accumulation_steps} rows)" * (
         rows < wanted

@@ -14,7 +14,7 @@ PACKAGES = ("data_pipeline", "modeling", "pretrain")
 FLOORS = {
     "data_pipeline": ["core", "format", "text", "reading", "features", "prepare", "cache_features"],
     "modeling": [
-        ["attention", "flow", "losses", "times"],
+        ["attention", "flow", "losses", "shapes", "times"],
         ["layers", "solvers"],
         ["heads", "repa", "text_vae"],
         ["token_posterior"],

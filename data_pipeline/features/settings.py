@@ -1,8 +1,10 @@
 """The teacher's section of a configuration: read by stage 1 and by the feature cache."""
 
+from typing import Annotated
+
 from pydantic import NonNegativeFloat, NonNegativeInt
 
-from data_pipeline.core.settings import Section
+from data_pipeline.core.settings import OnResume, Section
 
 
 class Repa(Section):
@@ -12,7 +14,7 @@ class Repa(Section):
     """lambda of the loss; 0 leaves the teacher out [paper: 1]."""
     warmup_steps: NonNegativeInt = 0
     """Steps over which the weight rises linearly from 0."""
-    features: str | None = None
+    features: Annotated[str | None, OnResume.FREE] = None  # their fingerprint is compared by itself
     """Folder of cached features (textldm cache)."""
     teacher: str | None = None
     """Hub id or folder of the causal language model whose features the cache holds; textldm cache reads it here."""

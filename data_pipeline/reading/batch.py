@@ -9,15 +9,14 @@ window and a segment of role FILLER.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
 from data_pipeline.core.keys import hashes, key, uniforms
-from data_pipeline.core.settings import STRICT, Section, Share
+from data_pipeline.reading.settings import Split
 
 FILLER, PREFIX, SUFFIX = 0, 1, 2  # roles of segments
 
@@ -30,37 +29,6 @@ class RowId(NamedTuple):
     shard: int
     row: int
     epoch: int
-
-
-class Split(Section):
-    """How windows are cut into segments; both parts of a cut window hold at least `min_tokens`, and nothing is thrown away.
-
-    none: a window is one PREFIX segment.
-    truncate (stage 1): with `truncate_probability` a window is cut at a uniform place into PREFIX and SUFFIX.
-    context (stage 2): a window of at least 2 * min_tokens is cut into PREFIX (context) and SUFFIX (target), the context's share
-    uniform in [context_min, context_max]; a shorter window is one SUFFIX segment, a target without context.
-    """
-
-    model_config = STRICT | {"frozen": True}
-
-    kind: Literal["none", "truncate", "context"]
-    """truncate: stage 1, a window becomes two segments, so that all lengths are reconstructed; context: stage 2."""
-    truncate_probability: Share = 0.5
-    """Share of windows that are cut (kind truncate)."""
-    context_min: Share = 0.1
-    """Smallest share of a window that is context (kind context)."""
-    context_max: Share = 0.9
-    """Largest share of a window that is context (kind context)."""
-    min_tokens: PositiveInt = 4
-    """Shortest segment, in tokens."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.kind == "context" and not 0 < self.context_min <= self.context_max < 1:
-            raise ValueError(
-                f"data.split.context_min is {self.context_min} and context_max {self.context_max}; expected 0 < min <= max < 1"
-            )
-        return self
 
 
 @dataclass(frozen=True)

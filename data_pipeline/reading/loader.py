@@ -21,9 +21,11 @@ import numpy as np
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.storage import CACHE_GIGABYTES
 from data_pipeline.format.manifest import FeatureManifest, Manifest
-from data_pipeline.reading.batch import Batch, RowBlock, RowId, Split
+from data_pipeline.reading.batch import Batch, RowBlock, RowId
 from data_pipeline.reading.order import Order, Span
+from data_pipeline.reading.settings import Split
 from data_pipeline.reading.shard_pool import FeatureRows, TokenRows
+from data_pipeline.reading.streams import check_micro_batch, rank_streams
 
 _OPENERS = 8
 _OPEN_AHEAD_STEPS = 32
@@ -75,11 +77,7 @@ class TrainLoader:
         self.order = Order(shard_rows, streams, rows_per_step, seed)
         self._streams = rank_streams(streams, rank, world_size)
         self._rank_rows = self.order.rows_per_stream * len(self._streams)
-        if micro_batch_rows < 1 or self._rank_rows % micro_batch_rows:
-            raise UserError(
-                f"data.micro_batch_rows = {micro_batch_rows} does not divide a rank's {self._rank_rows} rows per step "
-                f"(rows_per_step {rows_per_step} over {world_size} ranks): choose a divisor of {self._rank_rows}"
-            )
+        check_micro_batch(micro_batch_rows, self._rank_rows)
         options: dict[str, Any] = {
             "verify": verify,
             "cache_dir": cache_dir,
@@ -294,14 +292,3 @@ def load_manifests(data: str | Path, features: str | Path | None) -> tuple[Manif
     feature_manifest = FeatureManifest.load(features)
     feature_manifest.check_matches(manifest, features)
     return manifest, feature_manifest
-
-
-def rank_streams(streams: int, rank: int, world_size: int) -> range:
-    """Streams that the rank serves: those congruent to it modulo the number of ranks."""
-    if streams % world_size:
-        divisors = [n for n in range(1, streams + 1) if streams % n == 0]
-        raise UserError(
-            f"{world_size} ranks do not divide data.streams = {streams}: start with one of {divisors} ranks, "
-            "or train from the beginning with other streams (they fix the order of the data)"
-        )
-    return range(rank, streams, world_size)

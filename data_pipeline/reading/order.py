@@ -12,6 +12,7 @@ import numpy as np
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.keys import permutation
+from data_pipeline.reading.streams import check_streams
 
 
 class Span(NamedTuple):
@@ -36,13 +37,7 @@ class Order:
     """
 
     def __init__(self, shard_rows: Sequence[int], streams: int, rows_per_step: int, seed: int):
-        if streams < 1 or rows_per_step < 1 or rows_per_step % streams:
-            raise UserError(
-                f"data.rows_per_step = {rows_per_step} is not a multiple of data.streams = {streams}: every stream "
-                "gives the same number "
-                "of rows to a step; choose for example rows_per_step = "
-                f"{max(1, round(rows_per_step / max(1, streams))) * max(1, streams)}"
-            )
+        check_streams(streams, rows_per_step)
         if len(shard_rows) < streams:
             raise UserError(
                 f"data.streams = {streams}, but the data has {len(shard_rows)} train shards and a stream needs at "

@@ -1,43 +1,36 @@
-"""A run's configuration, and the sections that only one stage has: every key with its type, default, unit and meaning.
-
-Marks: [paper] is stated by TextLDM (arXiv 2605.07748). Sections of both stages: config_sections.py.
-Checks across keys: config_checks.py. Reading, overrides and messages: config.py.
-"""
+"""A run's configuration: what all stages share. A stage adds its own sections by inheriting (pretrain/stages)."""
 
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import (
-    Field,
-    create_model,
-    model_validator,
-)
+from pydantic import Field, create_model, model_validator
 
-from data_pipeline.core.settings import Section
-from pretrain.config import checks
-from pretrain.config.sections import About, Data, Diagnose, TelemetrySection, Train
+from data_pipeline.core.settings import OnResume, Section
+from data_pipeline.reading.settings import Data
+from pretrain.config.sections import About, Diagnose, TelemetrySection, Train
 from pretrain.engine.optim import OptimizerSettings
 from pretrain.engine.schedule import Schedule
+from pretrain.engine.settings import check_overrides
 
 
 class RunConfig(Section):
-    """What both stages share; a loaded configuration is a `VAERun` or a `DiTRun`."""
+    """What all stages share; a loaded configuration is of the stage's own class."""
 
-    stage: str
+    stage: Annotated[str, OnResume.NEVER]
     """Which model is trained."""
-    about: About = About()
+    about: Annotated[About, OnResume.FREE] = About()
     """For readers."""
     data: Data
     optimizer: OptimizerSettings
     """In a loaded configuration the section of its kind (config/load.py)."""
     schedule: Schedule = Schedule()
     train: Train
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Merged over the DeepSpeed configuration that pretrain/engine.py generates."""
-    telemetry: TelemetrySection = TelemetrySection()
-    diagnose: Diagnose = Diagnose()
+    deepspeed: Annotated[dict[str, Any], OnResume.FREE] = Field(default_factory=dict)
+    """Merged over the DeepSpeed configuration that pretrain/engine/settings.py makes."""
+    telemetry: Annotated[TelemetrySection, OnResume.FREE] = TelemetrySection()
+    diagnose: Annotated[Diagnose, OnResume.FREE] = Diagnose()
 
     @property
     def run_folder(self) -> Path:
@@ -48,12 +41,14 @@ class RunConfig(Section):
         """The feature cache that a run reads beside its tokens, if it has one."""
         return None
 
+    def free_on_resume(self) -> set[str]:
+        """Keys that other keys' values set free, beside those that are marked so."""
+        return {"train.steps"} if self.schedule.can_be_prolonged else set()
+
     @model_validator(mode="after")
-    def _check(self) -> Self:
-        checks.check_data(self.data)
-        checks.check_schedule(self.schedule, self.train.steps)
-        checks.check_sharding(self.train)
-        checks.check_faults(self.train)
+    def _check_across_sections(self) -> Self:
+        self.schedule.check_fits(self.train.steps)
+        check_overrides(self.deepspeed, self.train.zero_stage)
         return self
 
 

@@ -1,15 +1,15 @@
-"""Sections of a run's configuration that both stages have: every key with its type, default, unit and meaning.
+"""Sections of a configuration that belong to the run as a whole, or to rooms above this one.
 
-Marks: [paper] is stated by TextLDM (arXiv 2605.07748). The stages' own sections: config_schema.py.
+Every key has its type, default, unit and meaning; [paper] is stated by TextLDM (arXiv 2605.07748).
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from data_pipeline.core.settings import Section, Share
-from data_pipeline.reading.batch import Split
+from data_pipeline.core.settings import OnResume, Section, Share
 from modeling.solvers import find_solver
+from pretrain.engine.settings import Sharding
 
 
 class About(Section):
@@ -25,93 +25,62 @@ class About(Section):
     """What a healthy run shows."""
 
 
-class Data(Section):
-    """Prepared text and how a step's global batch is drawn from it."""
-
-    path: str
-    """Folder that textldm prepare wrote (manifest.json, shards, tokenizer)."""
-    streams: PositiveInt
-    """Independent sequences of rows. The number of ranks must divide it; it fixes the order of the data for good."""
-    rows_per_step: PositiveInt
-    """Rows of one optimizer step over all ranks; times the manifest's row_tokens = tokens a step."""
-    micro_batch_rows: PositiveInt
-    """Most rows of one forward and backward pass on one rank; training takes the largest divisor of the rank's rows within
-    it. Memory only: the gradients do not depend on it."""
-    split: Split
-    """How windows are cut into segments."""
-    verify: bool = True
-    """Check each shard's SHA-256 when it is opened."""
-    workers: NonNegativeInt = 1
-    """Threads that read and decode rows ahead; 0: when they are asked for."""
-    prefetch_steps: PositiveInt = 2
-    """Steps that are prepared ahead."""
-    cache_dir: str | None = None
-    """Folder for copies of remote shards (a URL in data.path); none: textldm/shards in the user's cache folder."""
-    cache_gigabytes: PositiveFloat = 100.0
-    """When the copies take more, those not used for longest are removed."""
-
-    def reading(self) -> dict[str, Any]:
-        """How shards are opened: what loaders and `TokenRows` take beside the folder."""
-        return self.model_dump(include={"verify", "cache_dir", "cache_gigabytes"})
-
-
-class Train(Section):
+class Train(Sharding):
     """The run itself: length, sharding, checkpoints, evaluation, faults."""
 
-    run: str = ""
+    run: Annotated[str, OnResume.FREE] = ""
     """Run folder; empty: runs/<name of the config>."""
-    steps: PositiveInt
+    steps: PositiveInt  # by leave only, unless the schedule allows it (RunConfig.free_on_resume)
     """Optimizer steps in all."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[NonNegativeInt, OnResume.NEVER] = 0
     """Key of everything random."""
-    precision: Literal["fp32", "bf16", "auto"] = "auto"
-    """Of forward and backward; masters and sums are fp32 always. auto: bf16 where the device multiplies it (GPUs, CPUs with AMX)."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """What ranks share out: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters."""
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where masters, moments and EMA live: on the device, in the host's memory, or in files in offload_folder."""
-    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
-    """Where parameters live between uses (ZeRO 3)."""
-    offload_folder: str = ""
-    """For nvme: a folder on every host's local disk; 36 bytes per parameter that a rank holds, freed when the job ends."""
-    activation_checkpointing: NonNegativeInt = 0
+    activation_checkpointing: Annotated[NonNegativeInt, OnResume.FREE] = 0
     """Recompute every n-th block in backward (1: all, about a third more work, least memory); 0: none."""
-    compile: bool = False
+    compile: Annotated[bool, OnResume.FREE] = False
     """torch.compile the model's blocks."""
-    deterministic: bool = False
+    deterministic: Annotated[bool, OnResume.FREE] = False
     """torch.use_deterministic_algorithms: bit-equal repeats on GPUs, slower."""
-    checkpoint_every: PositiveInt = 1000
+    checkpoint_every: Annotated[PositiveInt, OnResume.FREE] = 1000
     """Steps between checkpoints; the last step always has one."""
-    checkpoint_async: bool = True
+    checkpoint_async: Annotated[bool, OnResume.FREE] = True
     """Write from a host copy while training goes on."""
-    keep_last: PositiveInt = 2
+    keep_last: Annotated[PositiveInt, OnResume.FREE] = 2
     """Checkpoints to keep."""
-    keep_every: NonNegativeInt = 0
+    keep_every: Annotated[NonNegativeInt, OnResume.FREE] = 0
     """Also keep every checkpoint whose step is a multiple of this; 0: none."""
-    eval_every: NonNegativeInt = 1000
+    eval_every: Annotated[NonNegativeInt, OnResume.FREE] = 1000
     """Steps between held-out evaluations, with EMA weights; 0: never."""
-    eval_rows: PositiveInt = 64
+    eval_rows: Annotated[PositiveInt, OnResume.FREE] = 64
     """Held-out rows of an evaluation, over all ranks."""
-    eval_samples: NonNegativeInt = 2
+    eval_samples: Annotated[NonNegativeInt, OnResume.FREE] = 2
     """Continuations of held-out contexts written at each evaluation, from the same noise every time (stage dit); 0: none."""
-    log_every: PositiveInt = 10
+    log_every: Annotated[PositiveInt, OnResume.FREE] = 10
     """Steps between logged lines; between them nothing is reduced over ranks or written."""
-    watchdog_s: PositiveFloat = 1800.0
+    watchdog_s: Annotated[PositiveFloat, OnResume.FREE] = 1800.0
     """Seconds without a finished step after which all stacks are printed and the job ends (exit code 86)."""
-    timeout_s: PositiveFloat = 1800.0
+    timeout_s: Annotated[PositiveFloat, OnResume.FREE] = 1800.0
     """Seconds after which a collective operation that some rank does not join fails."""
-    grace_s: PositiveFloat = 120.0
+    grace_s: Annotated[PositiveFloat, OnResume.FREE] = 120.0
     """Seconds from SIGTERM or SIGUSR1 to the end of the checkpoint (then exit code 85)."""
     spike_sigmas: NonNegativeFloat = 0.0
     """Skip a step whose gradient norm exceeds the recent median by so many robust deviations; 0: if not finite only."""
     spike_window: PositiveInt = 128
     """Recent steps from which the median and deviation are taken."""
-    max_skips: NonNegativeInt = 5
+    max_skips: Annotated[NonNegativeInt, OnResume.FREE] = 5
     """Skipped steps that are tolerated within skip_window; one more stops the run."""
-    skip_window: PositiveInt = 100
+    skip_window: Annotated[PositiveInt, OnResume.FREE] = 100
     """Steps over which skips are counted."""
-    rewind: bool = False
+    rewind: Annotated[bool, OnResume.FREE] = False
     """Instead of stopping at too many skips: go back to the previous checkpoint, once, and leave the bad rows out."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.grace_s >= self.watchdog_s:
+            raise ValueError(
+                f"train.grace_s is {self.grace_s:g} and train.watchdog_s {self.watchdog_s:g}; the watchdog would end the"
+                " job during the checkpoint after a signal: make watchdog_s the larger"
+            )
+        return self
 
 
 def _known_solver(name: str) -> str:

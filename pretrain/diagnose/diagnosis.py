@@ -11,7 +11,6 @@ import torch
 from tqdm import tqdm
 
 from data_pipeline.reading.batch import Batch
-from pretrain.config.load import micro_batch_size
 from pretrain.config.schema import RunConfig
 from pretrain.diagnose.page import Panel
 from pretrain.diagnose.verdicts import Figures, Verdict
@@ -42,7 +41,7 @@ def heldout(config: RunConfig, device: torch.device) -> list[Batch]:
 
 def training(config: RunConfig, device: torch.device, rows: int) -> list[Batch]:
     """The first training rows, for comparison."""
-    batch_rows = micro_batch_size(config, at_most=rows)
+    batch_rows = config.data.micro_batch(at_most=rows)
     batches = training_batches(config, rows, batch_rows)[: rows // batch_rows]
     return [batch.to(device) for batch in batches]
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from data_pipeline.core.errors import UserError
 from pretrain.engine.optim import OptimizerSettings, build_optimizer
 from pretrain.engine.partition import Partition, partition_of
-from pretrain.engine.settings import EngineSettings, check_settings, deepspeed_config
+from pretrain.engine.settings import EngineSettings, deepspeed_config
 from pretrain.ranks.distributed import Topology
 
 __all__ = ["Engine", "EngineSettings", "Measured"]
@@ -84,13 +84,12 @@ class Engine:
     Attributes: `partition`, what this rank holds; `updates`, how many steps changed the weights (skipped ones did not),
     which an optimizer's bias correction depends on.
 
-    Raises: UserError for settings that DeepSpeed cannot do or that contradict one another.
+    Raises: UserError for overrides that DeepSpeed would ignore, or that contradict the settings.
     """
 
     def __init__(
         self, stage: nn.Module, settings: EngineSettings, optimizer: OptimizerSettings, topology: Topology
     ) -> None:
-        check_settings(settings)
         _check_trainable(stage)
         self.stage, self.settings, self.optimizer_settings, self.topology = stage, settings, optimizer, topology
         base = build_optimizer(stage, optimizer)

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import NonNegativeInt
 
+from data_pipeline.core.errors import UserError
 from data_pipeline.core.settings import Section, Share
 
 
@@ -19,6 +20,23 @@ class Schedule(Section):
     """Last learning rate over the peak."""
     decay_steps: NonNegativeInt = 0
     """Steps of the decay; 0: all after the warm-up (cosine), the last tenth (wsd)."""
+
+    @property
+    def can_be_prolonged(self) -> bool:
+        """Whether the rates of the steps so far stay what they were when a run is given more steps.
+
+        A cosine's every step depends on where it ends; a constant rate does not, and wsd is made to be prolonged.
+        """
+        return self.kind != "cosine"
+
+    def check_fits(self, total_steps: int) -> None:
+        """Raise UserError when warm-up and decay take more steps than there are."""
+        decay = self.decay_steps if self.kind != "constant" else 0
+        if self.warmup_steps + decay > total_steps:
+            raise UserError(
+                f"schedule.warmup_steps {self.warmup_steps} and schedule.decay_steps {decay} are more than train.steps"
+                f" {total_steps}; shorten them or train longer"
+            )
 
 
 def learning_rate(step: int, peak: float, schedule: Schedule, total_steps: int) -> float:

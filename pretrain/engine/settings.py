@@ -1,12 +1,14 @@
 """How to shard and in what precision, and the DeepSpeed dictionary that says so. Does not need DeepSpeed itself."""
 
 import json
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
+from pydantic import Field, PositiveInt, model_validator
 
+from data_pipeline.core.configuration import merged
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.settings import OnResume, Section
 
 OVERRIDABLE = {
     "zero_optimization", "communication_data_type", "aio", "comms_logger", "flops_profiler",
@@ -34,49 +36,99 @@ MAX_BUCKET = 200_000_000
 """Elements of gradients reduced at a time."""
 
 
-@dataclass
-class EngineSettings:
-    """How to shard, and in what precision to compute.
+class Sharding(Section):
+    """What the ranks share out, where it lies, and in what precision they compute."""
 
-    `accumulation_steps`: micro-batches of each rank per step. `offload_folder`: on a local disk, for what is offloaded to
-    nvme. `overrides`: the config's section `deepspeed`.
-    """
+    precision: Literal["fp32", "bf16", "auto"] = "auto"
+    """Of forward and backward; masters and sums are fp32 always. auto: bf16 where the device multiplies it (GPUs, CPUs with AMX)."""
+    zero_stage: Annotated[Literal[0, 1, 2, 3], OnResume.FREE] = 1
+    """What ranks share out: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters."""
+    offload_optimizer: Annotated[Literal["none", "cpu", "nvme"], OnResume.FREE] = "none"
+    """Where masters, moments and EMA live: on the device, in the host's memory, or in files in offload_folder."""
+    offload_parameters: Annotated[Literal["none", "cpu", "nvme"], OnResume.FREE] = "none"
+    """Where parameters live between uses (ZeRO 3)."""
+    offload_folder: Annotated[str, OnResume.FREE] = ""
+    """For nvme: a folder on every host's local disk; 36 bytes per parameter that a rank holds, freed when the job ends."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    @model_validator(mode="after")
+    def _check_sharding(self) -> Self:
+        """What DeepSpeed cannot do, or would do wrongly."""
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError(
+                "train.precision is bf16 and train.zero_stage 0, where DeepSpeed would accumulate gradients in bf16: set"
+                " train.zero_stage=1, 2 or 3"
+            )
+        if self.offload_parameters != "none" and self.zero_stage != 3:
+            raise ValueError(
+                f"train.offload_parameters is {self.offload_parameters} at train.zero_stage {self.zero_stage}; only stage"
+                " 3 shares out parameters: set train.zero_stage=3 or train.offload_parameters=none"
+            )
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            raise ValueError(
+                f"train.offload_optimizer is {self.offload_optimizer} at train.zero_stage 0, where the optimizer is"
+                " torch's own; set train.zero_stage to 1, 2 or 3, or train.offload_optimizer=none"
+            )
+        if "nvme" in (self.offload_optimizer, self.offload_parameters) and not self.offload_folder:
+            raise ValueError("train.offload_folder is empty; offloading to nvme needs a folder on a local disk there")
+        return self
+
+
+class EngineSettings(Sharding):
+    """A configuration's sharding on the ranks and the device at hand."""
+
     precision: Literal["fp32", "bf16"] = "fp32"
-    accumulation_steps: int = 1
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
-    offload_folder: str = ""
-    overrides: dict[str, Any] = field(default_factory=dict)
+    """What auto has become on this device."""
+    accumulation_steps: PositiveInt = 1
+    """Micro-batches of each rank per step."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """The configuration's section `deepspeed`."""
+
+    @classmethod
+    def of(cls, sharding: Sharding, **decided: Any) -> Self:
+        """A configuration's keys, and what was decided for these ranks. Raises: ValueError."""
+        return cls(**sharding.model_dump(include=set(Sharding.model_fields)) | decided)
 
 
-def check_settings(settings: EngineSettings) -> None:
-    """Refuse what DeepSpeed cannot do. Raises: UserError with the remedy."""
-    stage = settings.zero_stage
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"train.zero_stage is {stage}; expected 0, 1, 2 or 3")
-    if settings.accumulation_steps < 1:
-        raise UserError(f"accumulation_steps is {settings.accumulation_steps}; expected at least 1")
-    if settings.precision == "bf16" and stage == 0:
+def check_overrides(overrides: dict[str, Any], zero_stage: int) -> None:
+    """Refuse what DeepSpeed would ignore silently, or do wrongly.
+
+    Raises: UserError for a top-level key that is unknown or has another name here, for a section that is no object, for another
+    ZeRO stage than `zero_stage`, and for DeepSpeed's own offloading to NVMe.
+    """
+    for key in overrides:
+        if key in OURS:
+            raise UserError(f"deepspeed.{key} is set elsewhere in the configuration: use {OURS[key]}")
+        if key not in OVERRIDABLE:
+            raise UserError(
+                f"deepspeed.{key} is unknown or not supported; possible are {', '.join(sorted(OVERRIDABLE))}"
+            )
+    for section in SECTIONS:
+        value: Any = overrides
+        for key in section.split("."):
+            value = value.get(key, {})
+        if not isinstance(value, dict):
+            raise UserError(
+                f"deepspeed.{section} is {json.dumps(value)}; expected an object: set keys below deepspeed.{section}"
+            )
+    zero = overrides.get("zero_optimization", {})
+    if (stage := zero.get("stage", zero_stage)) != zero_stage:
         raise UserError(
-            "train.precision is bf16 and train.zero_stage 0, where DeepSpeed would accumulate gradients in bf16: "
-            "set train.zero_stage=1, 2 or 3"
+            f"deepspeed.zero_optimization.stage is {stage}, train.zero_stage {zero_stage}: set the latter only"
         )
-    if settings.offload_optimizer != "none" and stage == 0:
-        raise UserError("train.offload_optimizer needs train.zero_stage of 1, 2 or 3, found 0")
-    if settings.offload_parameters != "none" and stage != 3:
-        raise UserError(f"train.offload_parameters needs train.zero_stage=3, found {stage}")
-    if "nvme" in (settings.offload_optimizer, settings.offload_parameters) and not settings.offload_folder:
-        raise UserError("offloading to nvme needs train.offload_folder, a folder on a local disk; found none")
+    for section, key in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
+        if zero.get(section, {}).get("device") == "nvme":
+            raise UserError(
+                f"deepspeed.zero_optimization.{section}.device is nvme, with which DeepSpeed trains on wrong gradients (docs/engine.md):"
+                f" set train.{key}=nvme and train.offload_folder, a folder on a local disk"
+            )
 
 
 def deepspeed_config(settings: EngineSettings, num_parameters: int) -> dict[str, Any]:
     """DeepSpeed's dictionary for these settings and model size, with `settings.overrides` merged over it, key by key.
 
-    Raises: UserError for a top-level key that is unknown (DeepSpeed would ignore it) or that has another name here, and
-    for a section that is no object.
+    Raises: UserError, as `check_overrides`.
     """
+    check_overrides(settings.overrides, settings.zero_stage)
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     if settings.zero_stage > 0:  # by default a buffer of 2 GB, however small the model
         zero["reduce_bucket_size"] = max(1, min(num_parameters, MAX_BUCKET))
@@ -99,38 +151,4 @@ def deepspeed_config(settings: EngineSettings, num_parameters: int) -> dict[str,
     if settings.precision == "bf16":
         config["bf16"] = {"enabled": True}
         config["communication_data_type"] = "fp32"
-    for key in settings.overrides:
-        if key in OURS:
-            raise UserError(f"deepspeed.{key} is set elsewhere in the configuration: use {OURS[key]}")
-        if key not in OVERRIDABLE:
-            raise UserError(
-                f"deepspeed.{key} is unknown or not supported; possible are {', '.join(sorted(OVERRIDABLE))}"
-            )
-    for section in SECTIONS:
-        value: Any = settings.overrides
-        for key in section.split("."):
-            value = value.get(key, {})
-        if not isinstance(value, dict):
-            raise UserError(
-                f"deepspeed.{section} is {json.dumps(value)}; expected an object: set keys below deepspeed.{section}"
-            )
-    stage = settings.overrides.get("zero_optimization", {}).get("stage", settings.zero_stage)
-    if stage != settings.zero_stage:
-        raise UserError(
-            f"deepspeed.zero_optimization.stage is {stage}, train.zero_stage {settings.zero_stage}: set the latter only"
-        )
-    merged = _merged(config, settings.overrides)
-    for section, key in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
-        if merged["zero_optimization"].get(section, {}).get("device") == "nvme":
-            raise UserError(
-                f"deepspeed.zero_optimization.{section}.device is nvme, with which DeepSpeed trains on wrong gradients (docs/engine.md):"
-                f" set train.{key}=nvme and train.offload_folder, a folder on a local disk"
-            )
-    return merged
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    both_dicts = {
-        key for key in base.keys() & over.keys() if isinstance(base[key], dict) and isinstance(over[key], dict)
-    }
-    return base | over | {key: _merged(base[key], over[key]) for key in both_dicts}
+    return merged(config, settings.overrides)

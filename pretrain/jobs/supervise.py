@@ -29,8 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError, cli
+from data_pipeline.reading.streams import check_ranks
 from pretrain.checkpoint.find import saved_steps
-from pretrain.config.load import check_ranks, load_config
+from pretrain.config.load import load_config
 from pretrain.config.schema import RunConfig
 from pretrain.faults.exits import EXIT_CODES, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
 from pretrain.faults.heartbeat import read_heartbeats
@@ -236,7 +237,7 @@ def usable(config: RunConfig, alive: Mapping[str, int]) -> tuple[dict[str, int],
     for count in range(len(alive), 0, -1):
         chosen = dict(list(alive.items())[:count])
         try:
-            check_ranks(config, sum(chosen.values()))
+            check_ranks(config.data.streams, sum(chosen.values()))
         except UserError as error:
             problem = problem if count < len(alive) else str(error)
         else:
@@ -283,7 +284,7 @@ def make_plan(argv: list[str] | None) -> Plan:
     config = load_config(parsed.config, [*parsed.set, *([f"train.run={parsed.run}"] if parsed.run else [])])
     hosts = read_hostfile(arguments.hostfile) if arguments.hostfile else {}
     if hosts:
-        check_ranks(config, sum(hosts.values()))
+        check_ranks(config.data.streams, sum(hosts.values()))
     launcher = shlex.split(arguments.launcher)
     if any(argument.startswith("--ssh_port") for argument in launcher):
         raise UserError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest
 from pretrain.checkpoint.find import had_checkpoints
-from pretrain.config.load import Difference, refuse_changes, resume_differences
+from pretrain.config.resume import Difference, refuse_changes, resume_differences
 from pretrain.config.schema import RunConfig
 from pretrain.runs.record import RunRecord
 

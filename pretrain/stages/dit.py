@@ -4,14 +4,14 @@ Shape letters: T packed tokens, D width, Z latent dim, W windows.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor
 
-from data_pipeline.core.settings import STRICT, Section, Share
+from data_pipeline.core.settings import STRICT, OnResume, Section, Share
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import PREFIX, SUFFIX, Batch
 from modeling import flow, losses
@@ -19,12 +19,12 @@ from modeling.attention import Segments
 from modeling.floors import NAMES as FLOOR_NAMES
 from modeling.floors import Floors
 from modeling.heads import TokenHead, TokenTargets, VelocityHead
-from modeling.text_dit import TextDiT, TextDiTConfig
+from modeling.shapes import TextDiTConfig
+from modeling.text_dit import TextDiT
 from modeling.text_vae import TextVAE
 from modeling.times import TimeDistribution, move_logit, shift_for_dimension
 from modeling.token_posterior import PosteriorHead
 from pretrain.checkpoint.storage import Checkpoint
-from pretrain.config import checks
 from pretrain.config.registry import StageKind
 from pretrain.config.schema import RunConfig, inherited
 from pretrain.stages.base import Stage, StageOutput, row_noise, weighted
@@ -37,7 +37,7 @@ from pretrain.telemetry.flops import transformer_flops
 class DiTModel(TextDiTConfig):
     """The TextDiT's architecture (modeling/text_dit.py) and the VAE in whose latent space it works."""
 
-    vae: str
+    vae: Annotated[str, OnResume.FREE]  # its fingerprint is compared by itself
     """Run folder (or checkpoint) of stage 1; frozen, EMA weights."""
 
     def architecture(self) -> TextDiTConfig:
@@ -84,7 +84,6 @@ class DiTRun(RunConfig):
 
     @model_validator(mode="after")
     def _check_stage(self) -> Self:
-        checks.check_heads("model", self.model.width, self.model.head_dim)
         if self.data.split.kind != "context":
             raise ValueError(f"data.split.kind is {self.data.split.kind}; stage dit needs context (context and target)")
         return self

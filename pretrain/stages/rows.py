@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from data_pipeline.reading.batch import Batch
 from data_pipeline.reading.loader import TrainLoader, heldout_batches
-from pretrain.config.load import micro_batch_size
 from pretrain.config.schema import RunConfig
 
 
@@ -36,7 +35,7 @@ def heldout_rows(
         config.features_folder(),
         split=data.split,
         seed=config.train.seed,
-        micro_batch_rows=micro_batch_rows or micro_batch_size(config, world_size),
+        micro_batch_rows=micro_batch_rows or config.data.micro_batch(world_size),
         rank=rank,
         world_size=world_size,
         max_rows=max_rows,

@@ -20,7 +20,6 @@ from modeling.attention import Segments
 from modeling.repa import RepaHead
 from modeling.text_vae import TextVAE, TextVAEConfig
 from pretrain.checkpoint.storage import Checkpoint
-from pretrain.config import checks
 from pretrain.config.registry import StageKind
 from pretrain.config.schema import RunConfig, inherited
 from pretrain.stages.base import Stage, StageOutput, ramp, row_noise, weighted
@@ -65,7 +64,6 @@ class VAERun(RunConfig):
 
     @model_validator(mode="after")
     def _check_stage(self) -> Self:
-        checks.check_heads("model", self.model.width, self.model.head_dim)
         if self.data.split.kind == "context":
             raise ValueError("data.split.kind is context, which is stage dit's; stage vae takes truncate or none")
         if self.repa.features and self.repa.online_teacher:

@@ -50,8 +50,9 @@ class Case:
 def run_case(case: Case, topology, output: Path) -> None:
     """Train as the case says and write every state, losses and norms to `output`/<name>.safetensors and .json."""
     settings = EngineSettings(
-        case.zero_stage, case.precision, case.accumulation, case.offload, case.offload_parameters, case.offload_folder,
-        case.overrides,
+        zero_stage=case.zero_stage, precision=case.precision, accumulation_steps=case.accumulation,
+        offload_optimizer=case.offload, offload_parameters=case.offload_parameters, offload_folder=case.offload_folder,
+        overrides=case.overrides,
     )  # fmt: skip
     stage = toy.ToyStage(case.autocast, case.recompute)
     optimizer = optimizer_kind(case.optimizer["kind"]).Settings(**case.optimizer)

@@ -108,7 +108,9 @@ def train_plain(config: RunConfig, num_steps: int) -> dict[str, Tensor]:
 def train_sharded(job: dict[str, Any], config: RunConfig, topology: Topology) -> dict[str, Tensor]:
     """The same through the engine; the evaluation in between must leave no trace."""
     stage, num_steps, accumulation = make_stage(config), job["steps"], job["accumulation"]
-    engine = Engine(stage, EngineSettings(job["zero_stage"], "fp32", accumulation), OPTIMIZER, topology)
+    engine = Engine(
+        stage, EngineSettings(zero_stage=job["zero_stage"], accumulation_steps=accumulation), OPTIMIZER, topology
+    )
     rows = config.data.rows_per_step
     micro_batch_rows = rows // topology.world_size // accumulation
     every_row = steps_of(config, 0, 1, rows, num_steps)

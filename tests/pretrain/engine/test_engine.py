@@ -11,7 +11,6 @@ import torch
 
 from data_pipeline.core.errors import UserError
 from pretrain.engine.file_memory import in_file
-from pretrain.engine.settings import EngineSettings, deepspeed_config
 from tests.pretrain.engine_launch import Result, largest_relative_difference, launch
 from tests.pretrain.engine_toy import SGD, Reference, plain_sgd, plain_training
 
@@ -308,34 +307,3 @@ def test_the_table_names_both_groups(two_ranks):
     table = two_ranks["zero2-accumulate1"].notes["table"]
     assert "no decay" in table
     assert "fp32 masters" in table
-
-
-def test_overrides_are_merged_deeply():
-    config = deepspeed_config(EngineSettings(2, overrides={"zero_optimization": {"reduce_bucket_size": 7}}), 2)
-    assert config["zero_optimization"]["reduce_bucket_size"] == 7
-    assert config["zero_optimization"]["stage"] == 2
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"zero_optimisation": {}}, "unknown"),
-        ({"gradient_clipping": 1.0}, "optimizer.grad_clip"),
-        ({"data_types": {"grad_accum_dtype": "bf16"}}, "train.precision"),
-        ({"zero_optimization": {"stage": 3}}, "train.zero_stage 1"),
-        (
-            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
-            "wrong gradients.*train.offload_optimizer=nvme",
-        ),
-        (
-            {"zero_optimization": {"offload_param": {"device": "nvme"}}},
-            "wrong gradients.*train.offload_parameters=nvme",
-        ),
-        ({"zero_optimization": 2}, "deepspeed.zero_optimization is 2; expected an object"),
-        ({"zero_optimization": {"offload_param": None}}, "deepspeed.zero_optimization.offload_param is null"),
-        ({"aio": [1]}, r"deepspeed.aio is \[1\]"),
-    ],
-)
-def test_overrides_that_would_be_ignored_or_contradict_are_refused(overrides, message):
-    with pytest.raises(UserError, match=message):
-        deepspeed_config(EngineSettings(1, overrides=overrides), 2)

@@ -1,0 +1,85 @@
+"""The data's section of a configuration: which rows make up a step, how they are read, and how windows are cut."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from data_pipeline.core.settings import STRICT, OnResume, Section, Share
+from data_pipeline.reading.streams import check_ranks, check_streams, largest_micro_batch
+
+
+class Split(Section):
+    """How windows are cut into segments; both parts of a cut window hold at least `min_tokens`, and nothing is thrown away.
+
+    none: a window is one PREFIX segment.
+    truncate (stage 1): with `truncate_probability` a window is cut at a uniform place into PREFIX and SUFFIX.
+    context (stage 2): a window of at least 2 * min_tokens is cut into PREFIX (context) and SUFFIX (target), the context's share
+    uniform in [context_min, context_max]; a shorter window is one SUFFIX segment, a target without context.
+    """
+
+    model_config = STRICT | {"frozen": True}
+
+    kind: Literal["none", "truncate", "context"]
+    """truncate: stage 1, a window becomes two segments, so that all lengths are reconstructed; context: stage 2."""
+    truncate_probability: Share = 0.5
+    """Share of windows that are cut (kind truncate)."""
+    context_min: Share = 0.1
+    """Smallest share of a window that is context (kind context)."""
+    context_max: Share = 0.9
+    """Largest share of a window that is context (kind context)."""
+    min_tokens: PositiveInt = 4
+    """Shortest segment, in tokens."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "context" and not 0 < self.context_min <= self.context_max < 1:
+            raise ValueError(
+                f"context_min is {self.context_min} and context_max {self.context_max}; expected 0 < min <= max < 1"
+            )
+        return self
+
+
+class Data(Section):
+    """Prepared text and how a step's global batch is drawn from it."""
+
+    path: Annotated[str, OnResume.FREE]  # the data's fingerprint is compared by itself
+    """Folder that textldm prepare wrote (manifest.json, shards, tokenizer)."""
+    streams: Annotated[PositiveInt, OnResume.NEVER]
+    """Independent sequences of rows. The number of ranks must divide it; it fixes the order of the data for good."""
+    rows_per_step: Annotated[PositiveInt, OnResume.NEVER]
+    """Rows of one optimizer step over all ranks; times the manifest's row_tokens = tokens a step."""
+    micro_batch_rows: Annotated[PositiveInt, OnResume.FREE]
+    """Most rows of one forward and backward pass on one rank; training takes the largest divisor of the rank's rows within
+    it. Memory only: the gradients do not depend on it."""
+    split: Split
+    """How windows are cut into segments."""
+    verify: Annotated[bool, OnResume.FREE] = True
+    """Check each shard's SHA-256 when it is opened."""
+    workers: Annotated[NonNegativeInt, OnResume.FREE] = 1
+    """Threads that read and decode rows ahead; 0: when they are asked for."""
+    prefetch_steps: Annotated[PositiveInt, OnResume.FREE] = 2
+    """Steps that are prepared ahead."""
+    cache_dir: Annotated[str | None, OnResume.FREE] = None
+    """Folder for copies of remote shards (a URL in data.path); none: textldm/shards in the user's cache folder."""
+    cache_gigabytes: Annotated[PositiveFloat, OnResume.FREE] = 100.0
+    """When the copies take more, those not used for longest are removed."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_streams(self.streams, self.rows_per_step)
+        return self
+
+    def reading(self) -> dict[str, Any]:
+        """How shards are opened: what loaders and `TokenRows` take beside the folder."""
+        return self.model_dump(include={"verify", "cache_dir", "cache_gigabytes"})
+
+    def rank_rows(self, world_size: int) -> int:
+        """Rows of a step that one of so many ranks computes. Raises: UserError when they cannot share out the streams."""
+        check_ranks(self.streams, world_size)
+        return self.rows_per_step // world_size
+
+    def micro_batch(self, world_size: int = 1, at_most: int | None = None) -> int:
+        """Rows of a training micro-batch: the largest divisor of a rank's rows a step within micro_batch_rows and `at_most`."""
+        return largest_micro_batch(
+            self.rank_rows(world_size), min(self.micro_batch_rows, at_most or self.micro_batch_rows)
+        )
