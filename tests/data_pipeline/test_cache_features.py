@@ -232,21 +232,32 @@ def test_the_announced_size_is_that_of_the_files(data, teacher, cached, capsys):
     assert f"codec: {codec.bytes_per_token:.0f} bytes/token" in printed
 
 
+def write_config(path: Path, data: Path, **repa: object) -> str:
+    section = {"path": str(data), "streams": 1, "rows_per_step": 1, "micro_batch_rows": 1, "split": {"kind": "none"}}
+    path.write_text(json.dumps({"stage": "vae", "model": {"width": 64}, "data": section, "repa": repa}))
+    return str(path)
+
+
 def test_a_config_fills_in_what_is_not_given(data, teacher, tmp_path, capsys):
-    config = {
-        "data": {"path": str(data)},
-        "repa": {"features": str(tmp_path / "from-config"), "online_teacher": str(teacher), "layer": -2},
-    }
-    (tmp_path / "vae.json").write_text(json.dumps(config))
-    more = ["--device", "cpu", "--rank", "4", "--bits", "8", "--sample-tokens", "4000"]
-    assert main(["--config", str(tmp_path / "vae.json"), *more]) == 0
+    repa = {"features": str(tmp_path / "from-config"), "online_teacher": str(teacher)}
+    config = write_config(tmp_path / "vae.json", data, **repa)
+    (tmp_path / "further.json").write_text(json.dumps({"base": "vae", "train": {"steps": 1}}))
+    more = ["--device", "cpu", "--rank", "4", "--bits", "8", "--sample-tokens", "4000", "--set", "repa.layer=-2"]
+    assert main(["--config", str(tmp_path / "further.json"), *more]) == 0
     cache = load_cache(tmp_path / "from-config", Manifest.load(data))
     assert cache.manifest.teacher["layer"] == -2
     assert cache.manifest.codec["rank"] == 4
-    assert main(["--config", "no-such-config"]) == 2
-    assert "no configuration no-such-config" in capsys.readouterr().err
-    assert main(["--data", str(data)]) == 2
-    assert "--teacher is missing" in capsys.readouterr().err
+    capsys.readouterr()
+    for arguments, expected in (
+        (["--config", "no-such-config"], "no configuration no-such-config"),
+        (["--data", str(data)], "--teacher is missing"),
+        (["--data", str(data), "--set", "repa.layer=-2"], "name it with --config"),
+        (["--config", config, "--set", "repa.laier=-2"], "unknown key repa.laier in"),
+        (["--config", config, "--set", "data.streams=0"], "expected greater than 0"),
+        (["--config", config, "--set", "repa.layer=last"], "expected a valid integer"),
+    ):
+        assert main(arguments) == 2
+        assert expected in capsys.readouterr().err
 
 
 def test_check_accepts_the_cache_and_refuses_another_teacher(data, teacher, cached, tmp_path, capsys):
