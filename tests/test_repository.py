@@ -144,7 +144,12 @@ def test_links_and_named_documents_lead_somewhere():
     for page in pages:
         for target in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
-    texts = [path for folder in (*PACKAGES, "benchmarks", "configs") for path in (ROOT / folder).rglob("*.[pj][ys]*")]
+    texts = [
+        path
+        for folder in (*PACKAGES, "benchmarks", "configs")
+        for path in (ROOT / folder).rglob("*.[pj][ys]*")
+        if path.suffix != ".pyc"
+    ]
     for path in [*pages, *texts]:
         for target in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text()):
             assert (ROOT / target).exists(), f"{path.relative_to(ROOT)} names {target}"

@@ -65,7 +65,7 @@ class ToyStage(nn.Module):
         self.scale = nn.Parameter(torch.randn(WIDTH))
         self.null = nn.Parameter(torch.randn(3, WIDTH))
         self.aux = nn.Linear(WIDTH, 5)
-        self.register_buffer("latents_mean", torch.arange(5.0))
+        self.register_buffer("latents_mean", torch.arange(5.0) / 3)  # not what bf16 can hold
         self.autocast, self.recompute = autocast, recompute
 
     def forward(self, batch: ToyBatch, counts: dict[str, int]) -> ToyOutput:
@@ -110,6 +110,31 @@ class Reference:
     states: dict[str, dict[str, Tensor]]
     losses: list[float]
     norms: list[float]
+
+
+class SumStage(nn.Module):
+    """loss = sum of weight x numbers: a micro-batch's gradient is its numbers, which bf16 holds exactly, whatever kernel computes
+    it. What comes out of a step tells how gradients are added up, and nothing else."""
+
+    SIZES = (501, 77)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (nn.Parameter(torch.randn(size)) for size in self.SIZES)
+
+    def forward(self, numbers: list[Tensor], counts: dict[str, int]) -> ToyOutput:
+        loss = sum((p.float() * n).sum() for p, n in zip((self.first, self.second), numbers, strict=True))
+        return ToyOutput(loss, {})
+
+
+def sum_batches(rank: int, accumulation: int) -> list[list[Tensor]]:
+    """A rank's micro-batches for a `SumStage`: numbers of bf16."""
+    generator = torch.Generator().manual_seed(rank)
+    return [
+        [torch.randn(size, generator=generator).bfloat16().float() for size in SumStage.SIZES]
+        for _ in range(accumulation)
+    ]
 
 
 def plain_adamw(stage: nn.Module) -> torch.optim.Optimizer:

@@ -25,6 +25,7 @@ from tests.pretrain.toy_sgd import install_toy_sgd
 @dataclasses.dataclass
 class Case:
     """One training run. `steps`: [first, last). `skip`: steps not applied. `poison`: steps with a nan on the last rank.
+    `sums`: of a `SumStage`.
     `save`: numbers of updates after which to save into `run`."""
 
     name: str
@@ -43,6 +44,7 @@ class Case:
     autocast: bool = False
     recompute: bool = False
     evaluate: bool = False
+    sums: bool = False
     optimizer: dict[str, Any] = dataclasses.field(default_factory=toy.OPTIMIZER.model_dump)
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -54,7 +56,7 @@ def run_case(case: Case, topology, output: Path) -> None:
         offload_optimizer=case.offload, offload_parameters=case.offload_parameters, offload_folder=case.offload_folder,
         overrides=case.overrides,
     )  # fmt: skip
-    stage = toy.ToyStage(case.autocast, case.recompute)
+    stage = toy.SumStage() if case.sums else toy.ToyStage(case.autocast, case.recompute)
     optimizer = optimizer_kind(case.optimizer["kind"]).Settings(**case.optimizer)
     engine = Engine(stage, settings, optimizer, topology)
     notes: dict[str, Any] = {
@@ -71,7 +73,10 @@ def run_case(case: Case, topology, output: Path) -> None:
     writer = CheckpointWriter(Path(case.run), topology, keep_last=10) if case.save else None
     for step in range(first, last):
         counts = toy.counts_of(toy.step_rows(step))
-        batches = toy.micro_batches(step, topology.rank, topology.world_size, case.accumulation)
+        if case.sums:
+            batches = toy.sum_batches(topology.rank, case.accumulation)
+        else:
+            batches = toy.micro_batches(step, topology.rank, topology.world_size, case.accumulation)
         for index, batch in enumerate(batches):
             if step in case.poison and topology.rank == topology.world_size - 1 and index == 0:
                 batch.target_BT = batch.target_BT * float("nan")
@@ -90,6 +95,7 @@ def run_case(case: Case, topology, output: Path) -> None:
     notes["updates"] = engine.updates
     notes["bytes_in_files"] = bytes_in_files(case.offload_folder) if case.offload_folder else 0
     notes["bytes_of_masters"] = sum(flat.numel() * 4 for flat in engine.partition.flats)
+    notes["buffers"] = {name: [str(buffer.dtype), buffer.tolist()] for name, buffer in engine.buffers().items()}
     notes["dtypes"] = sorted({str(p.dtype) for p in stage.parameters()})
     engine.close()
     if topology.is_main:

@@ -10,9 +10,21 @@ import pytest
 import torch
 
 from data_pipeline.core.errors import UserError
+from pretrain.engine.engine import Engine
 from pretrain.engine.file_memory import in_file
+from pretrain.engine.settings import EngineSettings
+from pretrain.ranks.distributed import Topology
 from tests.pretrain.engine_launch import Result, largest_relative_difference, launch
-from tests.pretrain.engine_toy import SGD, Reference, plain_sgd, plain_training
+from tests.pretrain.engine_toy import (
+    OPTIMIZER,
+    SGD,
+    Reference,
+    SumStage,
+    ToyStage,
+    plain_sgd,
+    plain_training,
+    sum_batches,
+)
 
 STAGES = (0, 1, 2, 3)
 STEPS = 4
@@ -71,6 +83,7 @@ def two_ranks(folder: Path) -> dict[str, Result]:
         cases += [
             {"name": f"bf16-zero{stage}", "steps": (0, STEPS)} | saving | base,
             {"name": f"bf16-zero{stage}-resumed", "steps": (SAVED_AT, STEPS), "restore": saved} | base,
+            {"name": f"bf16-zero{stage}-sums", "steps": (0, 1), "accumulation": 3, "sums": True} | base,
         ]
     cases += [{"name": f"zero{s}-recompute", "zero_stage": s, "recompute": True, "steps": (0, STEPS)} for s in (1, 3)]
     for stage in (1, 3):  # an optimizer from outside
@@ -209,6 +222,36 @@ def test_bf16_has_fp32_masters_and_resumes_bit_for_bit(two_ranks, reference, sta
     weight = straight.states["weight"]["aux.weight"]
     assert not torch.equal(weight, weight.bfloat16().float()), "the masters are rounded to bf16"
     assert_same_bits(straight, two_ranks[f"bf16-zero{stage}-resumed"])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_adds_up_in_fp32_over_micro_batches_and_ranks(two_ranks, stage):
+    """Of gradients that bf16 holds exactly: sums in bf16 would be off by 1e-3."""
+    found, batches = two_ranks[f"bf16-zero{stage}-sums"], sum_batches(0, 3) + sum_batches(1, 3)
+    weights = [p.detach().bfloat16().double() for p in SumStage().parameters()]
+    first, second = (sum(numbers[i].double() for numbers in batches) for i in (0, 1))
+    norm = float(torch.cat([first, second]).norm())
+    assert found.notes["losses"] == pytest.approx([float(weights[0] @ first + weights[1] @ second)], rel=1e-6)
+    assert found.notes["norms"] == pytest.approx([norm], rel=1e-6)
+    (beta1, beta2), clip = OPTIMIZER.betas, OPTIMIZER.grad_clip / norm
+    sums = {"first": clip * first, "second": clip * second}
+    means = {name: (1 - beta1) * gradient for name, gradient in sums.items()}
+    squares = {name: (1 - beta2) * gradient.square() for name, gradient in sums.items()}
+    assert largest_relative_difference(found.states["exp_avg"], means) < 1e-6
+    assert largest_relative_difference(found.states["exp_avg_sq"], squares) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["zero1-accumulate1", "bf16-zero1", "bf16-zero2", "bf16-zero3"])
+def test_buffers_keep_their_precision(two_ranks, name):
+    buffer = ToyStage().latents_mean
+    assert two_ranks[name].notes["buffers"] == {"latents_mean": ["torch.float32", buffer.tolist()]}
+
+
+def test_a_registered_frozen_model_is_refused_by_name():
+    stage = ToyStage()
+    stage.teacher = torch.nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(UserError, match=r"registers 2 frozen parameter\(s\), the first is teacher.weight"):
+        Engine(stage, EngineSettings(), OPTIMIZER, Topology())
 
 
 @pytest.mark.parametrize("stage", STAGES)
