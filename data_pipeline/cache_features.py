@@ -32,10 +32,11 @@ from data_pipeline.features.settings import Repa
 from data_pipeline.reading.settings import Data
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Command line of `cache` (the default) and `check`."""
     parser = argparse.ArgumentParser(
-        prog="cache_features", description="Cache a frozen teacher's features beside token shards."
+        prog="data_pipeline/cache_features.py" if __name__ == "__main__" else "textldm cache",
+        description="Cache a frozen teacher's features beside token shards.",
     )
     parser.add_argument("command", nargs="?", choices=("cache", "check"), default="cache")
     parser.add_argument(
@@ -135,7 +136,7 @@ def job_from(args: argparse.Namespace, device: torch.device) -> FeatureJob:
 @cli
 def main(argv: list[str] | None = None) -> int | None:
     """Entry point."""
-    args = with_config(parser().parse_args(argv))
+    args = with_config(make_parser().parse_args(argv))
     ranks = launch(os.environ)
     share_cores(ranks.local_world_size)
     device = device_of(args.device, ranks.local_rank)

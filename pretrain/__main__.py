@@ -4,48 +4,22 @@
 several processes `pretrain/train.py` and `data_pipeline/cache_features.py` are launched by their paths (deepspeed, torchrun, srun).
 """
 
+import difflib
 import importlib
 import sys
-from typing import NamedTuple
 
 from data_pipeline.core.errors import EXIT_USER
-
-
-class Command(NamedTuple):
-    """A command: the module whose `main(arguments)` returns its exit code, and what it does in one line."""
-
-    module: str
-    summary: str
-
-
-COMMANDS = {
-    "quickstart": Command("pretrain.quickstart.recipe", "the whole recipe in miniature (what ./run.sh runs)"),
-    "prepare": Command(
-        "data_pipeline.prepare.__main__", "text into packed, shuffled shards; `prepare inspect | verify FOLDER`"
-    ),
-    "tokenizer": Command("data_pipeline.text.tokenization", "train a byte-level BPE on text, where no hub is at hand"),
-    "teacher": Command("data_pipeline.features.make_teacher", "a small frozen language model, where no hub is at hand"),
-    "cache": Command("data_pipeline.cache_features", "the frozen language model's features, once; `cache check`"),
-    "train": Command("pretrain.train", "train a stage, in one process"),
-    "diagnose": Command("pretrain.diagnose.__main__", "go or no-go: is the run alive?"),
-    "convert": Command("pretrain.export.convert", "a run into one Hugging Face folder"),
-    "generate": Command("pretrain.export.generate", "continue prompts with an exported model"),
-    "supervise": Command("pretrain.jobs.supervise", "start a job, and start it again on the hosts that answer"),
-    "hosts": Command("pretrain.jobs.hosts", "do the hosts of a hostfile answer, with the same versions?"),
-    "checkpoint": Command("pretrain.checkpoint.__main__", "inspect or verify a checkpoint"),
-    "config": Command("pretrain.config.__main__", "every key of a configuration, with its value and meaning"),
-    "prose": Command(
-        "data_pipeline.text.installed_prose", "the English prose that lies on any machine with Python, as JSON lines"
-    ),
-    "report": Command("pretrain.quickstart.report", "pictures of a finished recipe"),
-}
+from pretrain.commands import COMMANDS, GROUPS
 
 
 def overview() -> str:
     """The map of commands."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: textldm NAME [ARGUMENTS]", "", (__doc__ or "").strip(), "", "commands:", *lines])
+    lines = ["usage: textldm NAME [ARGUMENTS]", "", (__doc__ or "").strip()]
+    for group, commands in GROUPS.items():
+        lines += ["", f"{group}:"]
+        lines += [f"  {name:<{width}}  {command.summary}" for name, command in commands.items()]
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -55,7 +29,9 @@ def main(argv: list[str] | None = None) -> int | None:
         print(overview())
         return 0
     if name not in COMMANDS:
-        print(f"error: textldm has no command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"error: textldm has no command {name!r}; expected one of {', '.join(COMMANDS)}{hint}", file=sys.stderr)
         return EXIT_USER
     return importlib.import_module(COMMANDS[name].module).main(arguments)
 

@@ -203,7 +203,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     codes = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
     parser = argparse.ArgumentParser(
-        prog="pretrain/train.py",
+        prog="pretrain/train.py" if __name__ == "__main__" else "textldm train",
         description=__doc__,
         epilog="exit codes:\n" + codes,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -25,7 +25,7 @@ FLOORS = {
     ],
     "pretrain": [
         "ranks", "engine", "checkpoint", "faults", "config", "telemetry", "runs", "stages", "session", "export", "diagnose", "train",
-        "jobs", "quickstart", "__main__",
+        "jobs", "quickstart", "commands", "completion", "__main__",
     ],
 }  # fmt: skip
 """From the ground up: within a package nothing imports from a floor above its own. ARCHITECTURE.md draws it."""

@@ -245,9 +245,8 @@ def make_teacher(data: str, output: Path, recipe: Recipe, device: torch.device) 
     return nats
 
 
-@cli
-def main(argv: list[str] | None = None) -> int | None:
-    """Entry point."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="textldm teacher", description="Train a small causal language model as REPA teacher."
     )
@@ -261,7 +260,13 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--lr", type=float, default=Recipe.lr)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
+    return parser
+
+
+@cli
+def main(argv: list[str] | None = None) -> int | None:
+    """Entry point."""
+    args = make_parser().parse_args(argv)
     seconds = Recipe.seconds if args.seconds is None and args.steps is None else args.seconds
     recipe = Recipe(
         width=args.width, layers=args.layers, seconds=seconds, steps=args.steps,

@@ -281,7 +281,8 @@ def _shards(text: str) -> int | None:
     return None if text == "auto" else int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The command line, without that of inspect and verify."""
     parser = argparse.ArgumentParser(
         prog="textldm prepare",
         description="Tokenise, pack and shuffle text into WebDataset shards. Run it again to continue after a kill.",
@@ -337,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
         for line in inspect(folder) if argv[0] == "inspect" else verify(folder):
             print(line)
         return
-    arguments = vars(_parser().parse_args(argv))
+    arguments = vars(make_parser().parse_args(argv))
     part, merge, fresh = (arguments.pop(name) for name in ("part", "merge", "fresh"))
     if part is not None and merge:
         raise UserError("--part encodes and --merge finishes: give one of them")

@@ -215,13 +215,18 @@ def _docstrings(source: str) -> Iterator[str]:
             yield match["text"]
 
 
-@cli
-def main(argv: list[str] | None = None) -> None:
-    """Write the English prose of the installed Python packages as .jsonl, one document a line."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="textldm prose", description=main.__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--max-bytes", type=int, default=MAX_BYTES)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+@cli
+def main(argv: list[str] | None = None) -> None:
+    """Write the English prose of the installed Python packages as .jsonl, one document a line."""
+    arguments = make_parser().parse_args(argv)
     num_documents, num_bytes, num_words = write(arguments.output, arguments.max_bytes)
     print(f"{arguments.output}: {num_documents} documents, {num_bytes / 1e6:.2f} MB, {num_words} words")
 

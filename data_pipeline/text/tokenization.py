@@ -207,9 +207,8 @@ def _snapshot(path: Path) -> str | None:
     return path.parent.name if path.parent.parent.name == "snapshots" else None
 
 
-@cli
-def main(argv: list[str] | None = None) -> None:
-    """Train a tokenizer."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="textldm tokenizer", description=main.__doc__)
     train = parser.add_subparsers(dest="command", required=True).add_parser("train", help="train byte-level BPE")
     train.add_argument("--source", required=True, help="as in textldm prepare")
@@ -217,7 +216,13 @@ def main(argv: list[str] | None = None) -> None:
     train.add_argument("--vocab-size", type=int, required=True, help=f"number of tokens, {END_OF_TEXT} included")
     train.add_argument("--max-megabytes", type=float, default=256, help="read no more text than this")
     train.add_argument("--output", type=Path, required=True, help="folder for the tokenizer's files")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+@cli
+def main(argv: list[str] | None = None) -> None:
+    """Train a tokenizer."""
+    arguments = make_parser().parse_args(argv)
     from data_pipeline.text.sources import open_source
 
     texts = _first_megabytes(open_source(arguments.source, arguments.text_field), arguments.max_megabytes)

@@ -30,13 +30,18 @@ def _describe(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-@cli
-def main(argv: list[str] | None = None) -> None:
-    """Command line: inspect or verify a checkpoint."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="textldm checkpoint", description="Look into a checkpoint without DeepSpeed.")
     parser.add_argument("action", choices=["inspect", "verify"])
     parser.add_argument("path", type=Path, help="a run's folder (its newest checkpoint) or a checkpoint's folder")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+@cli
+def main(argv: list[str] | None = None) -> None:
+    """Command line: inspect or verify a checkpoint."""
+    arguments = make_parser().parse_args(argv)
     checkpoint = checkpoint_of(arguments.path)
     if arguments.action == "inspect":
         print(_describe(read_manifest(checkpoint)))

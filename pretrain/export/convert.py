@@ -149,9 +149,8 @@ def _tokenizer_of(data: str, manifest: Manifest) -> LoadedTokenizer:
     return tokenizer
 
 
-@cli
-def main(argv: list[str] | None = None) -> None:
-    """Export a run as a Hugging Face folder."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="textldm convert", description=main.__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run folder, e.g. runs/dit_xl")
     parser.add_argument("--output", type=Path, required=True, help="folder to write, e.g. export/textldm-xl")
@@ -169,7 +168,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vae", help="the stage-1 run's folder, or a checkpoint's, if it is elsewhere now")
     parser.add_argument("--license", default="apache-2.0", help="licence id for the model card")
     parser.add_argument("--overwrite", action="store_true", help="put a folder that stands in the way aside")
-    given = parser.parse_args(argv)
+    return parser
+
+
+@cli
+def main(argv: list[str] | None = None) -> None:
+    """Export a stage-2 run as a Hugging Face folder."""
+    given = make_parser().parse_args(argv)
     output = convert(
         given.run,
         given.output,

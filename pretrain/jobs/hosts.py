@@ -185,9 +185,8 @@ def _report(host: str, slots: int, done: subprocess.CompletedProcess[str] | None
     return HostReport(host, slots, found["gpus"], tuple(problems))
 
 
-@cli
-def main(argv: list[str] | None = None) -> int:
-    """Command line: check the hosts, or print what a shell must export before deepspeed."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="textldm hosts", description="The hosts of a job.")
     actions = parser.add_subparsers(dest="action", required=True)
     checking = actions.add_parser("check", help="does every host answer, with the same versions and files?")
@@ -196,7 +195,13 @@ def main(argv: list[str] | None = None) -> int:
     actions.add_parser("export", help="shell commands to run before `deepspeed --hostfile`")
     reporting = actions.add_parser("report", help="what `check` asks each host for, as JSON")
     reporting.add_argument("sign", type=Path)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+@cli
+def main(argv: list[str] | None = None) -> int:
+    """Command line: check the hosts, or print what a shell must export before deepspeed."""
+    arguments = make_parser().parse_args(argv)
     if arguments.action == "export":
         for name, value in launch_variables(os.environ).items():
             print(f"export {name}={shlex.quote(value)}")

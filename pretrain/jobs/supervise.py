@@ -264,8 +264,8 @@ def say(message: str) -> None:
     print(f"supervise {time.strftime('%F %T')}: {message}", flush=True)
 
 
-def make_plan(argv: list[str] | None) -> Plan:
-    """From the command line. Raises: UserError."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="textldm supervise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -276,7 +276,12 @@ def make_plan(argv: list[str] | None) -> Plan:
     )
     parser.add_argument("--wait-s", type=float, default=600.0, metavar="S", help="for hosts, when too few answer (600)")
     parser.add_argument("train", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="of pretrain/train.py")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def make_plan(argv: list[str] | None) -> Plan:
+    """From the command line. Raises: UserError."""
+    arguments = make_parser().parse_args(argv)
     training = arguments.train[1:] if arguments.train[:1] == ["--"] else arguments.train
     parsed = train_parser().parse_args(training)
     if parsed.dry_run:

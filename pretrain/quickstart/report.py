@@ -255,9 +255,8 @@ def vae_of(run: Path) -> Path | None:
     return Path(named) if (Path(named) / "metrics.jsonl").is_file() else None
 
 
-@cli
-def main(argv: list[str] | None = None) -> int:
-    """Draw the pictures."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="textldm report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -265,7 +264,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vae-run", type=Path, help="its stage-1 run (the one that its config names)")
     parser.add_argument("--trajectory", type=Path, help="JSON file of textldm generate --trajectory")
     parser.add_argument("--output", type=Path, required=True, help=f"folder for {LOSSES_NAME} and {DENOISING_NAME}")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+@cli
+def main(argv: list[str] | None = None) -> int:
+    """Draw the pictures."""
+    arguments = make_parser().parse_args(argv)
     arguments.output.mkdir(parents=True, exist_ok=True)
     draw_losses(arguments.run, arguments.vae_run or vae_of(arguments.run), arguments.output / LOSSES_NAME)
     print(arguments.output / LOSSES_NAME)

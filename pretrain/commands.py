@@ -1,0 +1,51 @@
+"""The commands of `textldm`, in the order of a run's life, and the modules that they are."""
+
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A command: a module with `main(arguments)`, which returns the exit code, and `make_parser()`; what it does in one line."""
+
+    module: str
+    summary: str
+
+
+GROUPS = {
+    "try it": {
+        "quickstart": Command("pretrain.quickstart.recipe", "the whole recipe in miniature (what ./run.sh runs)"),
+        "report": Command("pretrain.quickstart.report", "pictures of a finished recipe"),
+    },
+    "data": {
+        "prepare": Command(
+            "data_pipeline.prepare.__main__", "text into packed, shuffled shards; `prepare inspect | verify FOLDER`"
+        ),
+        "cache": Command("data_pipeline.cache_features", "the frozen language model's features, once; `cache check`"),
+        "tokenizer": Command(
+            "data_pipeline.text.tokenization", "train a byte-level BPE on text, where no hub is at hand"
+        ),
+        "teacher": Command(
+            "data_pipeline.features.make_teacher", "a small frozen language model, where no hub is at hand"
+        ),
+        "prose": Command(
+            "data_pipeline.text.installed_prose",
+            "the English prose that lies on any machine with Python, as JSON lines",
+        ),
+    },
+    "train": {
+        "config": Command("pretrain.config.__main__", "every key of a configuration, with its value and meaning"),
+        "train": Command("pretrain.train", "train a stage, in one process"),
+        "supervise": Command("pretrain.jobs.supervise", "start a job, and start it again on the hosts that answer"),
+        "hosts": Command("pretrain.jobs.hosts", "do the hosts of a hostfile answer, with the same versions?"),
+        "checkpoint": Command("pretrain.checkpoint.__main__", "inspect or verify a checkpoint"),
+    },
+    "judge and use": {
+        "diagnose": Command("pretrain.diagnose.__main__", "go or no-go: is the run alive?"),
+        "convert": Command("pretrain.export.convert", "a run into one Hugging Face folder"),
+        "generate": Command("pretrain.export.generate", "continue prompts with an exported model"),
+    },
+    "shell": {
+        "completion": Command("pretrain.completion", "a script by which bash or zsh completes all of these"),
+    },
+}
+
+COMMANDS = {name: command for commands in GROUPS.values() for name, command in commands.items()}
