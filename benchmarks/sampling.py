@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pretrain.runs.folder import config_of
 
 from benchmarks.measuring import ROOT, existing, print_figures
 from data_pipeline.core.devices import device_of
@@ -37,6 +36,7 @@ from modeling.solvers import find_solver, solver_names
 from modeling.times import GRIDS, EstimatePath
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.diagnose.diagnosis import heldout, training
+from pretrain.runs.folder import config_of
 from pretrain.stages.build import load_stage
 from pretrain.stages.dit import DiTStage
 from pretrain.stages.samples import sample

@@ -94,9 +94,21 @@ def test_dependencies_point_one_way_and_down():
 
 
 def test_architecture_names_every_file_once_and_no_other():
-    named = re.findall(r"^\| `([\w/]+\.py)` \|", (ROOT / "ARCHITECTURE.md").read_text(), flags=re.MULTILINE)
+    named = re.findall(
+        r"^\| `([\w/]+\.py)` \|", (ROOT / "ARCHITECTURE.md").read_text().split("## Files")[1], flags=re.MULTILINE
+    )
     found = [str(path.relative_to(ROOT)) for package in PACKAGES for path in sources(package)]
     assert sorted(named) == sorted(found)
+
+
+def test_architecture_draws_the_floors_in_their_order():
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    drawn = re.findall(
+        r"^\| `(data_pipeline|pretrain)/(\w+)(?:\.py)?` \|",
+        page.split("## Folders")[1].split("## Files")[0],
+        flags=re.MULTILINE,
+    )
+    assert drawn == [(package, room) for package in ("data_pipeline", "pretrain") for room in FLOORS[package]]
 
 
 def test_torch_is_pinned_and_every_dependency_bounded():
