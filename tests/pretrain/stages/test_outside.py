@@ -126,7 +126,7 @@ class ToyForCausalLM(PreTrainedModel):
 
 def export(source):
     model = ToyForCausalLM(ToyConfig(vocab_size=source.manifest.tokenizer.vocab_size))
-    model.table.weight.data.copy_(read_tensors(source.saved.path, source.weights)["table.weight"])
+    model.table.weight.data.copy_(read_tensors(source.saved.checkpoint, source.weights)["table.weight"])
     return Exported(model, f"# {source.name}")
 
 
