@@ -53,14 +53,20 @@ def apply_rope(x_THK: torch.Tensor, cos_T1P: torch.Tensor, sin_T1P: torch.Tensor
     return _Rotation.apply(x_THK, cos_T1P.to(x_THK.dtype), sin_T1P.to(x_THK.dtype))
 
 
+def hidden(linear: nn.Linear, matrices: int = 1) -> nn.Linear:
+    """Mark a map between hidden states: its weight is `matrices` matrices on top of one another, which Muon treats one by one."""
+    linear.matrices = matrices  # type: ignore[assignment]
+    return linear
+
+
 class Attention(nn.Module):
     """Multi-head bidirectional self-attention within segments, optionally with per-head LayerNorm of queries and keys."""
 
     def __init__(self, width: int, head_dim: int, qk_norm: bool = False):
         super().__init__()
         self.head_dim = head_dim
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = hidden(nn.Linear(width, 3 * width), matrices=3)
+        self.out = hidden(nn.Linear(width, width))
         self.q_norm = nn.LayerNorm(head_dim, bias=False) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_dim, bias=False) if qk_norm else nn.Identity()
 
@@ -83,9 +89,9 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(width, elementwise_affine=not modulated)
         self.attention = Attention(width, head_dim, qk_norm)
         self.mlp_norm = nn.LayerNorm(width, elementwise_affine=not modulated)
-        self.mlp_in = nn.Linear(width, 4 * width)
-        self.mlp_out = nn.Linear(4 * width, width)
-        self.modulation = nn.Linear(width, 6 * width) if modulated else None
+        self.mlp_in = hidden(nn.Linear(width, 4 * width))
+        self.mlp_out = hidden(nn.Linear(4 * width, width))
+        self.modulation = hidden(nn.Linear(width, 6 * width), matrices=6) if modulated else None
 
     def forward(
         self,

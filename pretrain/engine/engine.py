@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
+from pretrain.engine.matrices import whole_matrices
 from pretrain.engine.optim import OptimizerSettings, build_optimizer
 from pretrain.engine.partition import Partition, partition_of
 from pretrain.engine.settings import EngineSettings, deepspeed_config
@@ -116,6 +117,9 @@ class Engine:
         )
         if settings.offload_parameters == "nvme":
             self.partition.keep_parameters_in_files(folder)
+        if base.matrices:
+            counts = {names[p]: count for p, count in base.matrices.items()}  # type: ignore[index]
+            base.whole = whole_matrices(self.partition, counts, topology.rank, topology.world_size, topology.device)
         self.updates = 0
         self._base, self._groups = base, groups
         self._losses: list[Tensor] = []
@@ -239,6 +243,11 @@ class Engine:
             lines.append(
                 f"{group['label']:<10} {len(names):>8,} {total:>15,} {'bf16' if model_bytes == 2 else 'fp32':>6} {'fp32':>7} "
                 f"{in_model * model_bytes / 1e6:>14,.1f} {in_states / 1e6:>15,.1f}"
+            )
+        if (whole := self._base.whole) is not None:
+            lines.append(
+                f"whole matrices: this rank computes {len(whole.owned(whole.rank))} of {len(whole.exchanges)} and sends"
+                f" {whole.sent(whole.rank):,} elements a step"
             )
         return "\n".join(lines)
 

@@ -10,8 +10,9 @@ All numbers that change with the step (learning rate, EMA decay, clipping) are f
 before each update (`prepare`); no scheduler has a state to save.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, model_validator
@@ -21,7 +22,10 @@ from data_pipeline.core import plugins
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.settings import Section, Share
 
-OWN = {"adamw": "pretrain.engine.adamw:AdamW"}
+if TYPE_CHECKING:
+    from pretrain.engine.matrices import WholeMatrices
+
+OWN = {"adamw": "pretrain.engine.adamw:AdamW", "muon": "pretrain.engine.muon:Muon"}
 """Our optimizers by `optimizer.kind`; those of installed packages join in the group textldm.optimizers."""
 
 WEIGHT, EMA = "weight", "ema"
@@ -35,7 +39,7 @@ class OptimizerSettings(Section):
     """Section `optimizer`: what all kinds have. Each kind adds its own keys in a subclass."""
 
     kind: str = "adamw"
-    """Which optimizer: adamw, or that of an installed package."""
+    """Which optimizer: adamw, muon, or that of an installed package."""
     lr: PositiveFloat
     """Peak learning rate [paper, stage 1: 1e-4]."""
     weight_decay: NonNegativeFloat = 0.01
@@ -68,6 +72,8 @@ class Optimizer(torch.optim.Optimizer):
         states: names of what it keeps per element, zero before the first update. A group's own key "states" goes first.
         update: the change of one flat piece.
         groups: how parameters are grouped, where `parameter_groups` is not enough.
+        matrices, precondition: where an update is not element by element: the parameters that are to be seen as whole
+            matrices, with the number that is stacked in each, and what is done with them through `whole` (matrices.py).
 
     `step()` may be called once for all groups, once per group (ZeRO 1, 2) or once per sub-group (ZeRO 3), so nothing
     is counted in it.
@@ -75,6 +81,8 @@ class Optimizer(torch.optim.Optimizer):
 
     Settings: ClassVar[type[OptimizerSettings]] = OptimizerSettings
     states: ClassVar[tuple[str, ...]] = ()
+    matrices: Mapping[Tensor, int] = MappingProxyType({})
+    whole: "WholeMatrices | None" = None
 
     def __init__(self, module: nn.Module, settings: Any) -> None:
         self.settings = settings
@@ -82,7 +90,8 @@ class Optimizer(torch.optim.Optimizer):
         self.prepare(1, settings.lr, settings.ema_decay_at(0), skip=True)
 
     def groups(self, module: nn.Module, settings: Any) -> list[dict[str, Any]]:
-        """Parameter groups: "params", "weight_decay", "decays" (for the record), "label", and what `update` reads."""
+        """Parameter groups: "params", "weight_decay", "decays" (for the record), "label", and what `update` reads; where they
+        are not the settings' and the class's, "lr_ratio" (to the run's learning rate) and "states"."""
         return parameter_groups(module, settings.weight_decay)
 
     def update(self, weight: Tensor, grad: Tensor, states: dict[str, Tensor], group: dict[str, Any]) -> None:
@@ -93,6 +102,12 @@ class Optimizer(torch.optim.Optimizer):
         """
         raise NotImplementedError
 
+    def precondition(self, masters: list[Tensor], group: dict[str, Any]) -> None:
+        """Before the pieces of a group are updated: change, in place, the gradients of its flats, which all have one.
+
+        Called with the same flats on every rank at the same time, so it may be collective.
+        """
+
     def prepare(self, number: int, lr: float, ema_decay: float, clip_factor: float = 1.0, skip: bool = False) -> None:
         """Before each `step()`: set the number of this update (from 1, skipped ones not counted), the learning rate, the
         EMA's decay and the factor of the gradients. With `skip`, `step()` changes nothing at all.
@@ -101,7 +116,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         self.number, self.ema_decay, self.clip_factor, self.skip = number, ema_decay, clip_factor, skip
         for group in self.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
 
     def states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of all that belongs to an element of this group: weight, the optimizer's own, EMA."""
@@ -121,9 +136,12 @@ class Optimizer(torch.optim.Optimizer):
             return
         for group in self.param_groups:
             self.create_state(group["params"], group)
-            for p in group["params"]:
-                if p.grad is not None and self.clip_factor != 1.0:
+            masters = [p for p in group["params"] if p.grad is not None]
+            if self.clip_factor != 1.0:
+                for p in masters:
                     p.grad.mul_(self.clip_factor)
+            self.precondition(masters, group)
+            for p in group["params"]:
                 self._update_flat(p, group)
 
     def _update_flat(self, p: Tensor, group: dict[str, Any]) -> None:

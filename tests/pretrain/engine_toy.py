@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from modeling.layers import hidden
 from pretrain.engine.adamw import AdamWSettings
 from pretrain.engine.optim import parameter_groups
 
@@ -19,6 +20,10 @@ COMMON = {"lr": LR, "weight_decay": 0.1, "grad_clip": 0.7, "ema_decay": 0.9}
 OPTIMIZER = AdamWSettings(**COMMON)
 SGD = {"kind": "toy_sgd"} | COMMON
 """Section `optimizer` of an optimizer from outside (toy_sgd.py)."""
+MUON = {"kind": "muon", "matrix_lr": 0.02} | COMMON
+"""Section `optimizer` of Muon."""
+MATRICES = {"up.weight": 3, "down.weight": 1}
+"""Ends of the names of hidden matrices, and how many are stacked."""
 OUR_NAMES = {"momentum_buffer": "velocity"}
 """Of states that torch calls otherwise."""
 
@@ -46,8 +51,8 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 3 * WIDTH)
-        self.down = nn.Linear(3 * WIDTH, WIDTH, bias=False)
+        self.up = hidden(nn.Linear(WIDTH, 3 * WIDTH), matrices=3)
+        self.down = hidden(nn.Linear(3 * WIDTH, WIDTH, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(F.gelu(self.up(self.norm(x))))
@@ -146,6 +151,37 @@ def plain_adamw(stage: nn.Module) -> torch.optim.Optimizer:
 def plain_sgd(stage: nn.Module) -> torch.optim.Optimizer:
     """torch's own, with the momentum and weight decay of `SGD`."""
     return torch.optim.SGD(parameter_groups(stage, SGD["weight_decay"]), lr=LR, momentum=0.9)
+
+
+class PlainMuon(torch.optim.AdamW):
+    """Muon by hand, a matrix at a time: the blocks' weights are left to no group of AdamW's."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        named = dict(stage.named_parameters())
+        self.hidden = {p: n for name, p in named.items() for end, n in MATRICES.items() if name.endswith(end)}
+        groups = parameter_groups(stage, MUON["weight_decay"])
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p not in self.hidden]
+        super().__init__(groups, lr=LR, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        super().step()
+        lr = MUON["matrix_lr"]
+        for p, number in self.hidden.items():
+            state = self.state[p]
+            state["momentum"] = 0.95 * state.get("momentum", 0 * p) + 0.05 * p.grad
+            directions = [newton_schulz(m) for m in (0.05 * p.grad + 0.95 * state["momentum"]).chunk(number)]
+            p.mul_(1 - lr * MUON["weight_decay"]).sub_(lr * torch.cat(directions))
+
+
+def newton_schulz(matrix: Tensor) -> Tensor:
+    """Five quintic steps, whichever side is longer, and the scale of a tall matrix."""
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+    return x * max(1.0, len(matrix) / len(matrix.T)) ** 0.5
 
 
 def plain_training(

@@ -16,8 +16,10 @@ from pretrain.engine.settings import EngineSettings
 from pretrain.ranks.distributed import Topology
 from tests.pretrain.engine_launch import Result, largest_relative_difference, launch
 from tests.pretrain.engine_toy import (
+    MUON,
     OPTIMIZER,
     SGD,
+    PlainMuon,
     Reference,
     SumStage,
     ToyStage,
@@ -94,6 +96,20 @@ def two_ranks(folder: Path) -> dict[str, Result]:
             {"name": f"sgd-zero{stage}", "steps": (0, STEPS)} | saving | base,
             {"name": f"sgd-zero{stage}-resumed", "steps": (SAVED_AT, STEPS), "restore": saved} | base,
         ]
+    for stage in STAGES:
+        base = {"zero_stage": stage, "optimizer": MUON}
+        saving = {"run": str(folder / f"muon-zero{stage}"), "save": (SAVED_AT,), "evaluate": True}
+        saved = checkpoint_of(folder, f"muon-zero{stage}", SAVED_AT)
+        cases += [
+            {"name": f"muon-zero{stage}", "steps": (0, STEPS)} | saving | base,
+            {"name": f"muon-zero{stage}-resumed", "steps": (SAVED_AT, STEPS), "restore": saved} | base,
+        ]
+    base = {"zero_stage": 1, "precision": "bf16", "optimizer": MUON}
+    saved = checkpoint_of(folder, "bf16-muon", SAVED_AT)
+    cases += [
+        {"name": "bf16-muon", "steps": (0, STEPS), "run": str(folder / "bf16-muon"), "save": (SAVED_AT,)} | base,
+        {"name": "bf16-muon-resumed", "steps": (SAVED_AT, STEPS), "restore": saved} | base,
+    ]
     in_files = {
         "zero_stage": 3,
         "offload": "nvme",
@@ -126,6 +142,11 @@ def one_rank(folder: Path, two_ranks: dict[str, Result]) -> dict[str, Result]:
                 "restore": saved,
             },
         ]  # fmt: skip
+    for stage in STAGES:
+        saved = checkpoint_of(folder, f"muon-zero{stage}", SAVED_AT)
+        elsewhere = {"zero_stage": (stage + 1) % 4, "steps": (SAVED_AT, STEPS), "restore": saved, "optimizer": MUON}
+        cases.append({"name": f"muon-from-zero{stage}"} | elsewhere)
+        cases.append({"name": f"muon-zero{stage}", "zero_stage": stage, "steps": (0, STEPS), "optimizer": MUON})
     for stage in (1, 3):
         saved = checkpoint_of(folder, f"sgd-zero{stage}", SAVED_AT)
         elsewhere = {"zero_stage": 4 - stage, "steps": (SAVED_AT, STEPS), "restore": saved, "optimizer": SGD}
@@ -148,6 +169,10 @@ def three_ranks(folder: Path, one_rank: dict[str, Result]) -> dict[str, Result]:
                 "restore": checkpoint_of(folder, f"ranks2-zero{stage}", SAVED_AT),
             },
         ]  # fmt: skip
+        cases.append({
+            "name": f"muon-from-zero{stage}", "zero_stage": (stage + 2) % 4, "steps": (SAVED_AT, STEPS), "optimizer": MUON,
+            "restore": checkpoint_of(folder, f"muon-zero{stage}", SAVED_AT),
+        })  # fmt: skip
     return launch(folder / "three", 3, cases)
 
 
@@ -190,6 +215,41 @@ def test_an_optimizer_from_outside_trains_resumes_and_moves(one_rank, two_ranks,
     moved = one_rank[f"sgd-from-zero{stage}"]  # to one rank and another ZeRO stage
     for state in plain.states:
         assert largest_relative_difference(moved.states[state], plain.states[state]) <= 1e-6, state
+
+
+@pytest.fixture(scope="module")
+def plain_muon() -> Reference:
+    """Float64, one process, matrix by matrix."""
+    return plain_training(STEPS, make_optimizer=PlainMuon)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_muon_trains_as_the_plain_loop_on_one_and_two_ranks(one_rank, two_ranks, plain_muon, stage):
+    for results in (one_rank, two_ranks):
+        assert_equal_to(plain_muon, results[f"muon-zero{stage}"])
+    assert all(two_ranks[f"muon-zero{stage}"].notes["checks"].values())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_muon_resumes_bit_for_bit_and_moves_to_another_sharding(one_rank, two_ranks, plain_muon, stage):
+    assert_same_bits(two_ranks[f"muon-zero{stage}"], two_ranks[f"muon-zero{stage}-resumed"])
+    moved = one_rank[f"muon-from-zero{stage}"]
+    for state in plain_muon.states:
+        assert largest_relative_difference(moved.states[state], plain_muon.states[state]) <= 1e-6, state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_muon_moves_to_three_ranks(three_ranks, plain_muon, stage):
+    moved = three_ranks[f"muon-from-zero{stage}"]
+    for state in plain_muon.states:
+        assert largest_relative_difference(moved.states[state], plain_muon.states[state]) <= 1e-6, state
+
+
+def test_muon_in_bf16_resumes_bit_for_bit(two_ranks, plain_muon):
+    straight = two_ranks["bf16-muon"]
+    assert largest_relative_difference(straight.states["weight"], plain_muon.states["weight"]) < 2e-2
+    assert_same_bits(straight, two_ranks["bf16-muon-resumed"])
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -312,7 +372,7 @@ def test_a_folder_that_cannot_hold_what_is_offloaded_is_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_offload_sub_groups_and_persistent_parameters(folder, reference):
+def test_offload_sub_groups_and_persistent_parameters(folder, reference, plain_muon):
     sub_groups = {"zero_optimization": {"sub_group_size": 500, "stage3_param_persistence_threshold": 0}}
     cases = [
         {"name": f"offload{stage}-{accumulation}", "zero_stage": stage, "offload": "cpu", "accumulation": accumulation}
@@ -325,6 +385,14 @@ def test_offload_sub_groups_and_persistent_parameters(folder, reference):
         *({"name": f"files{stage}", "zero_stage": stage, "offload": "nvme", "accumulation": 3} for stage in (1, 2)),
         {"name": "sub-groups-files", "zero_stage": 3, "overrides": sub_groups, "offload": "nvme"},
         {"name": "sub-groups-offload", "zero_stage": 3, "overrides": sub_groups, "offload": "cpu"},
+        *({"name": f"muon-offload{s}", "zero_stage": s, "offload": "cpu", "optimizer": MUON} for s in (1, 2, 3)),
+        {
+            "name": "muon-sub-groups-files",
+            "zero_stage": 3,
+            "overrides": sub_groups,
+            "offload": "nvme",
+            "optimizer": MUON,
+        },
     ]
     for case in cases:
         case |= {"steps": (0, STEPS), "evaluate": True, "save": (SAVED_AT,), "run": str(folder / case["name"])}
@@ -339,7 +407,7 @@ def test_offload_sub_groups_and_persistent_parameters(folder, reference):
     for world_size in (1, 2):
         results = launch(folder / f"offload{world_size}", world_size, cases + resumed)
         for case in cases:
-            assert_equal_to(reference, results[case["name"]])
+            assert_equal_to(plain_muon if "optimizer" in case else reference, results[case["name"]])
             assert_same_bits(results[case["name"]], results[case["name"] + "-resumed"])
             assert all(results[case["name"]].notes["checks"].values()), case["name"]
             notes = results[case["name"]].notes
@@ -350,3 +418,4 @@ def test_the_table_names_both_groups(two_ranks):
     table = two_ranks["zero2-accumulate1"].notes["table"]
     assert "no decay" in table
     assert "fp32 masters" in table
+    assert "whole matrices: this rank computes 4 of 8" in two_ranks["muon-zero2"].notes["table"]
