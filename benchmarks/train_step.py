@@ -71,7 +71,7 @@ class PackedStep:
         time_T = torch.rand(len(self.windows.lengths))[self.windows.ids_T]
         noisy_TZ = flow.interpolate(data_TZ, noise_TZ, time_T[:, None])
         inputs_TZ = torch.where(self.is_target_T[:, None], noisy_TZ, data_TZ)
-        velocity_TZ = self.model(inputs_TZ, self.is_target_T, time_T, self.windows)
+        velocity_TZ = self.model(inputs_TZ, self.is_target_T, time_T, self.windows).velocity_TZ
         error_T = squared_error(velocity_TZ, flow.velocity(data_TZ, noise_TZ))
         ((error_T * self.is_target_T).sum() / self.is_target_T.sum()).backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])

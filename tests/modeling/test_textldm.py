@@ -132,12 +132,14 @@ def test_every_step_reports_tokens_and_the_last_estimate_is_near_the_result() ->
 
 def test_the_prompt_is_encoded_alone_and_standardised() -> None:
     model = make_model()
-    latents_TZ, is_target_T, lengths = model._pack([torch.tensor(ids) for ids in PROMPTS], NEW)
-    assert lengths == [len(ids) + NEW for ids in PROMPTS]
+    seen = []
+    model.dit.register_forward_pre_hook(lambda _, given: seen.append(given))
+    model.generate(PROMPTS, NEW, num_steps=1, guidance_scale=1.0)
+    inputs_TZ, is_target_T, _, windows = seen[0][:4]
+    assert list(windows.lengths) == [len(ids) + NEW for ids in PROMPTS]
     assert is_target_T.sum() == NEW * len(PROMPTS)
-    assert not latents_TZ[is_target_T].any()
     mean_TZ = model.vae.encode(torch.tensor(PROMPTS[0]), Segments.from_lengths([4]))[0]
-    torch.testing.assert_close(latents_TZ[:4], model.vae.standardize(mean_TZ))
+    torch.testing.assert_close(inputs_TZ[~is_target_T][:4], model.vae.standardize(mean_TZ))
 
 
 @pytest.mark.parametrize(

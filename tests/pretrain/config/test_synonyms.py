@@ -5,11 +5,13 @@ from collections import Counter
 import pytest
 
 from data_pipeline.core.settings import keys
+from pretrain.config.schema import with_optimizer
 from pretrain.config.synonyms import SYNONYMS, ours
+from pretrain.engine.adamw import AdamWSettings
 from pretrain.stages.dit import DiTRun
 from pretrain.stages.vae import VAERun
 
-KNOWN = {kind: {key.name for key in keys(kind)} for kind in (VAERun, DiTRun)}
+KNOWN = {kind: {key.name for key in keys(with_optimizer(kind, AdamWSettings))} for kind in (VAERun, DiTRun)}
 
 
 def test_every_synonym_is_of_a_key_that_exists_and_no_key_itself() -> None:

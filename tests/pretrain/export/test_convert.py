@@ -151,6 +151,7 @@ def test_the_folder_holds_what_its_parts_were(trained: Trained, exported: Path) 
         "continuation",
         "flow",
         "heads",
+        "shapes",
         "guidance",
         "layers",
         "solvers",
