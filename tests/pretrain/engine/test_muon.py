@@ -7,6 +7,7 @@ from torch import nn
 from modeling.layers import Transformer
 from modeling.text_dit import TextDiT, TextDiTConfig
 from modeling.text_vae import TextVAE, TextVAEConfig
+from pretrain.config.load import load_config
 from pretrain.engine.muon import Muon, MuonSettings, hidden_matrices, orthogonalized
 
 SETTINGS = MuonSettings(lr=2e-3, matrix_lr=2e-2, weight_decay=0.1)
@@ -99,3 +100,9 @@ def test_a_step_moves_queries_keys_and_values_by_the_rate_each():
         values = torch.linalg.svdvals(part)
         assert 0.65 < values.min() / 2e-2 < values.max() / 2e-2 < 1.25
     torch.testing.assert_close(optimizer.state[weight]["ema"], (before + weight.detach()) / 2)
+
+
+def test_a_shipped_configuration_takes_it_by_one_key():
+    settings = load_config("dit_b", ["optimizer.kind=muon"]).optimizer
+    assert isinstance(settings, MuonSettings)
+    assert (settings.matrix_lr, settings.betas) == (0.02, (0.9, 0.95))
