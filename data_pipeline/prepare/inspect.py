@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from tabulate import tabulate
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest, ShardInfo
@@ -95,17 +96,17 @@ def _summary(manifest: Manifest, folder: Path) -> Iterator[str]:
         f"sha256 {tokenizer.sha256[:16]}"
     )
     windows_range = f"{manifest.min_window} to {manifest.max_window}"
-    yield f"rows of {manifest.row_tokens} tokens ({manifest.token_dtype}), windows of {windows_range}"
+    fill = f"fill {100 * manifest.fill():.2f} %"
+    yield f"rows of {manifest.row_tokens} tokens ({manifest.token_dtype}), windows of {windows_range}, {fill}"
     yield ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in manifest.statistics.items())
+    rows = []
     for split, shards in manifest.splits.items():
-        rows, windows, tokens = (
-            sum(getattr(shard, name) for shard in shards) for name in ("rows", "windows", "tokens")
-        )
+        sums = [sum(getattr(shard, name) for shard in shards) for name in ("rows", "windows", "tokens")]
         size = sum(shard.bytes for shard in shards) / 1e6
-        yield (
-            f"{split:8s} {len(shards):6,} shards {rows:10,} rows {windows:12,} windows {tokens:15,} tokens "
-            f"{size:12,.1f} MB, fill {100 * manifest.fill(split):.2f} %"
-        )
+        counts = (f"{count:,}" for count in (len(shards), *sums))
+        rows.append((split, *counts, f"{size:,.1f}", f"{100 * manifest.fill(split):.2f}"))
+    headers = ("split", "shards", "rows", "windows", "tokens", "MB", "fill %")
+    yield tabulate(rows, headers, tablefmt="plain", disable_numparse=True, colalign=("left", *["right"] * 6))
 
 
 def _histogram(title: str, values: np.ndarray, top: float) -> Iterator[str]:

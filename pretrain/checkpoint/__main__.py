@@ -8,6 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from tabulate import tabulate
+
 from data_pipeline.core.errors import cli
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.manifest import Manifest, read_manifest
@@ -24,10 +26,17 @@ def _describe(manifest: Manifest) -> str:
         f" {len(manifest.files)} file(s)",
         f"versions {manifest.versions}; kept beside: {', '.join(manifest.extra) or 'nothing'}",
     ]
-    for name, parameter in manifest.parameters.items():
-        decays = "decay" if parameter.decays else "no decay"
-        lines.append(f"  {name:<60} {list(parameter.shape)!s:<20} {decays:<9} {', '.join(parameter.states)}")
-    return "\n".join(lines)
+    rows = [
+        (
+            name,
+            "x".join(map(str, parameter.shape)) or "1",
+            "yes" if parameter.decays else "no",
+            ", ".join(parameter.states),
+        )
+        for name, parameter in manifest.parameters.items()
+    ]
+    headers = ("parameter", "shape", "decays", "states")
+    return "\n".join([*lines, "", tabulate(rows, headers, tablefmt="simple", disable_numparse=True)])
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tabulate import tabulate
+
 Figures = dict[str, Any]
 
 
@@ -49,9 +51,7 @@ def quarters(values: Sequence[float], form: str = ".3f") -> str:
 def table(verdicts: Sequence[Verdict]) -> str:
     """Aligned columns: check, figure, threshold, verdict."""
     words = {True: "ok", False: "FAIL", None: ""}
-    rows = [("check", "figure", "threshold", "verdict")]
-    rows += [(f"{v.check} {v.name}", v.figure, v.threshold, words[v.passed]) for v in verdicts]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    rows = [(f"{v.check} {v.name}", v.figure, v.threshold, words[v.passed]) for v in verdicts]
+    headers = ("check", "figure", "threshold", "verdict")
     note = "(four figures: the quarters of t, from data to noise)"
-    return "\n".join([lines[0], "-" * (sum(widths) + 6), *lines[1:], note])
+    return f"{tabulate(rows, headers, tablefmt='simple', disable_numparse=True)}\n{note}"

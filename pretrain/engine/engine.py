@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from tabulate import tabulate
 from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
@@ -228,22 +229,22 @@ class Engine:
         parameters = self.partition.parameters
         settings, model_bytes = self.settings, 2 if self.settings.precision == "bf16" else 4
         where = {"none": "on the device", "cpu": "on the host", "nvme": f"in files in {settings.offload_folder}"}
-        columns = ("group", "tensors", "parameters", "model", "states", "model MB/rank", "states MB/rank")
-        lines = [
-            f"ZeRO-{settings.zero_stage} on {self.topology.world_size} rank(s), computes in {settings.precision}; "
-            f"fp32 masters, optimizer states and EMA {where[settings.offload_optimizer]}, gradients accumulated and reduced in fp32",
-            "{:<10} {:>8} {:>15} {:>6} {:>7} {:>14} {:>15}".format(*columns),
-        ]
+        rows = []
         for number, group in enumerate(self._base.param_groups):
             names = {name for name, of in self._groups.items() if of == number}
             total = sum(parameters[name].numel for name in names)
             held = sum(h.numel for h in self.partition.held if h.name in names)
-            in_model = held if settings.zero_stage == 3 else total
+            in_model = (held if settings.zero_stage == 3 else total) * model_bytes
             in_states = 4 * len(self._base.states_of(group)) * held
-            lines.append(
-                f"{group['label']:<10} {len(names):>8,} {total:>15,} {'bf16' if model_bytes == 2 else 'fp32':>6} {'fp32':>7} "
-                f"{in_model * model_bytes / 1e6:>14,.1f} {in_states / 1e6:>15,.1f}"
-            )
+            sizes = (f"{len(names):,}", f"{total:,}", f"{in_model / 1e6:,.1f}", f"{in_states / 1e6:,.1f}")
+            rows.append((group["label"], *sizes[:2], "bf16" if model_bytes == 2 else "fp32", "fp32", *sizes[2:]))
+        headers = ("group", "tensors", "parameters", "model", "states", "model MB/rank", "states MB/rank")
+        alignment = ("left", *["right"] * 6)
+        lines = [
+            f"ZeRO-{settings.zero_stage} on {self.topology.world_size} rank(s), computes in {settings.precision}; fp32 masters,"
+            f" optimizer states and EMA {where[settings.offload_optimizer]}, gradients accumulated and reduced in fp32",
+            tabulate(rows, headers, tablefmt="plain", disable_numparse=True, colalign=alignment),
+        ]
         if (whole := self._base.whole) is not None:
             lines.append(
                 f"whole matrices: this rank computes {len(whole.owned(whole.rank))} of {len(whole.exchanges)} and sends"

@@ -21,6 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.text import bible
 from pretrain.quickstart.plan import RANKS, Ledger, Plan, Step
@@ -180,12 +182,12 @@ def report(plan: Plan, figures: dict[str, Any]) -> None:
     """What the user sees at the end."""
     path = plan.output / ("summary-long.json" if plan.long else "summary.json")
     path.write_text(json.dumps(figures, indent=1) + "\n")
-    print(f"\n{'figure':<28} value")
-    for name, value in figures.items():
-        if isinstance(value, float):
-            print(f"{name:<28} {value:.4g}")
-        elif isinstance(value, list):
-            print(f"{name:<28} {'  '.join(f'{number:+.4f}' for number in value)}   (quarters of t)")
+    rows = [(name, f"{value:.4g}", "") for name, value in figures.items() if isinstance(value, float)]
+    quarters = {name: value for name, value in figures.items() if isinstance(value, list)}
+    rows += [
+        (name, "  ".join(f"{number:+.4f}" for number in value), "(quarters of t)") for name, value in quarters.items()
+    ]
+    print(f"\n{tabulate(rows, ('figure', 'value', ''), tablefmt='plain', disable_numparse=True)}")
     print("\nIn", plan.output)
     for written, what in (
         (path, "these figures, with commit, versions and machine"),
