@@ -34,11 +34,12 @@ from pretrain.checkpoint.find import checkpoint_at, saved_steps
 from pretrain.checkpoint.read import verify
 from pretrain.checkpoint.write import CheckpointWriter
 from pretrain.config.load import load_config
-from pretrain.engine.adamw import AdamW, AdamWSettings
+from pretrain.engine.adamw import AdamW
 from pretrain.engine.engine import Engine, EngineSettings
 from pretrain.engine.optim import EMA, WEIGHT
+from pretrain.engine.optimizer_settings import AdamWSettings
 from pretrain.ranks.distributed import init_distributed
-from pretrain.stages.dit import DiTRun
+from pretrain.stages.dit_config import DiTRun
 
 STATES = (WEIGHT, *AdamW.states, EMA)
 BYTES_PER_PARAMETER = 4 * (len(STATES) + 1 + len(STATES))

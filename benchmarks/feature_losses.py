@@ -25,7 +25,8 @@ from data_pipeline.features.codec_choice import FeatureSample, Fidelity, exact
 from data_pipeline.features.job import FeatureJob
 from data_pipeline.format.manifest import MANIFEST_NAME, Manifest
 from data_pipeline.reading.loader import heldout_batches
-from pretrain.stages.vae import VAERun, VAEStage
+from pretrain.stages.vae import VAEStage
+from pretrain.stages.vae_config import VAERun
 
 TRAIN_SHARDS = STREAMS = 2
 HELDOUT_ROWS = 16

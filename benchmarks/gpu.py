@@ -37,13 +37,13 @@ from modeling.text_dit import TextDiT, TextDiTConfig
 from modeling.text_vae import TextVAE, TextVAEConfig
 from pretrain.config.load import load_config
 from pretrain.config.schema import RunConfig
-from pretrain.engine.adamw import AdamWSettings
 from pretrain.engine.engine import Engine, EngineSettings
+from pretrain.engine.optimizer_settings import AdamWSettings
 from pretrain.ranks.distributed import init_distributed, shutdown
 from pretrain.stages.base import StageOutput
 from pretrain.stages.build import prepare_blocks
-from pretrain.stages.dit import DiTRun
-from pretrain.stages.vae import VAERun
+from pretrain.stages.dit_config import DiTRun
+from pretrain.stages.vae_config import VAERun
 from pretrain.telemetry.flops import transformer_flops
 
 DATA_SHEET_TFLOPS = 989.0

@@ -12,7 +12,8 @@ from pretrain.engine.optim import build_optimizer
 from pretrain.engine.schedule import learning_rate
 from pretrain.ranks.distributed import Topology
 from pretrain.session import open_loader
-from pretrain.stages.vae import VAERun, VAEStage
+from pretrain.stages.vae import VAEStage
+from pretrain.stages.vae_config import VAERun
 
 
 def vae_config(name: str, overrides: dict[str, Any]) -> VAERun:

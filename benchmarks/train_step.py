@@ -33,8 +33,8 @@ from modeling import flow
 from modeling.attention import Segments
 from modeling.losses import squared_error
 from modeling.text_dit import TextDiT, TextDiTConfig
-from pretrain.engine.adamw import AdamWSettings
 from pretrain.engine.optim import build_optimizer
+from pretrain.engine.optimizer_settings import AdamWSettings
 from pretrain.telemetry.flops import transformer_flops
 
 MIN_WINDOW = 8

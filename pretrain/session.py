@@ -191,7 +191,8 @@ class Earlier:
 
 def find_inputs(config: RunConfig) -> Inputs:
     """What the run would read. Raises: UserError for what is not there."""
-    return Inputs(Manifest.load(config.data.path), stage_kind(config.stage).inputs(config))
+    manifest, place = Manifest.load(config.data.path), stage_kind(config.stage).inputs
+    return Inputs(manifest, part(place)(config) if place else {})
 
 
 def check(config: RunConfig, topology: Topology) -> Inputs:

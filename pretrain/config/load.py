@@ -18,7 +18,7 @@ from data_pipeline.core.settings import Key, keys
 from pretrain.config.registry import stage_kind, stage_names
 from pretrain.config.schema import RunConfig, with_optimizer
 from pretrain.config.synonyms import ours
-from pretrain.engine.optim import OptimizerSettings, optimizer_kind, optimizer_names
+from pretrain.engine.optimizer_settings import OptimizerSettings, optimizer_names, optimizer_settings
 
 NOT_INHERITED = ("about", "train.run")
 """What names and describes one run is not taken from its configuration's base."""
@@ -58,7 +58,7 @@ def _optimizer_settings(values: Mapping[str, Any], source: str) -> type[Optimize
         raise UserError(
             f"optimizer.kind in {source} is {json.dumps(name)}; expected one of {', '.join(optimizer_names())}"
         )
-    return optimizer_kind(name).Settings
+    return optimizer_settings(name)
 
 
 def _advice(key: str, kind: type[RunConfig]) -> str:

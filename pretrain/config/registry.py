@@ -1,35 +1,29 @@
 """The kinds of runs by the name that `stage` has in a configuration. A kind is one entry here, or of an installed package."""
 
 import pkgutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.core import plugins
 from pretrain.config.schema import RunConfig
 
-OWN = {"vae": "pretrain.stages.vae:KIND", "dit": "pretrain.stages.dit:KIND"}
+OWN = {"vae": "pretrain.stages.vae_config:KIND", "dit": "pretrain.stages.dit_config:KIND"}
 """Where ours are; imported when a run asks for them."""
-
-
-def _no_inputs(config: RunConfig) -> dict[str, str]:
-    """Of a stage that reads nothing but tokens."""
-    return {}
 
 
 @dataclass(frozen=True)
 class StageKind:
     """All that is known of a stage. docs/extending.md adds one.
 
-    What a stage need not have, and what only some commands need, is named by its place ("module:attribute") and imported
-    when it is asked for (`part`).
+    All but the configuration is named by its place ("module:attribute") and imported when it is asked for (`part`): a
+    mistake in a configuration is found without torch, and training does not import the diagnosis.
 
     Attributes:
         config: the class of its runs' configurations.
-        stage: called with (config, manifest of the data, device), gives what the loop trains (pretrain/stages/base.py). It builds:
-            it neither measures nor writes nor waits for other ranks.
-        inputs: called with (config), gives the fingerprint of everything frozen that a run reads besides tokens, by the key that
-            names it. A resumed run must find them unchanged. Raises UserError for what is not there.
+        stage: place of what gives, called with (config, manifest of the data, device), what the loop trains
+            (pretrain/stages/base.py). It builds: it neither measures nor writes nor waits for other ranks.
+        inputs: place of a function of (config) that gives the fingerprint of everything frozen that a run reads besides tokens, by
+            the key that names it. A resumed run must find them unchanged. Raises UserError for what is not there.
         measure: place of a function of (config, manifest, device) that puts into the run folder what must be known before the
             stage can be built. One rank calls it while the others wait; it does nothing if it has been done.
         samples: place of a function of (session) that gives texts for the log at held-out evaluations, one dictionary "name of a
@@ -39,8 +33,8 @@ class StageKind:
     """
 
     config: type[RunConfig]
-    stage: Callable[..., Any]
-    inputs: Callable[[Any], dict[str, str]] = _no_inputs
+    stage: str
+    inputs: str | None = None
     measure: str | None = None
     samples: str | None = None
     diagnosis: str | None = None

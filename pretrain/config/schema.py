@@ -10,7 +10,7 @@ from pydantic import Field, create_model, model_validator
 from data_pipeline.core.settings import OnResume, Section
 from data_pipeline.reading.settings import Data
 from pretrain.config.sections import About, Diagnose, TelemetrySection, Train
-from pretrain.engine.optim import OptimizerSettings
+from pretrain.engine.optimizer_settings import OptimizerSettings
 from pretrain.engine.schedule import Schedule
 from pretrain.engine.settings import check_overrides
 

@@ -8,7 +8,6 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from data_pipeline.core.settings import OnResume, Section, Share
-from modeling.solvers import find_solver
 from pretrain.engine.settings import Sharding
 
 
@@ -85,6 +84,8 @@ class Train(Sharding):
 
 def _known_solver(name: str) -> str:
     """A solver's name. Raises: ValueError for one that nobody gave."""
+    from modeling.solvers import find_solver  # with torch, which a configuration without this key need not wait for
+
     return find_solver(name).name
 
 

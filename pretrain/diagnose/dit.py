@@ -19,9 +19,11 @@ from pretrain.diagnose.vae import space_figures, space_verdicts
 from pretrain.diagnose.verdicts import Figures, Verdict, above, at_least, at_most, quarters
 from pretrain.runs.record import RunRecord
 from pretrain.stages.build import load_stage
-from pretrain.stages.dit import DiTRun, DiTStage
+from pretrain.stages.dit import DiTStage
+from pretrain.stages.dit_config import DiTRun
 from pretrain.stages.samples import sample
-from pretrain.stages.vae import VAERun, VAEStage
+from pretrain.stages.vae import VAEStage
+from pretrain.stages.vae_config import VAERun
 
 SHOWN_SAMPLES = 3
 SWEEP_STEPS = 16

@@ -8,7 +8,8 @@ from pretrain.diagnose.diagnosis import Diagnosis, heldout, phase, training
 from pretrain.diagnose.page import Panel
 from pretrain.diagnose.panels import draw_basin, draw_noise, draw_vae_floors
 from pretrain.diagnose.verdicts import Figures, Verdict, at_least, at_most, quarters
-from pretrain.stages.vae import VAERun, VAEStage
+from pretrain.stages.vae import VAEStage
+from pretrain.stages.vae_config import VAERun
 
 
 def measure(stage: VAEStage, device: torch.device) -> Figures:

@@ -1,34 +1,17 @@
 """AdamW (arXiv 1711.05101) on flat pieces of fp32 masters."""
 
-from typing import Any, Self
+from typing import Any
 
 import torch
-from pydantic import PositiveFloat, model_validator
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from pretrain.engine.optim import Optimizer, OptimizerSettings
-
-
-class AdamWSettings(OptimizerSettings):
-    """AdamW on fp32 masters, with the EMA as one more state."""
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the first and second moment, each in [0, 1)."""
-    eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
-
-    @model_validator(mode="after")
-    def _check_betas(self) -> Self:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer.betas are {list(self.betas)}; each must lie in [0, 1)")
-        return self
+from pretrain.engine.optim import Optimizer
 
 
 class AdamW(Optimizer):
     """Both moments are states, by the names that torch gives them."""
 
-    Settings = AdamWSettings
     states = ("exp_avg", "exp_avg_sq")
 
     def update(self, weight: Tensor, grad: Tensor, states: dict[str, Tensor], group: dict[str, Any]) -> None:

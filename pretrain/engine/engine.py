@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
 from pretrain.engine.matrices import whole_matrices
-from pretrain.engine.optim import OptimizerSettings, build_optimizer
+from pretrain.engine.optim import build_optimizer
+from pretrain.engine.optimizer_settings import OptimizerSettings
 from pretrain.engine.partition import Partition, partition_of
 from pretrain.engine.settings import EngineSettings, deepspeed_config
 from pretrain.ranks.distributed import Topology
@@ -105,7 +106,7 @@ class Engine:
             self._deepspeed, wrapped, _, _ = deepspeed.initialize(
                 model=stage,
                 optimizer=base,
-                config=deepspeed_config(settings, sum(p.numel() for p in names)),
+                config=deepspeed_config(settings, sum(p.numel() for p in names), torch.cuda.is_available()),
                 dist_init_required=False,
             )
         # In bf16 DeepSpeed rounds buffers too; statistics keep their precision.

@@ -11,14 +11,14 @@ NS takes all singular values to about 1 (between 0.7 and 1.2) by five Newton-Sch
 A = X X^T; so an update changes a hidden vector of unit size per channel by about lr per channel, whatever the width.
 """
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from pretrain.engine.adamw import AdamW, AdamWSettings
+from pretrain.engine.adamw import AdamW
 from pretrain.engine.matrices import WholeMatrices
+from pretrain.engine.optimizer_settings import MuonSettings
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """a, b, c: the quintic that lifts small singular values fastest, at the price of not converging to 1."""
@@ -26,19 +26,8 @@ NEWTON_SCHULZ_STEPS = 5
 SMALLEST_NORM = 1e-30
 
 
-class MuonSettings(AdamWSettings):
-    """Muon on hidden matrices; the keys of AdamW are for all other parameters, weight_decay for both."""
-
-    matrix_lr: PositiveFloat = 0.02
-    """Peak learning rate of the hidden matrices: about the largest relative change of a step."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """Share of a matrix's momentum that a step keeps."""
-
-
 class Muon(AdamW):
     """Momentum is the one state of a hidden matrix; AdamW's two are those of the others."""
-
-    Settings = MuonSettings
 
     def __init__(self, module: nn.Module, settings: MuonSettings) -> None:
         self.matrices = hidden_matrices(module)

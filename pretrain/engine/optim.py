@@ -1,4 +1,4 @@
-"""What an optimizer is, to the engine, to ZeRO's partitions and to checkpoints; which one a run takes, by name.
+"""What an optimizer is, to the engine, to ZeRO's partitions and to checkpoints.
 
 An optimizer is a class below `Optimizer`. It declares by name what it keeps of each element of a parameter (`states`,
 fp32), and says how a piece of weights changes by a piece of gradients (`update`). All else is common: the groups with
@@ -10,23 +10,19 @@ All numbers that change with the step (learning rate, EMA decay, clipping) are f
 before each update (`prepare`); no scheduler has a state to save.
 """
 
+import pkgutil
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from data_pipeline.core import plugins
 from data_pipeline.core.errors import UserError
-from data_pipeline.core.settings import Section, Share
+from pretrain.engine.optimizer_settings import OptimizerSettings
 
 if TYPE_CHECKING:
     from pretrain.engine.matrices import WholeMatrices
-
-OWN = {"adamw": "pretrain.engine.adamw:AdamW", "muon": "pretrain.engine.muon:Muon"}
-"""Our optimizers by `optimizer.kind`; those of installed packages join in the group textldm.optimizers."""
 
 WEIGHT, EMA = "weight", "ema"
 """What every parameter has, whatever the optimizer: the fp32 master, and the moving average of it."""
@@ -35,40 +31,10 @@ _PIECE = 1 << 15
 """Elements that an update on the CPU takes at a time: seven tensors of them fit a core's second-level cache."""
 
 
-class OptimizerSettings(Section):
-    """Section `optimizer`: what all kinds have. Each kind adds its own keys in a subclass."""
-
-    kind: str = "adamw"
-    """Which optimizer: adamw, muon, or that of an installed package."""
-    lr: PositiveFloat
-    """Peak learning rate [paper, stage 1: 1e-4]."""
-    weight_decay: NonNegativeFloat = 0.01
-    """On matrices; biases, norms and embeddings are exempt [paper, stage 1: 0.01]."""
-    grad_clip: NonNegativeFloat = 1.0
-    """Largest global gradient norm; 0 leaves gradients as they are."""
-    ema_decay: Share = 0.9999
-    """Share of the average that a step keeps."""
-    ema_warmup: bool = True
-    """Decay at step s is min(ema_decay, (1 + s) / (10 + s)): a young average forgets its random start faster."""
-
-    @model_validator(mode="after")
-    def _check_ema(self) -> Self:
-        if self.ema_decay == 1:
-            raise ValueError(
-                "optimizer.ema_decay is 1, which keeps the first weights for ever; expected below 1, e.g. 0.9999"
-            )
-        return self
-
-    def ema_decay_at(self, step: int) -> float:
-        """Decay used by update number `step` (from 0): min(ema_decay, (1 + step) / (10 + step)) with warm-up."""
-        return min(self.ema_decay, (1 + step) / (10 + step)) if self.ema_warmup else self.ema_decay
-
-
 class Optimizer(torch.optim.Optimizer):
     """Base of all optimizers, over the trainable parameters of a module.
 
-    A subclass has:
-        Settings: its section of the configuration.
+    Its settings name it by its place (optimizer_settings.py). A subclass has:
         states: names of what it keeps per element, zero before the first update. A group's own key "states" goes first.
         update: the change of one flat piece.
         groups: how parameters are grouped, where `parameter_groups` is not enough.
@@ -79,7 +45,6 @@ class Optimizer(torch.optim.Optimizer):
     is counted in it.
     """
 
-    Settings: ClassVar[type[OptimizerSettings]] = OptimizerSettings
     states: ClassVar[tuple[str, ...]] = ()
     matrices: Mapping[Tensor, int] = MappingProxyType({})
     whole: "WholeMatrices | None" = None
@@ -158,19 +123,9 @@ class Optimizer(torch.optim.Optimizer):
             states[EMA].lerp_(weight, 1 - self.ema_decay)
 
 
-def optimizer_kind(name: str) -> type[Optimizer]:
-    """The optimizer of that name. Raises: UserError."""
-    return plugins.load("optimizers", name, OWN)
-
-
-def optimizer_names() -> list[str]:
-    """All kinds, ours first."""
-    return plugins.names("optimizers", OWN)
-
-
 def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer:
     """The optimizer that the settings name, over the trainable parameters of `module`."""
-    return optimizer_kind(settings.kind)(module, settings)
+    return pkgutil.resolve_name(settings.optimizer)(module, settings)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 import json
 from typing import Annotated, Any, Literal, Self
 
-import torch
 from pydantic import Field, PositiveInt, model_validator
 
 from data_pipeline.core.configuration import merged
@@ -123,8 +122,10 @@ def check_overrides(overrides: dict[str, Any], zero_stage: int) -> None:
             )
 
 
-def deepspeed_config(settings: EngineSettings, num_parameters: int) -> dict[str, Any]:
+def deepspeed_config(settings: EngineSettings, num_parameters: int, pin_memory: bool = False) -> dict[str, Any]:
     """DeepSpeed's dictionary for these settings and model size, with `settings.overrides` merged over it, key by key.
+
+    `pin_memory`: what is offloaded to the host lies in pinned memory, from which GPUs copy faster.
 
     Raises: UserError, as `check_overrides`.
     """
@@ -133,11 +134,11 @@ def deepspeed_config(settings: EngineSettings, num_parameters: int) -> dict[str,
     if settings.zero_stage > 0:  # by default a buffer of 2 GB, however small the model
         zero["reduce_bucket_size"] = max(1, min(num_parameters, MAX_BUCKET))
     if settings.offload_optimizer != "none":  # to DeepSpeed, what is in files is on the host too (file_memory.py)
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
     elif settings.zero_stage in (1, 2) and not (settings.precision == "bf16" and settings.zero_stage == 1):
         zero["compute_grad_norm"] = False  # measure() has it already
     if settings.offload_parameters != "none":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": pin_memory}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: a micro-batch is whatever the loader gives
         "gradient_accumulation_steps": settings.accumulation_steps,

@@ -17,7 +17,8 @@ from pretrain.checkpoint.read import load_weights, read_tensors
 from pretrain.checkpoint.storage import Checkpoint
 from pretrain.export.model_card import model_card
 from pretrain.export.parts import Exported, Source
-from pretrain.stages.dit import DiTRun, times_of
+from pretrain.stages.dit import times_of
+from pretrain.stages.dit_config import DiTRun
 from pretrain.stages.frozen_vae import load_vae, vae_fingerprint
 
 ENTRY = "textldm.py"

@@ -25,7 +25,7 @@ def measure(config: RunConfig, manifest: Manifest, device: torch.device) -> None
 
 def build_stage(config: RunConfig, manifest: Manifest, device: torch.device) -> Any:
     """The stage on `device`, with first weights from torch's generator; `measure` comes before it. Raises: UserError."""
-    stage = stage_kind(config.stage).stage(config, manifest, device)
+    stage = part(stage_kind(config.stage).stage)(config, manifest, device)
     prepare_blocks(stage, config.train)
     return stage.to(device)
 

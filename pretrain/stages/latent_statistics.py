@@ -30,7 +30,7 @@ from pretrain.stages.frozen_vae import load_vae, posterior_mean
 from pretrain.stages.rows import heldout_rows, training_batches
 
 if TYPE_CHECKING:
-    from pretrain.stages.dit import DiTRun
+    from pretrain.stages.dit_config import DiTRun
 
 LATENTS_NAME = "latents.safetensors"
 POSTERIOR_PREFIX = "posterior."

@@ -17,7 +17,7 @@ from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import FILLER, Batch
 
 if TYPE_CHECKING:
-    from pretrain.stages.vae import VAERun
+    from pretrain.stages.vae_config import VAERun
 
 
 class RepaTarget(Protocol):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from pretrain.checkpoint.find import checkpoint_name
 from pretrain.checkpoint.storage import Checkpoint, storage_of
 from pretrain.checkpoint.write import CheckpointWriter
-from pretrain.engine.adamw import AdamWSettings
-from pretrain.engine.optim import OptimizerSettings, build_optimizer
+from pretrain.engine.optim import build_optimizer
+from pretrain.engine.optimizer_settings import AdamWSettings, OptimizerSettings
 from pretrain.engine.partition import partition_of
 from pretrain.ranks.distributed import Topology
 from tests.pretrain.engine_toy import ToyStage

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from modeling.layers import hidden
-from pretrain.engine.adamw import AdamWSettings
 from pretrain.engine.optim import parameter_groups
+from pretrain.engine.optimizer_settings import AdamWSettings
 
 VOCABULARY, WIDTH, ROWS = 37, 11, 6
 """Odd sizes, so that partitions get padding and cut through parameters; 6 rows divide by 1, 2, 3 and 6."""

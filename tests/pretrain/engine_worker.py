@@ -15,7 +15,7 @@ from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.read import restore
 from pretrain.checkpoint.write import CheckpointWriter
 from pretrain.engine.engine import Engine, EngineSettings
-from pretrain.engine.optim import optimizer_kind
+from pretrain.engine.optimizer_settings import optimizer_settings
 from pretrain.ranks.distributed import init_distributed
 from tests.pretrain import engine_toy as toy
 from tests.pretrain.engine_states import gather_full
@@ -57,7 +57,7 @@ def run_case(case: Case, topology, output: Path) -> None:
         overrides=case.overrides,
     )  # fmt: skip
     stage = toy.SumStage() if case.sums else toy.ToyStage(case.autocast, case.recompute)
-    optimizer = optimizer_kind(case.optimizer["kind"]).Settings(**case.optimizer)
+    optimizer = optimizer_settings(case.optimizer["kind"])(**case.optimizer)
     engine = Engine(stage, settings, optimizer, topology)
     notes: dict[str, Any] = {
         "losses": [],

@@ -22,9 +22,9 @@ from modeling.repa import RepaHead
 from pretrain.checkpoint.write import CheckpointWriter
 from pretrain.config.load import parse_config
 from pretrain.config.schema import RunConfig
-from pretrain.engine.adamw import AdamWSettings
 from pretrain.engine.engine import Engine, EngineSettings
 from pretrain.engine.optim import parameter_groups
+from pretrain.engine.optimizer_settings import AdamWSettings
 from pretrain.ranks.distributed import Topology, init_distributed
 from pretrain.runs.record import RunRecord
 from pretrain.stages.base import Stage

@@ -16,7 +16,8 @@ from data_pipeline.reading.batch import Batch, Split
 from data_pipeline.reading.loader import TrainLoader, heldout_batches
 from data_pipeline.text.tokenization import train_tokenizer
 from pretrain.config.load import parse_config
-from pretrain.stages.vae import VAERun, VAEStage
+from pretrain.stages.vae import VAEStage
+from pretrain.stages.vae_config import VAERun
 from tests.pretrain import tiny_run
 
 WORDS = [

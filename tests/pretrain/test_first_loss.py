@@ -12,8 +12,9 @@ from modeling.attention import Segments
 from modeling.text_dit import TextDiT
 from modeling.text_vae import TextVAE
 from pretrain.config.load import load_config
-from pretrain.stages.dit import DiTRun, times_of
-from pretrain.stages.vae import VAERun
+from pretrain.stages.dit import times_of
+from pretrain.stages.dit_config import DiTRun
+from pretrain.stages.vae_config import VAERun
 
 CONFIGS = {
     path.stem: load_config(path) for path in sorted(Path(__file__).parents[2].joinpath("configs").glob("*.json"))

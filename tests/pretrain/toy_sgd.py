@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from pretrain.engine.optim import Optimizer, OptimizerSettings
+from pretrain.engine.optim import Optimizer
+from pretrain.engine.optimizer_settings import OptimizerSettings
 from tests.installed_package import install
 
 
 class ToySGDSettings(OptimizerSettings):
     """Section `optimizer` of kind toy_sgd."""
 
+    optimizer = "tests.pretrain.toy_sgd:ToySGD"
     kind: str = "toy_sgd"
     momentum: float = 0.9
     """Share of the velocity that a step keeps."""
@@ -21,7 +23,6 @@ class ToySGDSettings(OptimizerSettings):
 class ToySGD(Optimizer):
     """torch.optim.SGD's rule."""
 
-    Settings = ToySGDSettings
     states = ("velocity",)
 
     def update(self, weight: Tensor, grad: Tensor, states: dict[str, Tensor], group: dict[str, Any]) -> None:
@@ -32,4 +33,4 @@ class ToySGD(Optimizer):
 
 def install_toy_sgd(folder: Path, monkeypatch: pytest.MonkeyPatch | None = None) -> None:
     """As an installed package would bring it along."""
-    install(folder, monkeypatch, "textldm.optimizers", toy_sgd="tests.pretrain.toy_sgd:ToySGD")
+    install(folder, monkeypatch, "textldm.optimizers", toy_sgd="tests.pretrain.toy_sgd:ToySGDSettings")

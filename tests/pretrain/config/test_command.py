@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,16 @@ def test_a_base_is_printed_with_its_differences(tmp_path: Path, capsys: pytest.C
     assert "base" not in json.loads(printed)
     (tmp_path / "whole.json").write_text(printed)
     assert load_config(tmp_path / "whole.json") == load_config("dit_l")
+
+
+@pytest.mark.parametrize("arguments", [["dit_l", "--json"], ["vae_base", "--set", "train.stesp=1"], ["dit_x1"]])
+def test_configurations_and_their_mistakes_need_no_torch(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from pretrain.config.__main__ import main
+assert main({arguments}) == {0 if "--json" in arguments else 2}
+slow = {{"torch", "deepspeed", "transformers", "datasets"}} & sys.modules.keys()
+raise SystemExit(f"imported {{slow}}" if slow else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

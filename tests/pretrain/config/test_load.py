@@ -14,8 +14,9 @@ from modeling.text_dit import TextDiT
 from modeling.text_vae import TextVAE
 from pretrain.config.load import load_config
 from pretrain.stages.build import prepare_blocks
-from pretrain.stages.dit import DiTRun, times_of
-from pretrain.stages.vae import VAERun
+from pretrain.stages.dit import times_of
+from pretrain.stages.dit_config import DiTRun
+from pretrain.stages.vae_config import VAERun
 
 SHIPPED = sorted(path.stem for path in CONFIG_FOLDER.glob("*.json"))
 

@@ -10,8 +10,8 @@ from data_pipeline.core.settings import OnResume, Section
 from pretrain.config.load import load_config
 from pretrain.config.resume import on_resume, refuse_changes, resume_differences
 from pretrain.config.schema import RunConfig
-from pretrain.stages.dit import DiTRun
-from pretrain.stages.vae import VAERun
+from pretrain.stages.dit_config import DiTRun
+from pretrain.stages.vae_config import VAERun
 
 FREE, NEVER = OnResume.FREE, OnResume.NEVER
 

@@ -7,9 +7,9 @@ import pytest
 from data_pipeline.core.settings import keys
 from pretrain.config.schema import with_optimizer
 from pretrain.config.synonyms import SYNONYMS, ours
-from pretrain.engine.adamw import AdamWSettings
-from pretrain.stages.dit import DiTRun
-from pretrain.stages.vae import VAERun
+from pretrain.engine.optimizer_settings import AdamWSettings
+from pretrain.stages.dit_config import DiTRun
+from pretrain.stages.vae_config import VAERun
 
 KNOWN = {kind: {key.name for key in keys(with_optimizer(kind, AdamWSettings))} for kind in (VAERun, DiTRun)}
 

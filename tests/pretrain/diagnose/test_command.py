@@ -18,7 +18,7 @@ from pretrain.diagnose import __main__ as diagnose
 from pretrain.diagnose import model_checks
 from pretrain.diagnose.dit import judge
 from pretrain.diagnose.verdicts import table
-from pretrain.stages.dit import DiTRun
+from pretrain.stages.dit_config import DiTRun
 from tests.pretrain import tiny_run
 
 QUICK = ["--rows", "4", "--num-steps", "2", "--set", "diagnose.sample_tokens=64", "--set", "diagnose.sweep_scales=[1]"]

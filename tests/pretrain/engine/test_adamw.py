@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.engine.adamw import AdamW, AdamWSettings
+from pretrain.engine.adamw import AdamW
+from pretrain.engine.optimizer_settings import AdamWSettings
 
 DECAY = 0.75
 

@@ -8,7 +8,8 @@ from modeling.layers import Transformer
 from modeling.text_dit import TextDiT, TextDiTConfig
 from modeling.text_vae import TextVAE, TextVAEConfig
 from pretrain.config.load import load_config
-from pretrain.engine.muon import Muon, MuonSettings, hidden_matrices, orthogonalized
+from pretrain.engine.muon import Muon, hidden_matrices, orthogonalized
+from pretrain.engine.optimizer_settings import MuonSettings
 
 SETTINGS = MuonSettings(lr=2e-3, matrix_lr=2e-2, weight_decay=0.1)
 

@@ -9,9 +9,10 @@ from torch import nn
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.settings import keys
 from pretrain.config.load import load_config
-from pretrain.engine.adamw import AdamW, AdamWSettings
+from pretrain.engine.adamw import AdamW
 from pretrain.engine.optim import parameter_groups
-from pretrain.stages.dit import DiTRun
+from pretrain.engine.optimizer_settings import AdamWSettings
+from pretrain.stages.dit_config import DiTRun
 from tests.pretrain.engine_toy import ToyStage
 from tests.pretrain.toy_sgd import ToySGDSettings, install_toy_sgd
 

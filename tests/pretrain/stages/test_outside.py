@@ -131,8 +131,8 @@ def export(source):
 
 
 KIND = StageKind(
-    config=ToyRun, stage=ToyStage, inputs=inputs, measure="toy_stage:measure", samples="toy_stage:samples",
-    diagnosis="toy_stage:DIAGNOSIS", export="toy_stage:export",
+    config=ToyRun, stage="toy_stage:ToyStage", inputs="toy_stage:inputs", measure="toy_stage:measure",
+    samples="toy_stage:samples", diagnosis="toy_stage:DIAGNOSIS", export="toy_stage:export",
 )
 '''
 
