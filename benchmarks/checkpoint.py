@@ -86,7 +86,7 @@ class Bench:
     step: int = 0
 
     def train(self) -> float:
-        """One step; its seconds."""
+        """Train one step; returns its seconds."""
         began = time.perf_counter()
         self.engine.forward_backward(self.latents_TZ, {"targets": len(self.latents_TZ)}, last=True)
         self.engine.step(self.step, lr=1e-4)

@@ -35,7 +35,7 @@ EXACT, CHOSEN, ONLINE = "exact", "chosen", "online"
 
 @dataclass(frozen=True)
 class Judged:
-    """A VAE's losses on the held-out split: of each micro-batch, and REPA's over all."""
+    """A VAE's losses on the held-out split: the whole loss of each micro-batch, and the mean REPA loss over all of them."""
 
     losses: list[float]
     repa_loss: float
@@ -77,7 +77,7 @@ def judge(stage: VAEStage, config: VAERun) -> Judged:
 def compare_losses(
     job: FeatureJob, codec: Codec, fidelity: Fidelity, held: FeatureSample, steps: int, work: Path, title: str
 ) -> dict[str, float]:
-    """The figures of one teacher, which the progress calls `title`; see above."""
+    """The figures of one teacher, as the file's head names them; `title` is its name in the progress."""
     tokens = first_shards(Path(job.data), work / "data")
     codecs = {CHOSEN: (codec, fidelity), EXACT: exact(held, job.teacher.dtype)}
     for name, (each, kept) in codecs.items():

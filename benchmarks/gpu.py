@@ -53,7 +53,7 @@ ROW_LENGTHS = [1024, 700, 1024, 324, 500, 300, 200, 24]
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured: all of it, or a miniature."""
+    """Sizes of what is measured: the shipped ones, or a miniature."""
 
     product: int = 8192
     lengths: tuple[int, ...] = tuple(ROW_LENGTHS)
@@ -67,7 +67,7 @@ class Size:
 
     @classmethod
     def dry(cls) -> "Size":
-        """Seconds on a CPU."""
+        """The miniature that --dry measures, in seconds on a CPU."""
         return cls(64, (20, 12, 1), (16, 8), (8, 8, 8), (256, 32, 16_384), 256, 2, (("width", 128), ("num_layers", 2)))
 
 
@@ -154,7 +154,7 @@ def matmul_peak(device: torch.device, size: Size) -> float:
 
 
 def sized(name: str, size: Size) -> RunConfig:
-    """A shipped configuration, or its miniature."""
+    """A shipped configuration as it is, or with --dry its miniature."""
     config = load_config(name, [])
     for key, value in size.shape:
         keys = [key] if key != "num_layers" or config.stage == "dit" else ["num_encoder_layers", "num_decoder_layers"]

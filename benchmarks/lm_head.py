@@ -29,17 +29,17 @@ class Head:
         self.weights_T = torch.ones(tokens, device=device)
 
     def chunked(self) -> None:
-        """Ours."""
+        """Forward and backward of this project's loss."""
         loss, _ = linear_cross_entropy(self.hidden_TD, self.weight_VD, self.targets_T, self.weights_T)
         self._backward(loss)
 
     def naive(self) -> None:
-        """Linear, then cross-entropy in fp32."""
+        """Forward and backward of the naive loss: logits [T, V], then cross-entropy in fp32."""
         logits_TV = F.linear(self.hidden_TD, self.weight_VD)
         self._backward(F.cross_entropy(logits_TV.float(), self.targets_T, reduction="sum"))
 
     def liger(self) -> None:
-        """liger-kernel's, of the extra `cuda`: Triton kernels for the part between the matrix products."""
+        """Forward and backward of liger-kernel's loss (extra `cuda`): Triton kernels for the part between the matrix products."""
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
         loss = liger_fused_linear_cross_entropy(self.hidden_TD, self.weight_VD, self.targets_T, reduction="sum")

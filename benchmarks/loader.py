@@ -139,7 +139,7 @@ class Rate:
 
     @classmethod
     def of(cls, batches: Iterator[Batch | torch.Tensor]) -> "Rate":
-        """Between the first batch of a pass and the last."""
+        """The rate of a pass, measured from behind its first batch on."""
         next(batches)
         wall, cpu, places = time.perf_counter(), time.process_time(), 0
         for batch in batches:
@@ -148,7 +148,7 @@ class Rate:
 
 
 def compare_peers(data: Path, batch_rows: int, streams: int, repetitions: int, work: Path) -> dict[str, Any]:
-    """Everybody's rates, and the ratios of this project's to the best peer's."""
+    """Tokens a second of this loader and of all peers, and its ratios to the best of them."""
     manifest = Manifest.load(data)
     contenders: dict[str, Callable[[], Iterator[Any]]] = {}
     missing = {}
@@ -200,7 +200,7 @@ def compare_peers(data: Path, batch_rows: int, streams: int, repetitions: int, w
 
 
 def resume_ratio(num_shards: int, repetitions: int, work: Path) -> dict[str, float]:
-    """First batch far into training over first batch of all; each shard is hashed when it is opened."""
+    """Seconds to the first batch when resuming far into training over seconds to the very first batch; shards are hashed in both."""
     data = work / "resume"
     random_folder(data, 4, RESUME_ROWS, 1024, copies=num_shards // 4)
 
@@ -223,7 +223,7 @@ def resume_ratio(num_shards: int, repetitions: int, work: Path) -> dict[str, flo
 
 
 def wait_share(quickstart: Path, steps: int) -> dict[str, Any]:
-    """Waiting over everything, of training steps in the quickstart's shape; None without the quickstart's data."""
+    """Share of its time that training in the quickstart's shape waits for data; None without the quickstart's data."""
     data = quickstart / "data"
     if not (data / "features/manifest.json").exists():
         print(

@@ -57,7 +57,7 @@ class Peer:
     batches: Callable[[Job], Iterator[Delivered]]
 
     def missing(self) -> str | None:
-        """Why it cannot be measured, with what to do."""
+        """Why this peer cannot be measured here, and what to install; None if it can."""
         try:
             import_module(self.module)
         except Exception as error:  # a compiled dependency that does not fit raises what it likes
@@ -71,7 +71,7 @@ def collate(rows: Sequence[Row]) -> Delivered:
 
 
 def collate_fields(rows: Sequence[dict[str, np.ndarray]]) -> Delivered:
-    """The same, of rows with named fields."""
+    """`collate` for rows that are dictionaries with the fields tokens and lengths."""
     return collate([(row["tokens"], row["lengths"]) for row in rows])
 
 
@@ -98,7 +98,7 @@ def webdataset_batches(job: Job) -> Iterator[Delivered]:
 
 
 def write_litdata(job: Job) -> None:
-    """Chunks of rows with two arrays."""
+    """Write litdata's chunks: a row is its tokens and its window lengths, two arrays."""
     from litdata.streaming.writer import BinaryWriter
 
     writer = BinaryWriter(str(job.folder), chunk_bytes=CHUNK_BYTES)
@@ -109,7 +109,7 @@ def write_litdata(job: Job) -> None:
 
 
 def litdata_batches(job: Job) -> Iterator[Delivered]:
-    """Its dataset under its loader."""
+    """Endless batches of litdata's StreamingDataset under its StreamingDataLoader."""
     import litdata
 
     dataset = litdata.StreamingDataset(str(job.folder), shuffle=True, seed=0)
@@ -158,7 +158,7 @@ def litdata_tokens_batches(job: Job) -> Iterator[Delivered]:
 
 
 def write_mosaic(job: Job) -> None:
-    """MDS shards of rows with two arrays."""
+    """Write MDS shards: a row is its tokens and its window lengths, two arrays."""
     from streaming import MDSWriter
 
     dtype = job.manifest.token_dtype
@@ -169,7 +169,7 @@ def write_mosaic(job: Job) -> None:
 
 
 def mosaic_batches(job: Job) -> Iterator[Delivered]:
-    """Its dataset, shuffled by its default algorithm, under its loader."""
+    """Endless batches of mosaicml-streaming's StreamingDataset, shuffled by its default algorithm, under its loader."""
     from streaming import StreamingDataLoader, StreamingDataset
 
     dataset = StreamingDataset(local=str(job.folder), shuffle=True, batch_size=job.batch_rows)
@@ -191,7 +191,7 @@ def write_hugging_face(job: Job) -> None:
 
 
 def hugging_face_batches(job: Job) -> Iterator[Delivered]:
-    """The saved data set streamed, shuffled by shards and by a buffer."""
+    """Endless batches of the saved dataset, streamed, shuffled by shards and within a buffer."""
     from datasets import load_from_disk
 
     dataset = load_from_disk(str(job.folder)).to_iterable_dataset(len(job.manifest.splits["train"]))
@@ -202,7 +202,7 @@ def hugging_face_batches(job: Job) -> Iterator[Delivered]:
 
 
 def _most_windows(job: Job) -> int:
-    """Windows of the row that has most, at most."""
+    """An upper bound on the number of windows of a row."""
     return job.manifest.row_tokens // job.manifest.min_window
 
 

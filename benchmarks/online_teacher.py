@@ -90,7 +90,7 @@ def teacher_flops(scale: int, window_lengths: list[int]) -> float:
 def compare_speed(
     text: Path, tokenizer: Path, scale: int, repetitions: int, device: torch.device, work: Path
 ) -> dict[str, Any]:
-    """Step times of both, interleaved, and their ratio."""
+    """Seconds of a step with the online teacher and with the cache, measured in turn, and their ratio."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     manifest = write_data(text, tokenizer, scale, work)
     data, teacher, features = work / "data", work / "teacher", work / "features"

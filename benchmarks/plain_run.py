@@ -38,7 +38,7 @@ class PlainRun:
         self.optimizer = build_optimizer(self.stage, self.settings)
 
     def step(self) -> None:
-        """One update."""
+        """One update of the weights and the EMA."""
         batches = [batch.to(self.device) for batch in self.loader.next_step()]
         counts = [self.stage.token_counts(batch) for batch in batches]
         self.stage.step = self.num_steps

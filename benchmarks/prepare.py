@@ -103,19 +103,19 @@ class Contest:
         self.numbers = itertools.count()
 
     def load(self) -> None:
-        """The first thing that prepare does."""
+        """Load the tokenizer, as `prepare` does first."""
         load_tokenizer(self.tokenizer)
 
     def encode(self) -> None:
-        """encode_batch."""
+        """Encode all documents with the tokenizer's `encode_batch`."""
         self._encode(self.backend.encode_batch)
 
     def encode_fast(self) -> None:
-        """encode_batch_fast."""
+        """Encode all documents with the tokenizer's `encode_batch_fast`."""
         self._encode(self.backend.encode_batch_fast)
 
     def prepare(self) -> None:
-        """All of prepare."""
+        """Run the whole of `prepare`."""
         output = self.work / f"prepared-{next(self.numbers)}"
         manifest = prepared(self.source, self.tokenizer, output, 4096, self.workers)
         self.kept_tokens = sum(shard.tokens for shards in manifest.splits.values() for shard in shards)

@@ -60,7 +60,7 @@ def measure(
     """Agreement of every solver, grid and number of steps with the reference."""
 
     def right(solver: str, num_steps: int, grid: str = "training") -> list[int]:
-        """Of each prompt, the tokens equal to the reference's."""
+        """Number of tokens equal to the reference's, by prompt."""
         texts = sample(stage, prompts, scale, num_steps, solver, seed=seed, grid=grid).tokens
         return [sum(map(operator.eq, text, true)) for text, true in zip(texts, reference, strict=True)]
 

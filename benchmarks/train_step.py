@@ -81,7 +81,7 @@ class PackedStep:
         self.optimizer.zero_grad()
 
     def flops(self) -> float:
-        """Of forward and backward."""
+        """FLOPs of a forward and backward pass, a multiply-add being two."""
         shape = self.model.config
         weights = 12 * shape.width**2 * shape.num_layers + 2 * shape.width * shape.latent_dim
         return transformer_flops(weights, shape.num_layers, shape.width, self.windows.lengths)
@@ -113,12 +113,12 @@ class Products:
                 grad_TO.T @ x_TI
 
     def flops(self) -> float:
-        """2 a multiplication and addition."""
+        """FLOPs of all the products, a multiply-add being two."""
         return sum(6.0 * len(x_TI) * weight_OI.numel() for x_TI, weight_OI, _ in self.operands) * self.num_layers
 
 
 def ratio(one: Spent, other: Spent, name: str, factor: float = 1.0) -> dict[str, float]:
-    """Wall time of one over the other's, and the same of processor time."""
+    """Ratio of two spans of time: of wall time, and of processor time."""
     return {name: factor * one.wall_s / other.wall_s, f"{name}_cpu": factor * one.cpu_s / other.cpu_s}
 
 

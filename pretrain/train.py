@@ -131,7 +131,7 @@ def stop_for_requeue(session: Session) -> int:
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-    """Every so many finished steps (0: never), and after the last."""
+    """Whether what happens every `every` steps (0: never) and after the last one is due after `step` finished steps."""
     return every > 0 and (step % every == 0 or step == last)
 
 

@@ -15,7 +15,7 @@ LATEST = "latest"
 
 
 def checkpoint_name(step: int) -> str:
-    """step-000000500"""
+    """Name of the checkpoint after so many steps: step-000000500."""
     return f"step-{step:09d}"
 
 

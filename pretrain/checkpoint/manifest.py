@@ -59,7 +59,7 @@ class Manifest:
         return _digest({name: file.sha256 for name, file in self.files.items()})
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write it there, with the hash of its own content inside."""
+        """Write the manifest into the checkpoint, with the hash of its own content inside."""
         content = json.loads(json.dumps({f.name: _plain(getattr(self, f.name)) for f in fields(self)[:-1]}))
         text = json.dumps(content | {"sha256": _digest(content)}, indent=1)
         checkpoint.storage.put(checkpoint.name, MANIFEST, [text.encode()])

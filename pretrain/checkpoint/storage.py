@@ -61,7 +61,7 @@ class Folder:
         return str(self.path)
 
     def put(self, checkpoint: str, file: str, content: Content) -> None:
-        """Written beside, synced, renamed."""
+        """Write the file beside its place, sync it to the disk and rename it."""
         with atomic_write(self.path / checkpoint / file) as opened:
             for piece in content:
                 opened.write(piece)
@@ -84,7 +84,7 @@ class Folder:
         return [path.name for path in self.path.iterdir() if path.is_dir()] if self.path.is_dir() else []
 
     def remove(self, checkpoint: str) -> None:
-        """Under another name first."""
+        """Rename the folder to a name that is not listed, then delete it, so that a kill leaves nothing that looks whole."""
         doomed = self.path / f"{checkpoint}.deleted"
         with suppress(FileNotFoundError):
             (self.path / checkpoint).rename(doomed)
@@ -99,7 +99,7 @@ class Checkpoint:
     name: str
 
     def read(self, file: str) -> BinaryIO:
-        """One of its files."""
+        """Open one of the checkpoint's files. Raises: FileNotFoundError; OSError."""
         return self.storage.read(self.name, file)
 
     def __str__(self) -> str:

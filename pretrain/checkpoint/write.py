@@ -234,7 +234,7 @@ class HostCopy:
 
 
 def _totals(partition: Partition, runs: list[tuple[int, int, int, list[Held]]]) -> dict[str, int]:
-    """Elements that this rank owns of each state."""
+    """Number of elements that this rank owns, by state."""
     totals: dict[str, int] = {}
     for flat, _, numel, _ in runs:
         for state in partition.states(flat):
@@ -243,7 +243,7 @@ def _totals(partition: Partition, runs: list[tuple[int, int, int, list[Held]]]) 
 
 
 def _runs(owned: list[Held]) -> list[tuple[int, int, int, list[Held]]]:
-    """Neighbouring ranges of a flat joined, as (flat, offset, numel, ranges): few large copies, not many small ones."""
+    """Join ranges that are neighbours in the same flat tensor, so that few large copies are made: (flat, offset, numel, ranges)."""
     runs: list[tuple[int, int, int, list[Held]]] = []
     for held in sorted(owned, key=lambda held: (held.flat, held.offset)):
         if runs:

@@ -72,6 +72,6 @@ def _advice(key: str, kind: type[RunConfig]) -> str:
 
 
 def _in_short(key: Key) -> str:
-    """The choices, else the first sentence of the meaning."""
+    """A key in a few words: the values it may have if they are few, else the first sentence of its meaning."""
     choices = [json.dumps(choice) for choice in get_args(key.kind)] if get_origin(key.kind) is Literal else []
     return ", ".join(choices) or key.meaning.split(". ")[0].rstrip(".")

@@ -52,5 +52,5 @@ def stage_names() -> list[str]:
 
 
 def part(place: str) -> Any:
-    """What stands at a place, "module:attribute"."""
+    """Import what a place "module:attribute" names."""
     return pkgutil.resolve_name(place)

@@ -53,7 +53,7 @@ def refuse_changes(differences: Sequence[Difference], allowed: Collection[str], 
 
 
 def _mark_of(key: str, marks: Mapping[str, OnResume | None]) -> OnResume | None:
-    """Of the key, or of the section that holds it where the class does not know what is below (deepspeed)."""
+    """What a key's field says of changes on resuming; of a key inside a free-form section (deepspeed), what the section says."""
     while key and key not in marks:
         key = key.rpartition(".")[0]
     return marks.get(key)

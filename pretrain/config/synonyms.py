@@ -56,6 +56,6 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
 
 
 def ours(key: str, known: Collection[str]) -> list[str]:
-    """The keys among `known` that others call by the last part of `key`."""
+    """The keys among `known` for which other trainers use the name that `key` ends in."""
     name = key.rpartition(".")[2].lower().replace("-", "_")
     return [own for own, others in SYNONYMS.items() if name in others and own in known]

@@ -48,7 +48,7 @@ def diagnose(config: RunConfig, run: Path, device: torch.device) -> tuple[Figure
 
 
 def finite(value: Any) -> Any:
-    """The same with null for numbers that JSON lacks."""
+    """A copy of a JSON-able value with None in place of nan and infinities."""
     if isinstance(value, dict):
         return {name: finite(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

@@ -48,7 +48,7 @@ def training(config: RunConfig, device: torch.device, rows: int) -> list[Batch]:
 
 @contextmanager
 def phase(name: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """A bar in a terminal, and one line with its time in the end; yields what counts a step."""
+    """A progress bar in a terminal and, at the end, a line with the seconds; yields a function to call after each of `total` steps."""
     started = time.perf_counter()
     with tqdm(total=total, desc=f"  {name}", leave=False, disable=None) as bar:
 

@@ -116,7 +116,7 @@ def text_figures(stage: DiTStage, device: torch.device) -> Figures:
 def word_figures(
     config: DiTRun, manifest: Manifest, prompts: Sequence[Prompt], generated: Sequence[Sequence[int]]
 ) -> Figures:
-    """What of the generated text occurs in the training text: words, and whole sequences of them."""
+    """Shares of the generated text that occur in the training text: of its words, and of whole sequences of words."""
     try:
         detokenizer = Detokenizer(config.data.path, manifest)
     except UserError as error:
@@ -194,7 +194,7 @@ def judge(figures: Figures, config: DiTRun) -> list[Verdict]:
 
 
 def _least(values: Sequence[float]) -> float:
-    """The minimum, nan if any is (min() would depend on the order)."""
+    """The smallest value, nan if any of them is nan (with min() that would depend on their order)."""
     return min(values) if all(value == value for value in values) else float("nan")
 
 

@@ -66,7 +66,7 @@ class Posterior:
     @classmethod
     @torch.no_grad()
     def of(cls, vae: TextVAE, batches: Sequence[Batch]) -> "Posterior":
-        """Encode every segment by itself."""
+        """Posteriors of the batches' tokens, every segment encoded by itself."""
         means, variances, tokens = [], [], []
         for batch in batches:
             segments = Segments.from_lengths(batch.segment_lengths, batch.tokens_T.device)
@@ -107,7 +107,7 @@ class Posterior:
 
 
 def by_quarter(floors: Floors) -> dict[str, list[float]]:
-    """Mean of each floor over each quarter of t."""
+    """Each floor's mean over each quarter of t: name -> four numbers."""
     return {name: getattr(floors, f"{name}_G").view(QUARTERS, -1).mean(1).tolist() for name in FLOOR_NAMES}
 
 
@@ -177,12 +177,12 @@ class FlowFigures:
 
     @cached_property
     def losses(self) -> list[float]:
-        """Per quarter of t, with true contexts."""
+        """Flow loss with true contexts, by quarter of t."""
         return [_mean(self.true, f"flow_q{q + 1}") for q in range(QUARTERS)]
 
     @cached_property
     def foreign_losses(self) -> list[float]:
-        """Per quarter of t, with foreign contexts."""
+        """Flow loss with another document's contexts, by quarter of t."""
         return [_mean(self.foreign, f"flow_q{q + 1}") for q in range(QUARTERS)]
 
     @cached_property
@@ -278,7 +278,7 @@ def _mean(sums: Sequence[Sums], name: str) -> float:
 
 
 def _standard_error(sums: Sequence[Sums], minus: Sequence[Sums] | None, name: str) -> float:
-    """Of the weighted mean over batches, of a metric or of its paired difference to another."""
+    """Standard error over batches of a metric's weighted mean; with `minus`, of its difference from that one, batch by batch."""
     mean = _mean(sums, name) - (_mean(minus, name) if minus else 0.0)
     total, variance = 0.0, 0.0
     for i, part in enumerate(sums):

@@ -46,7 +46,7 @@ def guidance_sweep(
 
 
 def rms(latents_TZ: Tensor) -> float:
-    """Root mean square."""
+    """Root mean square over all elements."""
     return latents_TZ.double().square().mean().sqrt().item()
 
 
@@ -64,7 +64,7 @@ def entropy(texts: Sequence[Sequence[int]]) -> float:
 
 
 def ngrams(text: Sequence, n: int) -> Iterator[tuple]:
-    """All runs of n items."""
+    """All sequences of n neighbouring items, in order, repetitions included."""
     return (tuple(text[i : i + n]) for i in range(len(text) - n + 1))
 
 

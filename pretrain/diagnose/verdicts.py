@@ -20,31 +20,31 @@ class Verdict:
     passed: bool | None = None
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """The verdict as a dictionary for JSON."""
         return asdict(self)
 
 
 def at_least(check: int, name: str, value: float | None, limit: float, form: str = ".3f") -> Verdict:
-    """Passes from the limit on; a value that is no number fails."""
+    """A verdict that passes if value >= limit; nan fails."""
     if value is None:
         return Verdict(check, name, "not measured", f">= {limit:g}")
     return Verdict(check, name, f"{value:{form}}", f">= {limit:g}", bool(value >= limit))
 
 
 def above(check: int, name: str, value: float, limit: float, form: str = ".3f") -> Verdict:
-    """Passes above the limit only."""
+    """A verdict that passes if value > limit; nan fails."""
     return Verdict(check, name, f"{value:{form}}", f"> {limit:g}", bool(value > limit))
 
 
 def at_most(check: int, name: str, value: float | None, limit: float, form: str = ".3f") -> Verdict:
-    """Passes up to the limit; a value that is no number fails."""
+    """A verdict that passes if value <= limit; nan fails."""
     if value is None:
         return Verdict(check, name, "not measured", f"<= {limit:g}")
     return Verdict(check, name, f"{value:{form}}", f"<= {limit:g}", bool(value <= limit))
 
 
 def quarters(values: Sequence[float], form: str = ".3f") -> str:
-    """Four numbers in a row."""
+    """The four quarters' numbers, formatted, with spaces between."""
     return "  ".join(f"{value:{form}}" for value in values)
 
 

@@ -32,7 +32,7 @@ class AdamW(Optimizer):
         weight.addcdiv_(mean, root, value=-lr / (1 - beta1**self.number))
 
     def fused(self, weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, group: dict[str, Any]) -> None:
-        """One kernel, which counts the update itself."""
+        """The update by torch's fused kernel, which adds 1 to the count of updates itself."""
         beta1, beta2 = self.settings.betas
         earlier = torch.full((), self.number - 1, dtype=torch.float32, device=weight.device)
         adamw(

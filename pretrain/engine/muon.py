@@ -59,7 +59,7 @@ class Muon(AdamW):
         self.whole.map_(masters, gradients, orthogonalized, dtype)
 
     def update(self, weight: Tensor, grad: Tensor, states: dict[str, Tensor], group: dict[str, Any]) -> None:
-        """Of a piece, element by element."""
+        """Update a piece: of a hidden matrix, whose gradient is orthogonalised already, W <- (1 - lr weight_decay) W - lr g; else AdamW."""
         if group["label"] != "matrices":
             super().update(weight, grad, states, group)
             return

@@ -84,7 +84,7 @@ class Optimizer(torch.optim.Optimizer):
             group["lr"] = lr * group.get("lr_ratio", 1.0)
 
     def states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Names of all that belongs to an element of this group: weight, the optimizer's own, EMA."""
+        """Names of all numbers kept for an element of this group: "weight", the optimizer's own states, "ema"."""
         return (WEIGHT, *group.get("states", self.states), EMA)
 
     def create_state(self, params: Iterable[Tensor], group: dict[str, Any]) -> None:
@@ -152,7 +152,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def trainable(module: nn.Module) -> Sequence[nn.Parameter]:
-    """Its parameters that have gradients. Raises: UserError if there is none."""
+    """The module's parameters that require gradients. Raises: UserError if there is none."""
     found = [p for p in module.parameters() if p.requires_grad]
     if not found:
         raise UserError("the model has no trainable parameter; was everything frozen?")

@@ -51,7 +51,7 @@ class Sharding(Section):
 
     @model_validator(mode="after")
     def _check_sharding(self) -> Self:
-        """What DeepSpeed cannot do, or would do wrongly."""
+        """Refuse combinations that DeepSpeed cannot do, or would do wrongly. Raises: ValueError."""
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError(
                 "train.precision is bf16 and train.zero_stage 0, where DeepSpeed would accumulate gradients in bf16: set"
@@ -84,7 +84,7 @@ class EngineSettings(Sharding):
 
     @classmethod
     def of(cls, sharding: Sharding, **decided: Any) -> Self:
-        """A configuration's keys, and what was decided for these ranks. Raises: ValueError."""
+        """The settings from a configuration's section and what was decided for these ranks. Raises: ValueError."""
         return cls(**sharding.model_dump(include=set(Sharding.model_fields)) | decided)
 
 

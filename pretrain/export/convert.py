@@ -90,7 +90,7 @@ def convert(
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """To the dtype of the stored weights, but for what the model's class keeps in fp32."""
+    """Convert a model in place to the dtype in which it is stored, except for the tensors that its class keeps in fp32."""
     kept = tuple(model._keep_in_fp32_modules_strict or ())
     buffers = {name: buffer for name, buffer in model.named_buffers() if name.endswith(kept)} if kept else {}
     model.to(dtype)  # type: ignore[arg-type]

@@ -102,7 +102,7 @@ def _place(source: str) -> str:
 
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:
-    """What determined the weights, with folders by their last names: where they lay is nobody's business."""
+    """The configuration's keys that determined the weights, of every folder only its last name."""
     told = {name: dict(config[name]) for name in ("model", "flow", "data", "optimizer", "schedule", "train")}
     for section, key in (("model", "vae"), ("data", "path"), ("train", "run")):
         told[section][key] = Path(told[section][key]).name

@@ -29,7 +29,7 @@ class Sampling:
             raise UserError(f"--num-steps is {self.num_steps}; expected at least 1")
 
     def settings(self, diagnose: Diagnose) -> dict[str, Any]:
-        """Every field with its value."""
+        """All fields by name; those that are None take the run's diagnosis's value."""
         given = dataclasses.asdict(self)
         return {name: getattr(diagnose, name) if value is None else value for name, value in given.items()}
 

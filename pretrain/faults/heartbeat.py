@@ -33,18 +33,18 @@ class Heartbeat:
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
-        """The one in a file; None if there is none, or not one of this version."""
+        """The heartbeat in a file; None if the file is missing, or was written by another version."""
         with contextlib.suppress(OSError, ValueError, TypeError):
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         return None
 
 
 def heartbeat_file(run: Path, rank: int) -> Path:
-    """Where a rank's is."""
+    """Path of a rank's heartbeat file in the run folder."""
     return run / FOLDER / f"rank-{rank:05d}.json"
 
 
 def read_heartbeats(run: Path) -> list[Heartbeat]:
-    """Those of all ranks that left one, by rank; a killed job leaves its files behind."""
+    """Heartbeats of all ranks that left a file, in the order of ranks. A killed job leaves its files behind, so look at their times."""
     found = [Heartbeat.read(path) for path in sorted((run / FOLDER).glob("rank-*.json"))]
     return [beat for beat in found if beat is not None]

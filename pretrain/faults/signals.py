@@ -31,7 +31,9 @@ class Signals:
 
     @property
     def received(self) -> str | None:
-        """This rank's; the loop sums it over all ranks with its token counts, so that all stop at one step."""
+        """What asks this rank to stop, such as SIGTERM, or None. The loop sums over all ranks whether there is something, together
+        with the token counts, so that all stop at the same step.
+        """
         if self._received is None and self._launchers is not None and self._launchers != launchers():
             self._stop("the launcher's end")
         return self._received

@@ -116,19 +116,19 @@ def on_host(host: str, command: str, timeout_s: float = 20.0) -> subprocess.Comp
 
 
 def on_hosts(hosts: Iterable[str], command: str) -> dict[str, subprocess.CompletedProcess[str] | None]:
-    """`on_host` for several at once."""
+    """Run a shell command on several hosts at once; what `on_host` gives, by host."""
     names = list(hosts)
     with ThreadPoolExecutor(max_workers=min(64, len(names) or 1)) as pool:
         return dict(zip(names, pool.map(lambda host: on_host(host, command), names)))
 
 
 def answering(hosts: Iterable[str]) -> list[str]:
-    """Those that can be logged into."""
+    """The hosts that can be logged into by ssh, in the order given."""
     return [host for host, done in on_hosts(hosts, "true").items() if done is not None and done.returncode == 0]
 
 
 def versions() -> dict[str, str]:
-    """What must be the same on all hosts."""
+    """Versions of Python and of the packages that must be the same on all hosts, by name."""
     return {"python": sys.version.split()[0]} | {name: version(name) for name in ("torch", "deepspeed")}
 
 
@@ -143,7 +143,7 @@ class HostReport:
     problems: tuple[str, ...] = ()
 
     def line(self, shared: Path) -> str:
-        """For people."""
+        """The report in one line for people."""
         if self.gpus is None:
             return f"{self.host} {'; '.join(self.problems)}"
         state = f"{self.host} answers, {self.slots} rank(s), {self.gpus or 'no'} GPU(s)"

@@ -87,7 +87,7 @@ class Supervisor:
         self._stop = self._stop or signal.Signals(number).name
 
     def run(self) -> int:
-        """Until the job is finished, hopeless, or to be stopped; the exit code. Raises: UserError."""
+        """Start the job until it is finished, hopeless, or to be stopped; returns the exit code. Raises: UserError."""
         failures, pause_s, fresh = 0, FIRST_PAUSE_S, self.plan.fresh
         while True:
             hosts = self._available_hosts()
@@ -246,7 +246,7 @@ def usable(config: RunConfig, alive: Mapping[str, int]) -> tuple[dict[str, int],
 
 
 def meaning(code: int) -> str:
-    """In words, of a rank's or a launcher's exit code."""
+    """What the exit code of a rank or a launcher means, in words."""
     ended = ended_by(code)
     return f"ended by {ended.name}" if ended else EXIT_CODES.get(code, "unknown")
 
@@ -280,7 +280,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def make_plan(argv: list[str] | None) -> Plan:
-    """From the command line. Raises: UserError."""
+    """The plan that a command line asks for. Raises: UserError."""
     arguments = make_parser().parse_args(argv)
     training = arguments.train[1:] if arguments.train[:1] == ["--"] else arguments.train
     parsed = train_parser().parse_args(training)

@@ -48,11 +48,11 @@ class Ledger:
                 raise UserError(f"{self.path} cannot be read ({error}); start over with --fresh") from None
 
     def is_done(self, step: Step) -> bool:
-        """Done with this very command, from what still stands, and what it made is there."""
+        """Whether the step was finished with this very command, on inputs that have not changed since, and its product exists."""
         return self._goes_on(step) and "seconds" in self.entries[step.name] and step.produces.exists()
 
     def begin(self, step: Step, behind: Sequence[str]) -> None:
-        """Remember that a step has started and that those behind it were made from something else.
+        """Note that a step starts, so that the steps named in `behind`, which use what it makes, have to run again.
 
         A step that was interrupted goes on where it was; one with another command or other inputs than before starts anew.
         """
@@ -118,7 +118,9 @@ class Plan:
 
     @property
     def tokenizer_folder(self) -> str:
-        """By default the teacher's, which can say nothing of another's tokens."""
+        """Folder or hub id of the tokenizer: as given, else the teacher's (a teacher cannot read another's tokens), else one trained
+        on the text.
+        """
         return self.tokenizer or self.teacher or str(self.output / "tokenizer")
 
     @property
@@ -126,7 +128,7 @@ class Plan:
         return self.teacher or str(self.output / "teacher")
 
     def before_dit(self) -> list[Step]:
-        """Everything up to the VAE, which both lengths of the recipe share."""
+        """Steps up to the VAE's diagnosis; the short and the long recipe share them."""
         data, features = str(self.data), str(self.data / "features")
         steps = []
         if not (self.tokenizer or self.teacher):
@@ -204,7 +206,7 @@ class Plan:
         return steps
 
     def from_dit(self, num_steps: int) -> list[Step]:
-        """The DiT and what follows from it."""
+        """Steps from the DiT's training (`num_steps` updates) to the pictures."""
         data, suffix = str(self.data), "-long" if self.long else ""
         trajectory = str(self.dit / "trajectory.json")
         return [

@@ -42,7 +42,12 @@ MIN_DIT_STEPS, MAX_DIT_STEPS = 800, 60_000
 
 
 def execute(steps: Sequence[Step], ledger: Ledger, shared: bool = False) -> None:
-    """Run what is not done; `shared` steps have everything else in the ledger behind them. Raises: UserError when a command fails."""
+    """Run the steps that are not done yet, in order, and remember them in the ledger.
+
+    shared: these steps come first in the short and in the long recipe; a repeated one makes all other steps of the ledger run again.
+
+    Raises: UserError when a command fails.
+    """
     for number, step in enumerate(steps):
         print(f"\n[{step.name}] {step.title}\n$ {shlex.join(step.command)}", flush=True)
         if ledger.is_done(step):
@@ -68,12 +73,12 @@ def execute(steps: Sequence[Step], ledger: Ledger, shared: bool = False) -> None
 
 
 def on_free_port(command: list[str]) -> list[str]:
-    """By itself `deepspeed` takes the same port for all jobs of a machine, and recipes side by side would collide."""
+    """The command with a free port for `deepspeed`, which by itself takes the same one for all jobs of a machine; others as they are."""
     return [command[0], "--master_port", str(free_port()), *command[1:]] if command[0] == "deepspeed" else command
 
 
 def environment() -> dict[str, str]:
-    """One thread a rank: two ranks share two cores, and small matrices gain nothing from more."""
+    """Environment of the steps: the machine's cores are shared out evenly over the ranks, as threads."""
     threads = max(1, (os.cpu_count() or RANKS) // RANKS)
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "5"}
 
@@ -165,7 +170,7 @@ def default_source() -> str:
 
 
 def check_machine() -> None:
-    """The compiler-free parts that every step needs. Raises: UserError."""
+    """Refuse to start where the steps' commands are not on the PATH. Raises: UserError."""
     if shutil.which("deepspeed") is None:
         raise UserError("no deepspeed command on the PATH; start with ./run.sh, or activate .venv first")
 
@@ -179,7 +184,7 @@ NEXT_COMMANDS = """For a real run:
 
 
 def report(plan: Plan, figures: dict[str, Any]) -> None:
-    """What the user sees at the end."""
+    """Write the summary and print it, with where everything lies and what to do next."""
     path = plan.output / ("summary-long.json" if plan.long else "summary.json")
     path.write_text(json.dumps(figures, indent=1) + "\n")
     rows = [(name, f"{value:.4g}", "") for name, value in figures.items() if isinstance(value, float)]

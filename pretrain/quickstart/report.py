@@ -151,7 +151,7 @@ def _label_floors(axes: Any, floors: dict[str, float]) -> None:
 
 
 def read_trajectory(path: Path) -> list[tuple[float, str]]:
-    """(t, text) from noise to data. Raises: UserError."""
+    """A trajectory file's (t, text) pairs by falling t, from noise to data. Raises: UserError."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         found = [(float(entry["t"]), str(entry["text"])) for entry in entries]
@@ -166,7 +166,7 @@ def read_trajectory(path: Path) -> list[tuple[float, str]]:
 
 
 def choose(entries: Sequence[tuple[float, str]], number: int = SHOWN_TIMES) -> list[tuple[float, str]]:
-    """First, last, and what is closest to equal spacing of t between; never the same entry twice."""
+    """At most `number` of the entries: the first, the last, and between them those nearest to equally spaced t, each once."""
     if len(entries) <= number:
         return list(entries)
     first, last = entries[0][0], entries[-1][0]
@@ -206,7 +206,7 @@ def wrapped(words: Sequence[tuple[str, bool]], columns: int, max_lines: int) -> 
 
 
 def printable(text: str) -> str:
-    """Every character takes exactly one column: undecodable bytes, controls and wide characters become a dot."""
+    """The text with a dot for every character that does not take exactly one column: undecodable bytes, controls, wide characters."""
     return "".join(
         c if c.isspace() or (c.isprintable() and ord(c) < 0x2E80 and c != "\ufffd") else "·" for c in text
     ).strip()

@@ -39,14 +39,14 @@ def choose_interface(address: str) -> None:
 
 
 def _source_address(family: int, target: tuple) -> str:
-    """Of a packet to `target`; none is sent."""
+    """The address that a packet to `target` would be sent from, by the kernel's routes; no packet is sent."""
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)
         return probe.getsockname()[0]
 
 
 def _interfaces() -> dict[str, str]:
-    """Address -> name of its interface, of all that are up."""
+    """Name of the network interface by address, for all interfaces that are up."""
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
     held = {name: entries for name, entries in psutil.net_if_addrs().items() if name in up}
     families = (socket.AF_INET, socket.AF_INET6)

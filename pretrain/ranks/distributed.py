@@ -90,7 +90,9 @@ def init_distributed(timeout_s: float = 1800.0) -> Topology:
 
 
 def _give_new_groups_a_timeout(timeout: timedelta) -> None:
-    """DeepSpeed makes ZeRO's groups without a timeout; a cut link would hang them for half an hour or for ever."""
+    """Let every process group that is made from here on have this timeout: DeepSpeed makes ZeRO's without one, so that a cut link
+    would hang them for half an hour or for ever.
+    """
     original: Callable = getattr(dist.new_group, "without_timeout", dist.new_group)
 
     @wraps(original)
@@ -123,7 +125,7 @@ def barrier() -> None:
 
 
 def _text_of_rank_0(text: str) -> str:
-    """Rank 0's text, on every rank. Collective."""
+    """Broadcast rank 0's text to every rank; other ranks' texts are ignored. Collective."""
     own = text.encode().ljust(SHARED_TEXT_BYTES) if dist.get_rank() == 0 else bytes(SHARED_TEXT_BYTES)
     return bytes(map(int, all_reduce_sum(own))).decode().rstrip()
 

@@ -20,7 +20,7 @@ def launchers() -> tuple[int, int] | None:
 
 @functools.cache
 def first_launchers() -> tuple[int, int] | None:
-    """`launchers()` as they were at the first call, which is among train.py's first lines: a launcher may end during the rest."""
+    """What `launchers()` gave at the first call. train.py makes it among its first lines: a launcher may end during the imports."""
     return launchers()
 
 

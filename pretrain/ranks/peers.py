@@ -53,7 +53,7 @@ def watch_peers(
 
 
 class _End:
-    """What both sides have in common: telling the others, and ending."""
+    """What rank 0 and the other ranks do alike: tell the others of an end, and end this process."""
 
     def __init__(self, rank: int, host: str, exit_process: Callable[[int], object]) -> None:
         self.name, self.done = f"rank {rank} on {host}", False
@@ -128,7 +128,7 @@ class Hub(_End):
                         connection.close()
 
     def _read(self, peer: _Peer) -> bool:
-        """What a peer says, or its loss; False if there is no more to come."""
+        """Read what a peer has sent, or notice that it is lost; False if nothing more will come from it."""
         error = None
         try:
             received = peer.connection.recv(4096)

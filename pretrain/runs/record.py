@@ -69,5 +69,5 @@ class RunRecord(BaseModel):
         return parse_config(self.config, source)
 
     def extra(self) -> dict[str, Any]:
-        """As the checkpoint keeps it."""
+        """The record as the dictionary that a checkpoint keeps under `extra`."""
         return self.model_dump(mode="json")

@@ -53,7 +53,7 @@ class FlowErrors:
         return total if self.token_ce is None else total + token_weight * self.token_ce
 
     def metrics(self) -> dict[str, Tensor]:
-        """The loss, and it per quarter of t beside the three floors at the very same times."""
+        """Flow loss, and by quarter of t the loss and the floors at the very same times, as (sum, weight) by name."""
         metrics = {"flow": weighted(self.error_T, self.weights_T)}
         if self.token_ce is not None:
             metrics["token_ce"] = torch.stack((self.token_ce.detach(), self.weights_T.sum()))

@@ -116,11 +116,11 @@ class Telemetry:
         self._first_start = self._sinks.first_start if self._sinks else 0.0
 
     def begin_step(self) -> None:
-        """The loop asks for a step's data now."""
+        """Call when the loop begins to wait for a step's data: the step's time counts from here."""
         self._step_started = time.perf_counter()
 
     def add(self, metrics: Mapping[str, Any], flops: float = 0.0) -> None:
-        """A micro-batch's metrics and model FLOPs on this rank."""
+        """Add a micro-batch of this rank: metrics as (sum, weight) by name, and its model FLOPs."""
         self._pending.add(metrics)
         self._flops += flops
 
@@ -230,7 +230,7 @@ def find_stragglers(seconds: Sequence[float], window_s: float) -> dict[str, floa
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Bytes at most: of the device if it is a GPU, else of this process."""
+    """Peak memory in bytes: allocated on the device if it is a GPU, else resident in this process."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)

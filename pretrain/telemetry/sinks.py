@@ -41,7 +41,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _first_time(path: Path) -> float | None:
-    """When the first line was written."""
+    """Time of a metrics file's first line, in seconds since 1970; None if it has none."""
     try:
         with open(path, encoding="utf-8") as file:
             return json.loads(file.readline())["time"]
@@ -74,7 +74,7 @@ class Sinks:
             self.say(f"{name} is left out: {type(error).__name__}: {error}")
 
     def train(self, line: dict[str, Any], eta_s: float) -> None:
-        """A logged step."""
+        """Record a logged step; `eta_s`: seconds that the rest of the run will take."""
         self.write(line)
         self._record(line)
         text = describe_step(line)
@@ -86,20 +86,20 @@ class Sinks:
             print(f"step {line['step']}/{self._steps}  {text}  eta {duration(eta_s)}", flush=True)
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        """A held-out evaluation."""
+        """Record a held-out evaluation."""
         self.write(line)
         self._record(line)
         figures = {name.removeprefix("eval/"): value for name, value in line.items() if name.startswith("eval/")}
         self.say(f"held-out after step {line['step']}:  {describe_figures(figures)}")
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """One flushed line in metrics.jsonl; numbers that JSON lacks become null."""
+        """Append a line to metrics.jsonl and flush it; nan and infinities, which JSON lacks, become null."""
         finite = {name: None if _is_odd(value) else value for name, value in line.items()}
         self._metrics.write(json.dumps({**finite, "time": time.time()}) + "\n")
         self._metrics.flush()
 
     def say(self, text: str) -> None:
-        """A line in the terminal, above the bar, and in log.txt."""
+        """Print a line above the progress bar and append it to log.txt."""
         self._to_log(text)
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
@@ -205,7 +205,7 @@ def describe_figures(figures: Mapping[str, float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """1 d 02:03:04."""
+    """Seconds as days, hours, minutes and seconds: 1 d 02:03:04."""
     whole = max(0, round(seconds))
     days, rest = divmod(whole, 86400)
     clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
