@@ -151,7 +151,7 @@ def locked(lock: str) -> tuple[dict[str, str], set[str]]:
     return pinned, asked_for
 
 
-def test_links_and_named_documents_lead_somewhere():
+def test_links_and_named_files_lead_somewhere():
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     for page in pages:
         for target in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", page.read_text()):
@@ -163,5 +163,7 @@ def test_links_and_named_documents_lead_somewhere():
         if path.suffix != ".pyc"
     ]
     for path in [*pages, *texts]:
-        for target in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text()):
+        for target in re.findall(
+            rf"(?<![\w/])(?:{'|'.join(PACKAGES)}|benchmarks|docs)/[\w/-]+\.(?:py|md)\b", path.read_text()
+        ):
             assert (ROOT / target).exists(), f"{path.relative_to(ROOT)} names {target}"
