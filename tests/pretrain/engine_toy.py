@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from modeling.layers import hidden
 from pretrain.engine.optim import parameter_groups
-from pretrain.engine.optimizer_settings import AdamWSettings
+from pretrain.engine.optimizer_settings import AdamWSettings, MuonSettings
+from tests.pretrain.plain_muon import PlainMuon
 
 VOCABULARY, WIDTH, ROWS = 37, 11, 6
 """Odd sizes, so that partitions get padding and cut through parameters; 6 rows divide by 1, 2, 3 and 6."""
@@ -153,35 +154,11 @@ def plain_sgd(stage: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameter_groups(stage, SGD["weight_decay"]), lr=LR, momentum=0.9)
 
 
-class PlainMuon(torch.optim.AdamW):
-    """Muon by hand, a matrix at a time: the blocks' weights are left to no group of AdamW's."""
-
-    def __init__(self, stage: nn.Module) -> None:
-        named = dict(stage.named_parameters())
-        self.hidden = {p: n for name, p in named.items() for end, n in MATRICES.items() if name.endswith(end)}
-        groups = parameter_groups(stage, MUON["weight_decay"])
-        for group in groups:
-            group["params"] = [p for p in group["params"] if p not in self.hidden]
-        super().__init__(groups, lr=LR, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        super().step()
-        lr = MUON["matrix_lr"]
-        for p, number in self.hidden.items():
-            state = self.state[p]
-            state["momentum"] = 0.95 * state.get("momentum", 0 * p) + 0.05 * p.grad
-            directions = [newton_schulz(m) for m in (0.05 * p.grad + 0.95 * state["momentum"]).chunk(number)]
-            p.mul_(1 - lr * MUON["weight_decay"]).sub_(lr * torch.cat(directions))
-
-
-def newton_schulz(matrix: Tensor) -> Tensor:
-    """Five quintic steps, whichever side is longer, and the scale of a tall matrix."""
-    x = matrix / matrix.norm()
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
-    return x * max(1.0, len(matrix) / len(matrix.T)) ** 0.5
+def plain_muon(stage: nn.Module) -> torch.optim.Optimizer:
+    """By hand, of the blocks' weights."""
+    named = dict(stage.named_parameters())
+    hidden = {p: count for name, p in named.items() for end, count in MATRICES.items() if name.endswith(end)}
+    return PlainMuon(stage, MuonSettings(**MUON), hidden)
 
 
 def plain_training(

@@ -2,8 +2,8 @@
 
 Started by engine_launch.py with the name of the jobs' file.
 
-A job is {"name", "config", "zero_stage" (null: a plain PyTorch loop), "accumulation", "steps"}; rank 0 writes all states to
-<name>.safetensors and, for stage vae, a checkpoint to the config's run folder.
+A job is {"name", "config", "zero_stage" (null: a plain PyTorch loop), "accumulation", "steps", "optimizer" (adamw)}; rank 0 writes all
+states to <name>.safetensors and, for stage vae, a checkpoint to the config's run folder.
 """
 
 import json
@@ -23,17 +23,21 @@ from pretrain.checkpoint.write import CheckpointWriter
 from pretrain.config.load import parse_config
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import Engine, EngineSettings
+from pretrain.engine.muon import hidden_matrices
 from pretrain.engine.optim import parameter_groups
-from pretrain.engine.optimizer_settings import AdamWSettings
+from pretrain.engine.optimizer_settings import AdamWSettings, MuonSettings
 from pretrain.ranks.distributed import Topology, init_distributed
 from pretrain.runs.record import RunRecord
 from pretrain.stages.base import Stage
 from pretrain.stages.build import build_stage, measure
 from tests.pretrain.engine_states import gather_full
+from tests.pretrain.plain_muon import PlainMuon
 
 FEATURE_DIM = 24
-OPTIMIZER = AdamWSettings(lr=3e-3, eps=1e-3, weight_decay=0.1, grad_clip=1.0, ema_decay=0.9)
-"""A large eps: attention's key bias has no gradient but rounding errors, which Adam would blow up to full steps."""
+COMMON = {"lr": 3e-3, "eps": 1e-3, "weight_decay": 0.1, "grad_clip": 1.0, "ema_decay": 0.9}
+OPTIMIZERS = {"adamw": AdamWSettings(**COMMON), "muon": MuonSettings(kind="muon", matrix_lr=5e-3, **COMMON)}
+"""A large eps: attention's key bias has no gradient but rounding errors, which Adam would blow up to full steps. A small
+matrix_lr: Newton-Schulz magnifies the rounding errors of weak directions up to 485 times, and by this rate they enter the weights."""
 
 
 @dataclass(frozen=True)
@@ -82,35 +86,43 @@ def steps_of(config: RunConfig, rank: int, world_size: int, micro_batch_rows: in
         return [loader.next_step() for _ in range(num_steps)]
 
 
-def train_plain(config: RunConfig, num_steps: int) -> dict[str, Tensor]:
-    """The whole global batch at once, in one process: torch's AdamW and clipping, the EMA by hand."""
-    stage = make_stage(config)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(stage, OPTIMIZER.weight_decay), lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps
-    )
+def plain_optimizer(stage: Stage, settings: AdamWSettings) -> torch.optim.Optimizer:
+    """torch's AdamW, or Muon by hand."""
+    if isinstance(settings, MuonSettings):
+        return PlainMuon(stage, settings, hidden_matrices(stage))
+    groups = parameter_groups(stage, settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+
+
+def train_plain(job: dict[str, Any], config: RunConfig) -> dict[str, Tensor]:
+    """The whole global batch at once, in one process: torch's clipping, the EMA by hand."""
+    stage, settings, num_steps = make_stage(config), OPTIMIZERS[job.get("optimizer", "adamw")], job["steps"]
+    optimizer = plain_optimizer(stage, settings)
     ema = {name: p.detach().clone() for name, p in stage.named_parameters()}
     for step, batches in enumerate(steps_of(config, 0, 1, config.data.rows_per_step, num_steps)):
         stage.step = step
-        optimizer.zero_grad()
+        stage.zero_grad()
         for batch in batches:
             stage(batch, counts_of(stage, batches)).loss.backward()
-        nn.utils.clip_grad_norm_(stage.parameters(), OPTIMIZER.grad_clip)
+        nn.utils.clip_grad_norm_(stage.parameters(), settings.grad_clip)
         optimizer.step()
         for name, p in stage.named_parameters():
-            ema[name].lerp_(p.detach(), 1 - OPTIMIZER.ema_decay_at(step))
+            ema[name].lerp_(p.detach(), 1 - settings.ema_decay_at(step))
     states = {f"weight/{name}": p.detach() for name, p in stage.named_parameters()}
     states |= {f"ema/{name}": tensor for name, tensor in ema.items()}
     for name, p in stage.named_parameters():
-        states |= {f"{state}/{name}": optimizer.state[p][state] for state in ("exp_avg", "exp_avg_sq")}
+        states |= {f"{state}/{name}": value for state, value in optimizer.state[p].items() if state != "step"}
     return states
 
 
 def train_sharded(job: dict[str, Any], config: RunConfig, topology: Topology) -> dict[str, Tensor]:
     """The same through the engine; the evaluation in between must leave no trace."""
     stage, num_steps, accumulation = make_stage(config), job["steps"], job["accumulation"]
-    engine = Engine(
-        stage, EngineSettings(zero_stage=job["zero_stage"], accumulation_steps=accumulation), OPTIMIZER, topology
+    sharding, optimizer = (
+        EngineSettings(zero_stage=job["zero_stage"], accumulation_steps=accumulation),
+        OPTIMIZERS[job.get("optimizer", "adamw")],
     )
+    engine = Engine(stage, sharding, optimizer, topology)
     rows = config.data.rows_per_step
     micro_batch_rows = rows // topology.world_size // accumulation
     every_row = steps_of(config, 0, 1, rows, num_steps)
@@ -119,7 +131,7 @@ def train_sharded(job: dict[str, Any], config: RunConfig, topology: Topology) ->
         counts = counts_of(stage, every_row[step])
         for i, batch in enumerate(batches):
             engine.forward_backward(batch, counts, last=i == len(batches) - 1)
-        engine.step(step, OPTIMIZER.lr)
+        engine.step(step, optimizer.lr)
         with engine.ema_weights():
             engine.evaluate(batches[0], counts)
     if config.stage == "vae":
@@ -138,7 +150,7 @@ def main(argv: list[str]) -> int:
     for job in json.loads(path.read_text()):
         config = parse_config(job["config"], "job")
         plain = job["zero_stage"] is None
-        states = train_plain(config, job["steps"]) if plain else train_sharded(job, config, topology)
+        states = train_plain(job, config) if plain else train_sharded(job, config, topology)
         if topology.is_main:
             save_file({name: t.contiguous() for name, t in states.items()}, path.parent / f"{job['name']}.safetensors")
             (path.parent / f"{job['name']}.json").write_text("{}")

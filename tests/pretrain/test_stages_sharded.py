@@ -41,6 +41,8 @@ def jobs(folder: Path, world_size: int) -> list[dict[str, Any]]:
             if stage == "vae":
                 found.append({"name": "for-dit", "config": config, "zero_stage": 0, "accumulation": 1, "steps": 1})
             found.append({"name": f"{stage}-plain", "config": config, "zero_stage": None, "steps": STEPS})
+            if stage == "dit":
+                found.append(found[-1] | {"name": "muon-plain", "optimizer": "muon"})
         for zero_stage in range(4):
             for accumulation in (1, 3):
                 name = f"{stage}-{zero_stage}-{accumulation}"
@@ -54,6 +56,9 @@ def jobs(folder: Path, world_size: int) -> list[dict[str, Any]]:
                         "steps": STEPS,
                     }
                 )
+            if stage == "dit":
+                muon = {"name": f"muon-{zero_stage}", "optimizer": "muon", "accumulation": 1}
+                found.append(found[-1] | muon)
         for every in RECOMPUTED:  # blocks: all, every second one
             config = config_of(folder, stage, f"run{world_size}-{stage}-recomputed-{every}")
             config["train"]["activation_checkpointing"] = every
@@ -79,6 +84,13 @@ def two_ranks(folder: Path, one_rank: dict[str, Result]) -> dict[str, Result]:
 def test_every_sharding_trains_as_the_plain_loop(one_rank, two_ranks, stage, zero_stage, accumulation):
     for results in (one_rank, two_ranks):
         assert_equal(results[f"{stage}-{zero_stage}-{accumulation}"], one_rank[f"{stage}-plain"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", range(4))
+def test_muon_trains_a_real_stage_as_the_plain_loop(one_rank, two_ranks, zero_stage):
+    for results in (one_rank, two_ranks):
+        assert_equal(results[f"muon-{zero_stage}"], one_rank["muon-plain"])
 
 
 @pytest.mark.slow

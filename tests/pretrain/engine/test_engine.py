@@ -19,10 +19,10 @@ from tests.pretrain.engine_toy import (
     MUON,
     OPTIMIZER,
     SGD,
-    PlainMuon,
     Reference,
     SumStage,
     ToyStage,
+    plain_muon,
     plain_sgd,
     plain_training,
     sum_batches,
@@ -218,37 +218,37 @@ def test_an_optimizer_from_outside_trains_resumes_and_moves(one_rank, two_ranks,
 
 
 @pytest.fixture(scope="module")
-def plain_muon() -> Reference:
+def muon_reference() -> Reference:
     """Float64, one process, matrix by matrix."""
-    return plain_training(STEPS, make_optimizer=PlainMuon)
+    return plain_training(STEPS, make_optimizer=plain_muon)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_muon_trains_as_the_plain_loop_on_one_and_two_ranks(one_rank, two_ranks, plain_muon, stage):
+def test_muon_trains_as_the_plain_loop_on_one_and_two_ranks(one_rank, two_ranks, muon_reference, stage):
     for results in (one_rank, two_ranks):
-        assert_equal_to(plain_muon, results[f"muon-zero{stage}"])
+        assert_equal_to(muon_reference, results[f"muon-zero{stage}"])
     assert all(two_ranks[f"muon-zero{stage}"].notes["checks"].values())
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_muon_resumes_bit_for_bit_and_moves_to_another_sharding(one_rank, two_ranks, plain_muon, stage):
+def test_muon_resumes_bit_for_bit_and_moves_to_another_sharding(one_rank, two_ranks, muon_reference, stage):
     assert_same_bits(two_ranks[f"muon-zero{stage}"], two_ranks[f"muon-zero{stage}-resumed"])
     moved = one_rank[f"muon-from-zero{stage}"]
-    for state in plain_muon.states:
-        assert largest_relative_difference(moved.states[state], plain_muon.states[state]) <= 1e-6, state
+    for state in muon_reference.states:
+        assert largest_relative_difference(moved.states[state], muon_reference.states[state]) <= 1e-6, state
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_muon_moves_to_three_ranks(three_ranks, plain_muon, stage):
+def test_muon_moves_to_three_ranks(three_ranks, muon_reference, stage):
     moved = three_ranks[f"muon-from-zero{stage}"]
-    for state in plain_muon.states:
-        assert largest_relative_difference(moved.states[state], plain_muon.states[state]) <= 1e-6, state
+    for state in muon_reference.states:
+        assert largest_relative_difference(moved.states[state], muon_reference.states[state]) <= 1e-6, state
 
 
-def test_muon_in_bf16_resumes_bit_for_bit(two_ranks, plain_muon):
+def test_muon_in_bf16_resumes_bit_for_bit(two_ranks, muon_reference):
     straight = two_ranks["bf16-muon"]
-    assert largest_relative_difference(straight.states["weight"], plain_muon.states["weight"]) < 2e-2
+    assert largest_relative_difference(straight.states["weight"], muon_reference.states["weight"]) < 2e-2
     assert_same_bits(straight, two_ranks["bf16-muon-resumed"])
 
 
@@ -372,7 +372,7 @@ def test_a_folder_that_cannot_hold_what_is_offloaded_is_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_offload_sub_groups_and_persistent_parameters(folder, reference, plain_muon):
+def test_offload_sub_groups_and_persistent_parameters(folder, reference, muon_reference):
     sub_groups = {"zero_optimization": {"sub_group_size": 500, "stage3_param_persistence_threshold": 0}}
     cases = [
         {"name": f"offload{stage}-{accumulation}", "zero_stage": stage, "offload": "cpu", "accumulation": accumulation}
@@ -407,7 +407,7 @@ def test_offload_sub_groups_and_persistent_parameters(folder, reference, plain_m
     for world_size in (1, 2):
         results = launch(folder / f"offload{world_size}", world_size, cases + resumed)
         for case in cases:
-            assert_equal_to(plain_muon if "optimizer" in case else reference, results[case["name"]])
+            assert_equal_to(muon_reference if "optimizer" in case else reference, results[case["name"]])
             assert_same_bits(results[case["name"]], results[case["name"] + "-resumed"])
             assert all(results[case["name"]].notes["checks"].values()), case["name"]
             notes = results[case["name"]].notes
