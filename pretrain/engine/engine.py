@@ -100,7 +100,6 @@ class Engine:
         groups = {names[p]: number for number, group in enumerate(base.param_groups) for p in group["params"]}
         self._bare_loss = stage.forward = _BareLoss(stage)
         deepspeed = _load_deepspeed()
-        statistics = {name: buffer.clone() for name, buffer in self.buffers().items()}
         self._torch_linear = torch.nn.functional.linear
         with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints a dozen lines of memory figures
             self._deepspeed, wrapped, _, _ = deepspeed.initialize(
@@ -109,9 +108,6 @@ class Engine:
                 config=deepspeed_config(settings, sum(p.numel() for p in names), torch.cuda.is_available()),
                 dist_init_required=False,
             )
-        # In bf16 DeepSpeed rounds buffers too; statistics keep their precision.
-        for name, buffer in self.buffers().items():
-            buffer.data = statistics[name].to(buffer.device)
         folder = Path(settings.offload_folder)
         files = folder if settings.offload_optimizer == "nvme" else None
         self.partition: Partition = partition_of(
