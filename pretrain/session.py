@@ -160,12 +160,12 @@ def open_session(
     earlier = find(config, topology, inputs, allow_change)
     measure_once(config, topology, inputs)
     stage, engine = build(config, topology, inputs)
-    step = restore(earlier.path, engine).step if earlier.path else 0
+    step = restore(earlier.checkpoint, engine).step if earlier.checkpoint else 0
     guard, telemetry, writer = open_records(config, topology, inputs, engine, stage, earlier, step)
     loader = open_loader(config, topology, step)
     session = Session(
         config, topology, inputs, stage, engine, loader, writer, guard, telemetry, signals, watchdog, step=step,
-        saved_step=step if earlier.path else -1, rewinds=earlier.record.rewinds if earlier.record else 0,
+        saved_step=step if earlier.checkpoint else -1, rewinds=earlier.record.rewinds if earlier.record else 0,
     )  # fmt: skip
     stack.callback(lambda: session.loader.close())
     tell(session, earlier)
@@ -184,7 +184,7 @@ class Inputs:
 class Earlier:
     """The checkpoint that a run goes on from, what it says of its run, and the allowed differences; all empty for a new run."""
 
-    path: Checkpoint | None = None
+    checkpoint: Checkpoint | None = None
     record: RunRecord | None = None
     differences: list[Difference] = field(default_factory=list)
 
@@ -225,13 +225,13 @@ def watch(config: RunConfig, topology: Topology, stack: ExitStack) -> tuple[Sign
 
 def find(config: RunConfig, topology: Topology, inputs: Inputs, allow_change: Collection[str]) -> Earlier:
     """The checkpoint to go on from. Collective. Raises: UserError when the run cannot go on from what is there."""
-    path = newest_complete(config.run_folder, topology)
-    if path is None:
+    checkpoint = newest_complete(config.run_folder, topology)
+    if checkpoint is None:
         refuse_lost_checkpoints(config.run_folder)
         return Earlier()
-    earlier = RunRecord.of_checkpoint(read_manifest(path))
+    earlier = RunRecord.of_checkpoint(read_manifest(checkpoint))
     differences = allowed_differences(earlier, config, inputs.manifest, inputs.fingerprints, allow_change)
-    return Earlier(path, earlier, differences)
+    return Earlier(checkpoint, earlier, differences)
 
 
 def measure_once(config: RunConfig, topology: Topology, inputs: Inputs) -> None:
@@ -324,8 +324,8 @@ def tell(session: Session, earlier: Earlier) -> None:
         torch=torch.__version__,
     )
     session.telemetry.say(describe(session))
-    if earlier.path:
-        session.telemetry.say(f"resuming {earlier.path} at step {session.step}")
+    if earlier.checkpoint:
+        session.telemetry.say(f"resuming {earlier.checkpoint} at step {session.step}")
     for change in earlier.differences:
         session.telemetry.say(
             f"changed since then: {change.key} was {json.dumps(change.old)}, is {json.dumps(change.new)}"

@@ -118,8 +118,6 @@ class Diagnose(Section):
     """REPA cosine minus that of shuffled positions; arbitrary pairs alone reach about 0.66 in real models."""
     min_blind_floor_removed: float = 0.3
     """Fraction of the blind floor, mean of four quarters. A reproduction that failed had removed 0.007."""
-    min_unigram_floor_removed: float = 0.0
-    """Fraction of the unigram floor in the first quarter of t, where least context is needed; language begins above 0."""
     min_estimate_accuracy: Share = 0.9
     """Target tokens that the one-step estimate decodes at t = 0.05: the last steps of sampling must not do harm."""
     min_context_gap: float = 0.0

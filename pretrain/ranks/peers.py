@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 EXIT_LOST = 88
@@ -47,19 +47,66 @@ def watch_peers(
     """
     if rank == 0:
         hub = Hub(world_size, host, address, exit_process)
-        share(hub.invitation)
+        share(json.dumps(asdict(hub.invitation)))
         return hub
-    return Spoke(rank, host, json.loads(share("")), quiet, exit_process)
+    return Spoke(rank, host, Invitation(**json.loads(share(""))), quiet, exit_process)
 
 
-class _End:
-    """What rank 0 and the other ranks do alike: tell the others of an end, and end this process."""
+@dataclass(frozen=True)
+class Invitation:
+    """Where rank 0 listens, the token by which it knows its own ranks, and its name."""
+
+    address: str
+    port: int
+    token: str
+    hub: str
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A rank shows the invitation's token and says its name."""
+
+    token: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Bye:
+    """The sender leaves in order: its silence from here on means nothing."""
+
+
+@dataclass(frozen=True)
+class End:
+    """The job ends with this exit code; `linger_s` is how long a process may still take to say more by itself."""
+
+    code: int
+    why: str
+    linger_s: float = 0.0
+
+
+Message = Hello | Bye | End
+
+
+def encode(message: Message) -> bytes:
+    """One line of JSON."""
+    return json.dumps({"kind": type(message).__name__, **asdict(message)}).encode() + b"\n"
+
+
+def decode(line: bytes) -> Message:
+    """The message in a line. Raises: ValueError, KeyError, TypeError or AttributeError for anything else."""
+    fields = json.loads(line)
+    kinds = {kind.__name__: kind for kind in (Hello, Bye, End)}
+    return kinds[fields.pop("kind")](**fields)
+
+
+class _Side:
+    """What both sides have in common: telling the others, and ending."""
 
     def __init__(self, rank: int, host: str, exit_process: Callable[[int], object]) -> None:
         self.name, self.done = f"rank {rank} on {host}", False
         self._exit_process = exit_process
 
-    def _tell(self, message: dict[str, Any]) -> None:
+    def _tell(self, message: Message) -> None:
         raise NotImplementedError
 
     def goodbye(self, code: int | None = None, linger_s: float = 0.0) -> None:
@@ -69,7 +116,7 @@ class _End:
         """
         if not self.done:
             self.done = True
-            self._tell({"bye": True} if code is None else {"end": code, "linger_s": linger_s, "why": self._left(code)})
+            self._tell(Bye() if code is None else End(code, self._left(code), linger_s))
 
     def _left(self, code: int) -> str:
         return f"{self.name} ended with exit code {code}; its own message says why"
@@ -81,7 +128,7 @@ class _End:
         forced = threading.Timer(linger_s + PRINT_TIMEOUT_S, self._exit_process, [code])
         forced.daemon = True
         forced.start()
-        self._tell({"end": code, "linger_s": linger_s, "why": why})
+        self._tell(End(code, why, linger_s))
         time.sleep(linger_s)
         if not quiet:
             print(f"{self.name}: {why}; exit code {code}", file=sys.stderr, flush=True)
@@ -97,7 +144,7 @@ class _Peer:
     received: bytes = b""
 
 
-class Hub(_End):
+class Hub(_Side):
     """Rank 0's side: one connection to each other rank."""
 
     def __init__(self, world_size: int, host: str, address: str, exit_process: Callable[[int], object]) -> None:
@@ -106,8 +153,7 @@ class Hub(_End):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._listener = socket.create_server((address, 0), family=family, backlog=world_size)
         self._token, self._peers = secrets.token_hex(8), dict[socket.socket, _Peer]()
-        where = {"address": address, "port": self._listener.getsockname()[1]}
-        self.invitation = json.dumps({**where, "token": self._token, "hub": self.name})
+        self.invitation = Invitation(address, self._listener.getsockname()[1], self._token, self.name)
         threading.Thread(target=self._serve, name="peers", daemon=True).start()
 
     def _serve(self) -> None:
@@ -140,37 +186,37 @@ class Hub(_End):
             return False
         *lines, peer.received = (peer.received + received).split(b"\n")
         try:
-            return all(self._hear(peer, json.loads(line)) for line in lines)
-        except (ValueError, KeyError, TypeError):  # not one of us
+            return all(self._hear(peer, decode(line)) for line in lines)
+        except (ValueError, KeyError, TypeError, AttributeError):  # not one of us
             return False
 
-    def _hear(self, peer: _Peer, message: dict[str, Any]) -> bool:
-        if not peer.name:
-            if message["token"] != self._token:
+    def _hear(self, peer: _Peer, message: Message) -> bool:
+        if isinstance(message, Hello):
+            if message.token != self._token:
                 return False
-            peer.name = message["name"]
-        elif "bye" in message:
-            return False
-        else:
-            self._end(message["end"], message["why"], message["linger_s"])
-        return True
+            peer.name = message.name
+            return True
+        if isinstance(message, End) and peer.name:
+            self._end(message.code, message.why, message.linger_s)
+            return True
+        return False
 
-    def _tell(self, message: dict[str, Any]) -> None:
+    def _tell(self, message: Message) -> None:
         for peer in list(self._peers.values()):
             _send(peer.connection, message)
 
 
-class Spoke(_End):
+class Spoke(_Side):
     """Another rank's side: its connection to rank 0."""
 
     def __init__(
-        self, rank: int, host: str, invitation: dict[str, Any], quiet: bool, exit_process: Callable[[int], object]
+        self, rank: int, host: str, invitation: Invitation, quiet: bool, exit_process: Callable[[int], object]
     ) -> None:
         super().__init__(rank, host, exit_process)
         self._quiet = quiet
-        self._hub = invitation["hub"]
+        self._hub = invitation.hub
         self._connection: socket.socket | None = None
-        where = (invitation["address"], invitation["port"])
+        where = (invitation.address, invitation.port)
         try:
             self._connection = socket.create_connection(where, timeout=LINK_TIMEOUT_S)
         except OSError as error:
@@ -178,23 +224,24 @@ class Spoke(_End):
             return
         self._connection.settimeout(None)
         _probe_when_silent(self._connection)
-        _send(self._connection, {"token": invitation["token"], "name": self.name})
+        _send(self._connection, Hello(invitation.token, self.name))
         threading.Thread(target=self._listen, args=(self._connection,), name="peers", daemon=True).start()
 
     def _listen(self, connection: socket.socket) -> None:
         error = None
         try:
             for line in connection.makefile("rb"):
-                message = json.loads(line)
-                if "bye" in message:
+                message = decode(line)
+                if isinstance(message, Bye):
                     self.done = True
                     return
-                self._end(message["end"], message["why"], message["linger_s"], self._quiet)
+                if isinstance(message, End):
+                    self._end(message.code, message.why, message.linger_s, self._quiet)
         except OSError as caught:
             error = caught
         self._end(EXIT_LOST, _loss(self._hub, error))
 
-    def _tell(self, message: dict[str, Any]) -> None:
+    def _tell(self, message: Message) -> None:
         if self._connection is not None:
             _send(self._connection, message)
 
@@ -223,6 +270,6 @@ def _probe_when_silent(connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * LINK_TIMEOUT_S))
 
 
-def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+def _send(connection: socket.socket, message: Message) -> None:
     with contextlib.suppress(OSError):  # who cannot be told notices by itself
-        connection.sendall(json.dumps(message).encode() + b"\n")
+        connection.sendall(encode(message))

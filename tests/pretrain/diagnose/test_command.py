@@ -201,7 +201,6 @@ def test_a_healthy_run_passes_every_threshold(config: DiTRun) -> None:
         ("basin_radius", 0.1),
         ("repa_cosine_excess", 0.05),
         ("blind_floor_removed_mean", 0.007),
-        ("unigram_floor_removed", [0.0, 0.5, 0.5, 0.5]),
         ("estimate_accuracy", [0.5]),
         ("context_gap", [0.01, 0.0, 0.03, 0.1]),
         ("context_gap", [0.01, float("nan"), 0.03, 0.1]),

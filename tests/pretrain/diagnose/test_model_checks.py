@@ -2,49 +2,17 @@
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.reading.batch import FILLER, PREFIX, SUFFIX, Batch
-from data_pipeline.reading.prompts import prompts_of
+from data_pipeline.reading.batch import PREFIX, SUFFIX, Batch
 from modeling.attention import Segments
 from modeling.floors import Floors
-from pretrain.diagnose import model_checks, text_checks
+from pretrain.diagnose import model_checks
 from pretrain.stages.dit import FlowErrors
-
-ROW_TOKENS = 64
-
-
-def make_batch(windows: list[tuple[int, int]], seed: int = 0) -> Batch:
-    """One row of windows of so many context and target tokens (a context may be 0 tokens), the rest filler."""
-    lengths, roles, of_window, window_lengths = [], [], [], []
-    for index, (context, target) in enumerate(windows):
-        for length, role in ((context, PREFIX), (target, SUFFIX)):
-            if length:
-                lengths.append(length)
-                roles.append(role)
-                of_window.append(index)
-        window_lengths.append(context + target)
-    if rest := ROW_TOKENS - sum(lengths):
-        lengths.append(rest)
-        roles.append(FILLER)
-        of_window.append(len(windows))
-        window_lengths.append(rest)
-    generator = torch.Generator().manual_seed(seed)
-    return Batch(
-        tokens_T=torch.randint(1, 20, (ROW_TOKENS,), generator=generator),
-        window_lengths=window_lengths,
-        segment_lengths=lengths,
-        segment_roles=roles,
-        segment_windows=of_window,
-        window_uniforms_W2=torch.rand(len(window_lengths), 2, generator=generator, dtype=torch.float64),
-        row_keys_B=torch.tensor([seed + 1]),
-        row_tokens=ROW_TOKENS,
-        rows=[],
-    )
+from tests.data_pipeline.made_batches import ROW_TOKENS, make_batch
 
 
 @dataclass
@@ -184,61 +152,3 @@ def test_the_decoder_basin_starts_at_the_accuracy_without_noise_and_falls() -> N
 )
 def test_basin_radius(accuracies: list[float], radius: float) -> None:
     assert model_checks.basin_radius(accuracies) == pytest.approx(radius)
-
-
-def test_prompts_are_windows_with_a_context_within_the_budget() -> None:
-    prompts = prompts_of(BATCHES, max_tokens=40)
-    assert [(len(p.context_T), len(p.target_T)) for p in prompts] == [(5, 9), (8, 4)]
-    assert torch.equal(prompts[1].target_T, BATCHES[0].tokens_T[22:26])
-    assert len(prompts_of(BATCHES, max_tokens=1)) == 1
-    everything = prompts_of(BATCHES, max_tokens=1000)
-    assert [(len(p.context_T), len(p.target_T)) for p in everything][2:] == [(3, 20), (10, 10), (7, 30)]
-
-
-def test_words_at_the_ends_of_a_continuation_are_not_counted() -> None:
-    assert text_checks.words("ly the Dog ran hom", whole=False) == ["the", "dog", "ran"]
-    assert text_checks.words(" the Dog's 12 b2b naïve_x home.", whole=False) == [
-        "the",
-        "dog",
-        "s",
-        "b",
-        "b",
-        "naïve",
-        "x",
-        "home",
-    ]
-    assert text_checks.words("ly home") == ["ly", "home"]
-    assert text_checks.words("one", whole=False) == []
-
-
-def test_shares_of_real_and_copied_words() -> None:
-    texts = [["a", "b", "c", "d", "e", "f", "g"], ["x"]]
-    assert text_checks.real_word_share(texts, {"a", "x"}) == 0.25
-    assert text_checks.copied_share(texts, {("a", "b", "c", "d", "e", "f")}) == 0.5
-    assert text_checks.real_word_share([], {"a"}) is None
-    assert text_checks.copied_share([["a"]], set()) is None
-
-
-def test_distinct_and_entropy() -> None:
-    assert text_checks.distinct([[1, 2, 1, 2], [1, 2]], 2) == 0.5  # (1,2) three times, (2,1) once
-    assert text_checks.distinct([[1]], 2) == 0
-    assert text_checks.entropy([[1, 2], [3, 4]]) == pytest.approx(math.log(4))
-    assert text_checks.entropy([[7, 7, 7]]) == 0
-
-
-@pytest.mark.parametrize(
-    ("shard_rows", "max_rows"), [([100, 70, 130], 1000), ([100, 70, 130], 64), ([500] * 20, 700), ([5], 3)]
-)
-def test_training_rows_are_read_from_the_whole_split(shard_rows: list[int], max_rows: int) -> None:
-    spans = text_checks.spread_spans(shard_rows, max_rows)
-    rows = [(span.shard, row) for span in spans for row in range(span.start, span.stop)]
-    assert len(rows) == len(set(rows))
-    assert all(row < shard_rows[shard] for shard, row in rows)
-    assert len(rows) <= max_rows
-    assert len(rows) >= min(sum(shard_rows), max_rows) - len(shard_rows) * text_checks.READ_ROWS
-    if max_rows >= sum(shard_rows):
-        assert len(rows) == sum(shard_rows)
-    elif max_rows >= text_checks.READ_ROWS * 10:
-        gaps = [later.shard - earlier.shard for earlier, later in pairwise(spans)]
-        assert spans[-1].shard >= len(shard_rows) - 2
-        assert max(gaps) <= 2
