@@ -5,7 +5,7 @@
 Prompts are the first held-out windows of the run; weights are the EMA of its newest checkpoint. The reference is `multistep` with
 1,000 steps on the training schedule's quantiles. Agreement: share of generated tokens equal to the reference's.
 
-By default the velocity is the one that was trained (belief_scale 1), under the run's guidance: a larger belief bends each token's path
+By default the velocity is the one that was trained (token_temperature 1), under the run's guidance: a lower one bends each token's path
 the more sharply where it is decided, and none of these solvers follows that in 16 evaluations (docs/decisions/sampling.md).
 
 `agreement_16`: the best of the second-order solvers and grids at 16 steps, `best_16`; the even grid is measured on as many training
@@ -109,10 +109,10 @@ def main_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", type=Path, default=run, help="folder of a stage-2 run (%(default)s)")
     parser.add_argument("--guidance-scale", type=float, help="(the run's diagnose.guidance_scale)")
     parser.add_argument(
-        "--belief-scale",
+        "--token-temperature",
         type=float,
         default=1.0,
-        help="1 is the flow that was trained, with any prediction (%(default)s)",
+        help="1 is the flow that was trained (%(default)s)",
     )
     parser.add_argument("--tokens", type=int, default=1536, help="of the windows, contexts included (%(default)s)")
     parser.add_argument(
@@ -128,7 +128,7 @@ def main_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int | None:
     """Entry point."""
     args = main_parser().parse_args(argv)
-    config = config_of(existing(args.run, "--run"), [f"diagnose.belief_scale={args.belief_scale}"])
+    config = config_of(existing(args.run, "--run"), [f"diagnose.token_temperature={args.token_temperature}"])
     device = device_of(args.device)
     if config.stage != "dit":
         raise UserError(f"--run {args.run} is a run of stage {config.stage}; expected one of stage dit")
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int | None:
     stage.times = replace(stage.times, path=path.even_times())
     steps = sorted({*args.steps, 16})
     figures = measure(stage, prompts, scale, steps, args.reference_steps, args.seed)
-    given = {"guidance_scale": scale, "belief_scale": config.diagnose.belief_scale, "seed": args.seed}
+    given = {"guidance_scale": scale, "token_temperature": config.diagnose.token_temperature, "seed": args.seed}
     print_figures(figures | given | {"run": str(args.run), "reference_steps": args.reference_steps})
     return 0
 

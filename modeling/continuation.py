@@ -27,7 +27,7 @@ def sample_targets(
     solver: str | Solver = "euler",
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
-    belief_scale: float = 1.0,
+    token_temperature: float = 1.0,
     on_step: OnStep | None = None,
 ) -> torch.Tensor:
     """Standardised latents [N, Z] of the targets of all windows, window after window, drawn together.
@@ -37,19 +37,21 @@ def sample_targets(
         contexts: int64 tokens of each window's context; may be empty.
         noise: of each window's target, [its tokens, Z].
         times: falling from 1 to 0, e.g. `TimeDistribution.grid(50)`.
-        solver, guidance_scale, guidance_interval, belief_scale: see `integrate` and `GuidedVelocity`.
+        solver, guidance_scale, guidance_interval, token_temperature: see `integrate` and `GuidedVelocity`.
         on_step: called with (step, t, one-step estimate of the targets' latents [N, Z]) in every step.
     """
     device = vae.latents_mean.device
-    encoded = _encode(vae, [context.to(device) for context in contexts])
+    encoded = encode_each(vae, contexts)
     noise = [eps_TZ.to(device, torch.float32) for eps_TZ in noise]
     pairs = list(zip(encoded, noise, strict=True))
-    # Context and target of a window lie side by side; each is zero where the other is.
+    # Each is zero where the other is.
     context_TZ = torch.cat([part for one, eps in pairs for part in (one, torch.zeros_like(eps))])
     noise_TZ = torch.cat([part for one, eps in pairs for part in (torch.zeros_like(one), eps)])
     is_target_T = torch.cat([part for one, eps in pairs for part in (_flags(one, False), _flags(eps, True))])
     windows = Segments.from_lengths([len(one) + len(eps) for one, eps in pairs], device)
-    velocity = GuidedVelocity(dit, context_TZ, is_target_T, windows, guidance_scale, guidance_interval, belief_scale)
+    velocity = GuidedVelocity(
+        dit, context_TZ, is_target_T, windows, guidance_scale, guidance_interval, token_temperature
+    )
 
     def report(step: int, t: float, estimate_TZ: torch.Tensor) -> None:
         assert on_step is not None
@@ -64,13 +66,13 @@ def decode_targets(vae: TextVAE, latents_NZ: torch.Tensor, lengths: Sequence[int
     return list(tokens_N.cpu().split(list(lengths)))
 
 
-def _encode(vae: TextVAE, contexts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Standardised latents fp32 [tokens, Z] of each context, encoded by itself."""
-    lengths = [len(context_T) for context_T in contexts]
+def encode_each(vae: TextVAE, texts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Standardised latents fp32 [tokens, Z] of each text's int64 tokens, encoded by itself; a text may be empty."""
+    lengths, device = [len(tokens_T) for tokens_T in texts], vae.latents_mean.device
     if not sum(lengths):
-        return [vae.latents_mean.new_zeros(0, vae.config.latent_dim, dtype=torch.float32) for _ in contexts]
-    segments = Segments.from_lengths([length for length in lengths if length], vae.latents_mean.device)
-    latents_TZ = vae.standardize(vae.encode(torch.cat(list(contexts)), segments)[0])
+        return [vae.latents_mean.new_zeros(0, vae.config.latent_dim, dtype=torch.float32) for _ in texts]
+    segments = Segments.from_lengths([length for length in lengths if length], device)
+    latents_TZ = vae.standardize(vae.encode(torch.cat(list(texts)).to(device), segments)[0])
     return list(latents_TZ.split(lengths))
 
 

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import torch
 
 from . import flow
-from .token_posterior import MIN_VARIANCE, PRIOR_COUNT, within_token_moments
+from .token_statistics import MIN_VARIANCE, within_token_moments
 
 GRID_POINTS = 32
+PRIOR_COUNT = 4
+"""Occurrences that the pooled variance counts for, beside a token's own: seen five times, it would else look sharper than it is."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class TokenMixture:
         means_CZ = zeros_CZ.index_add(0, component_M, latents_MZ) / counts_C1.clamp_min(1)
         residuals_MZ = latents_MZ - means_CZ[component_M]
         squares_CZ = zeros_CZ.index_add(0, component_M, residuals_MZ.square())
-        # Shrunk towards the pooled variance, as in token_posterior.py.
+        # Shrunk towards the pooled variance, by `PRIOR_COUNT`.
         pooled_Z = residuals_MZ.square().mean(0)
         variances_CZ = (squares_CZ + PRIOR_COUNT * pooled_Z) / (counts_C1 + PRIOR_COUNT)
         seen_C = counts_C1[:, 0] > 0

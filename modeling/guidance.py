@@ -22,9 +22,9 @@ class GuidedVelocity:
         is_target_T: bool [T]; windows: which tokens see each other.
         guidance_scale: 1 is no guidance (and half the work), 0 unconditional.
         guidance_interval: (low, high) times between which guidance is applied (arXiv 2404.07724); conditional elsewhere.
-        belief_scale: guidance of another kind, against the predictor without context, at no cost; only with posterior prediction.
+        token_temperature: of the tokens' probabilities, below 1 sharper; only with the categorical head.
 
-    Raises: ValueError for a belief_scale other than 1 of a DiT without posterior prediction.
+    Raises: ValueError for a token_temperature that is not positive, or other than 1 with another head.
     """
 
     def __init__(
@@ -35,16 +35,16 @@ class GuidedVelocity:
         windows: Segments,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
-        belief_scale: float = 1.0,
+        token_temperature: float = 1.0,
     ):
-        if belief_scale != 1 and dit.config.prediction != "posterior":
+        if token_temperature <= 0 or (token_temperature != 1 and dit.config.head != "categorical"):
             raise ValueError(
-                f"belief_scale is {belief_scale:g}, but this DiT predicts {dit.config.prediction}: only posterior prediction has"
-                " beliefs to scale; leave it at 1"
+                f"token_temperature is {token_temperature:g}; expected more than 0, and 1 with this DiT's head {dit.config.head}: only"
+                " the categorical head has probabilities to sharpen"
             )
         self._dit, self._windows, self._is_target_T = dit, windows, is_target_T
         self._context_TZ = latents_TZ * ~is_target_T[:, None]
-        self._scale, self._interval, self._belief_scale = guidance_scale, guidance_interval, belief_scale
+        self._scale, self._interval, self._temperature = guidance_scale, guidance_interval, token_temperature
         self._estimate_TZ: torch.Tensor | None = None
 
     def __call__(self, z_TZ: torch.Tensor, t: float) -> torch.Tensor:
@@ -64,7 +64,7 @@ class GuidedVelocity:
             windows = Segments.from_lengths(windows.lengths * 2, windows.device)
             estimate_TZ = None if estimate_TZ is None else estimate_TZ.repeat(2, 1)
         time_T = torch.full(target_T.shape, t, device=z_TZ.device)
-        velocity_TZ = self._dit(inputs_TZ, target_T, time_T, windows, estimate_TZ, self._belief_scale).velocity_TZ
+        velocity_TZ = self._dit(inputs_TZ, target_T, time_T, windows, estimate_TZ, None, self._temperature).velocity_TZ
         if guided:
             velocity_TZ = guide(velocity_TZ[: len(z_TZ)], velocity_TZ[len(z_TZ) :], self._scale)
             time_T = time_T[: len(z_TZ)]

@@ -20,9 +20,12 @@ from typing import NamedTuple
 import torch
 
 from . import flow
-
-Denoiser = Callable[[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
-"""(z_t [T, Z], t) -> velocity [T, Z] and the cross-entropy of every true token in nats [T]."""
+from .attention import Segments
+from .continuation import encode_each
+from .heads import TokenTargets
+from .losses import ClassScores, categorical_loss
+from .text_dit import TextDiT
+from .text_vae import TextVAE
 
 
 def time_grid(num_times: int = 24, first: float = 0.1) -> tuple[float, ...]:
@@ -56,6 +59,17 @@ def quadrature(times: Sequence[float]) -> torch.Tensor:
     pieces_GG += steps[:, None] ** 2 / 12 * (slopes_GG[:-1] - slopes_GG[1:])
     from_end_GG = pieces_GG.flip(0).cumsum(0).flip(0)
     return torch.cat((from_end_GG, torch.zeros(1, num, dtype=torch.float64)))
+
+
+class Denoised(NamedTuple):
+    """What a model makes of noisy latents: a velocity fp32 [T, Z], and the nats of every true token, [T], which count at targets alone."""
+
+    velocity_TZ: torch.Tensor
+    nats_T: torch.Tensor
+
+
+Denoiser = Callable[[torch.Tensor, float], Denoised]
+"""Called with (z_t [T, Z], t)."""
 
 
 @dataclass(frozen=True)
@@ -158,12 +172,91 @@ def document_nats(
     errors, cross_entropies = [], []
     for i, t in enumerate(times):
         noise_TZ = noise_of(i)
-        velocity_TZ, ce_T = denoise(flow.interpolate(data_TZ, noise_TZ, t), t)
+        velocity_TZ, nats_T = denoise(flow.interpolate(data_TZ, noise_TZ, t), t)
         errors.append(summed((velocity_TZ - flow.velocity(data_TZ, noise_TZ)).double().square().sum(-1)))
-        cross_entropies.append(summed(ce_T))
+        cross_entropies.append(summed(nats_T))
     tokens_N = torch.bincount(documents_T, minlength=num).cpu()
     found = DocumentNats(times, torch.stack(errors, 1), torch.stack(cross_entropies, 1), tokens_N)
     return found[tokens_N > 0]
+
+
+def denoiser(
+    vae: TextVAE,
+    dit: TextDiT,
+    context_TZ: torch.Tensor,
+    targets: TokenTargets,
+    windows: Segments,
+    segments: Segments,
+) -> Denoiser:
+    """A TextDiT as `document_nats` calls it. Tokens are as probable as its head says, else as the VAE's decoder on the one-step estimate.
+
+    Args:
+        context_TZ: standardised latents at the contexts, zeros where there is none.
+        targets: the true tokens and where they stand.
+        windows: context and target of a document together; segments: each by itself, as the VAE encodes them.
+    """
+    is_target_T = torch.zeros(len(context_TZ), dtype=torch.bool, device=context_TZ.device)
+    is_target_T[targets.places_M] = True
+    shown_TZ = context_TZ * ~is_target_T[:, None]
+
+    def denoise(noisy_TZ: torch.Tensor, t: float) -> Denoised:
+        inputs_TZ = torch.where(is_target_T[:, None], noisy_TZ, shown_TZ)
+        time_T = torch.full((len(inputs_TZ),), t, device=inputs_TZ.device)
+        estimate_TZ = None
+        if dit.config.self_conditioning:
+            first_TZ = dit(inputs_TZ, is_target_T, time_T, windows, targets=targets).velocity_TZ
+            estimate_TZ = dit.estimate(first_TZ, inputs_TZ, time_T)
+        found = dit(inputs_TZ, is_target_T, time_T, windows, estimate_TZ, targets)
+        nats_M = found.token_ce_M
+        if nats_M is None:
+            estimate_TZ = dit.estimate(found.velocity_TZ, inputs_TZ, time_T)
+            decoded_TZ = vae.unstandardize(torch.where(is_target_T[:, None], estimate_TZ, shown_TZ))
+            nats_M = _decoder_nats(vae, vae.decode(decoded_TZ, segments)[targets.places_M], targets.tokens_M)
+        return Denoised(found.velocity_TZ, nats_M.new_zeros(len(inputs_TZ)).index_copy(0, targets.places_M, nats_M))
+
+    return denoise
+
+
+def _decoder_nats(vae: TextVAE, hidden_MD: torch.Tensor, tokens_M: torch.Tensor) -> torch.Tensor:
+    """Cross-entropies [M] of the VAE's LM head."""
+    no_rows = (
+        hidden_MD.new_zeros(len(x), 0, dtype=torch.float32) for x in (hidden_MD, vae.lm_head.weight, vae.lm_head.weight)
+    )
+    known_ME, known_VE, values_VZ = no_rows
+    scores = ClassScores(hidden_MD, vae.lm_head.weight, known_ME, known_VE)
+    return categorical_loss(scores, values_VZ, tokens_M)[1]
+
+
+def target_nats(
+    vae: TextVAE,
+    dit: TextDiT,
+    contexts: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor],
+    noise: Sequence[torch.Tensor],
+    times: tuple[float, ...],
+) -> DocumentNats:
+    """Measure targets given their contexts, each encoded by itself.
+
+    Args:
+        contexts, targets: int64 tokens of each document; a context may be empty.
+        noise: of each document, [G, its target's tokens, Z].
+    """
+    device = vae.latents_mean.device
+    encoded = zip(encode_each(vae, contexts), encode_each(vae, targets))
+    pieces = [(piece, is_target) for pair in encoded for piece, is_target in zip(pair, (False, True))]
+    is_target_T = torch.cat([torch.full((len(piece),), is_target) for piece, is_target in pieces]).to(device)
+    latents_TZ = torch.cat([piece for piece, _ in pieces])
+    windows = Segments.from_lengths([len(c) + len(x) for c, x in zip(contexts, targets)], device)
+    segments = Segments.from_lengths([len(piece) for piece, _ in pieces if len(piece)], device)
+    named = TokenTargets(is_target_T.nonzero()[:, 0], torch.cat(list(targets)).to(device))
+
+    def noise_of(index: int) -> torch.Tensor:
+        noise_TZ = torch.zeros_like(latents_TZ)
+        noise_TZ[named.places_M] = torch.cat([eps_GTZ[index] for eps_GTZ in noise]).to(latents_TZ)
+        return noise_TZ
+
+    denoise = denoiser(vae, dit, latents_TZ, named, windows, segments)
+    return document_nats(denoise, latents_TZ, noise_of, windows.ids_T, is_target_T, times)
 
 
 def bound_at(documents: DocumentNats, index: int) -> Bound:

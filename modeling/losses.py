@@ -5,9 +5,13 @@ Shape letters: T packed tokens, D width, Z latent dim, V vocabulary.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+CLASS_CHUNK = 256
+"""Tokens of a categorical head whose logits exist at a time."""
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
@@ -102,6 +106,146 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():  # inside the function it never is, and the gradients would be made for nothing
         hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
     return _ChunkedLinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, weights_T, chunk)
+
+
+class _ChunkedCategorical(torch.autograd.Function):
+    """Sum of the true classes' cross-entropies and the mean of `values` over classes, with logits for one chunk of tokens at a time.
+
+    logits = hidden @ weight.T + known @ known_weight.T. Without gradients through the mean, those of the cross-entropy are made in the
+    forward pass, while a chunk's logits exist, as in `_ChunkedLinearCrossEntropy`; else the backward pass makes the logits once more.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_MD, weight_VD, known_ME, known_VE, values_VZ, targets_M, chunk, through_mean):  # type: ignore[no-untyped-def]
+        num, (needs_hidden, needs_weight) = len(hidden_MD), ctx.needs_input_grad[:2]
+        at_once = (needs_hidden or needs_weight) and not through_mean
+        compute_VD = weight_VD.to(hidden_MD.dtype)
+        loss_M, normalizers_M = hidden_MD.new_zeros(2, num, dtype=torch.float32)
+        mean_MZ = values_VZ.new_empty(num, values_VZ.shape[1])
+        grad_hidden = torch.empty_like(hidden_MD) if at_once else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if at_once else None
+        for start in range(0, num, chunk):
+            part = slice(start, start + chunk)
+            share_CV = _logits(hidden_MD[part], compute_VD, known_ME[part], known_VE)
+            true_M = share_CV.gather(1, targets_M[part][:, None])[:, 0]
+            normalizers_M[part] = _softmax_(share_CV)
+            loss_M[part] = normalizers_M[part] - true_M
+            torch.mm(share_CV, values_VZ, out=mean_MZ[part])
+            if grad_hidden is not None and grad_weight is not None:
+                share_CV.scatter_add_(
+                    1, targets_M[part][:, None], share_CV.new_full((1, 1), -1.0).expand(len(share_CV), 1)
+                )
+                _add_gradients(
+                    share_CV.to(hidden_MD.dtype), hidden_MD[part], compute_VD, grad_hidden[part], grad_weight
+                )
+        ctx.chunk, ctx.through_mean, ctx.weight_dtype = chunk, through_mean, weight_VD.dtype
+        if through_mean:
+            ctx.save_for_backward(
+                hidden_MD, weight_VD, known_ME, known_VE, values_VZ, targets_M, normalizers_M, mean_MZ
+            )
+        else:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(*((loss_M,) if through_mean else (loss_M, mean_MZ)))
+        return loss_M.sum(), loss_M, mean_MZ
+
+    @staticmethod
+    def backward(ctx, grad_loss, _, grad_MZ):  # type: ignore[no-untyped-def]
+        if not ctx.through_mean:
+            grad_hidden, grad_weight = ctx.saved_tensors
+            scaled_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+            return grad_hidden * grad_loss.to(grad_hidden.dtype), scaled_weight, *[None] * 6
+        hidden_MD, weight_VD, known_ME, known_VE, values_VZ, targets_M, normalizers_M, mean_MZ = ctx.saved_tensors
+        compute_VD, own_M = weight_VD.to(hidden_MD.dtype), (grad_MZ * mean_MZ).sum(-1)
+        grad_hidden, grad_weight = torch.empty_like(hidden_MD), torch.zeros_like(weight_VD, dtype=torch.float32)
+        for start in range(0, len(hidden_MD), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            share_CV = _logits(hidden_MD[part], compute_VD, known_ME[part], known_VE)
+            share_CV.sub_(normalizers_M[part][:, None]).exp_()
+            # d mean / d logit_k = p_k (value_k - mean), and of the cross-entropy p_k less 1 at the true class.
+            slopes_CV = torch.addmm((grad_loss - own_M[part])[:, None], grad_MZ[part], values_VZ.t())
+            share_CV.mul_(slopes_CV)
+            del slopes_CV
+            share_CV.scatter_add_(1, targets_M[part][:, None], -grad_loss.expand(len(share_CV), 1))
+            _add_gradients(share_CV.to(hidden_MD.dtype), hidden_MD[part], compute_VD, grad_hidden[part], grad_weight)
+        return grad_hidden, grad_weight.to(ctx.weight_dtype), *[None] * 6
+
+
+def _logits(
+    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, known_CE: torch.Tensor, known_VE: torch.Tensor
+) -> torch.Tensor:
+    """fp32 [C, V], its known part computed in fp32."""
+    return (hidden_CD @ weight_VD.t()).float().addmm_(known_CE, known_VE.t())
+
+
+def _softmax_(logits_CV: torch.Tensor) -> torch.Tensor:
+    """The logits become their softmax; returns the logarithms [C] of the sums of their exponentials."""
+    largest_C = logits_CV.amax(-1)
+    totals_C = logits_CV.sub_(largest_C[:, None]).exp_().sum(-1)
+    logits_CV.div_(totals_C[:, None])
+    return totals_C.log() + largest_C
+
+
+def _add_gradients(
+    grad_CV: torch.Tensor,
+    hidden_CD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    grad_hidden_CD: torch.Tensor,
+    grad_weight_VD: torch.Tensor,
+) -> None:
+    """Write the hidden states' gradient of a chunk and add to the weight's."""
+    torch.mm(grad_CV, weight_VD, out=grad_hidden_CD)
+    if grad_CV.dtype == torch.float32:
+        grad_weight_VD.addmm_(grad_CV.t(), hidden_CD)  # without a second [V, D]
+    else:
+        grad_weight_VD += grad_CV.t() @ hidden_CD
+
+
+class ClassScores(NamedTuple):
+    """Logits of M tokens over V classes as two products, hidden @ weight.T + known @ known_weight.T, that never exist in full.
+
+    Attributes:
+        hidden_MD, weight_VD: what is learned; computed in the hidden states' dtype.
+        known_ME, known_VE: what is known without the network, fp32, computed in fp32 and without a gradient. In all: a head of
+            [hidden, known] on [weight, known_weight], D + E wide.
+    """
+
+    hidden_MD: torch.Tensor
+    weight_VD: torch.Tensor
+    known_ME: torch.Tensor
+    known_VE: torch.Tensor
+
+
+def categorical_loss(
+    scores: ClassScores, values_VZ: torch.Tensor, targets_M: torch.Tensor, through_mean: bool = False, chunk: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross-entropy, and the mean of a value a class under the same probabilities.
+
+    Args:
+        values_VZ: of the classes, fp32, without a gradient.
+        targets_M: int64, the true classes.
+        through_mean: whether gradients go through the mean, too; the logits are then made twice.
+        chunk: tokens whose logits exist at a time, memory is O(chunk * V); 0: `CLASS_CHUNK`.
+
+    Returns: the sum of cross-entropies in nats, each one [M] without a gradient, and the mean [M, Z].
+    """
+    with torch.autocast(scores.hidden_MD.device.type, enabled=False):
+        if not torch.is_grad_enabled():
+            scores = ClassScores(*(x.detach() for x in scores))
+        return _ChunkedCategorical.apply(*scores, values_VZ, targets_M, chunk or CLASS_CHUNK, through_mean)
+
+
+@torch.no_grad()
+def class_mean(scores: ClassScores, values_VZ: torch.Tensor, temperature: float = 1.0, chunk: int = 0) -> torch.Tensor:
+    """Mean [M, Z] of a value a class under softmax(logits / temperature), without gradients."""
+    parts = []
+    chunk = chunk or CLASS_CHUNK
+    with torch.autocast(values_VZ.device.type, enabled=False):
+        weight_VD = scores.weight_VD.to(scores.hidden_MD.dtype)
+        for hidden_CD, known_CE in zip(scores.hidden_MD.split(chunk), scores.known_ME.split(chunk)):
+            logits_CV = _logits(hidden_CD, weight_VD, known_CE, scores.known_VE)
+            _softmax_(logits_CV.div_(temperature))
+            parts.append(logits_CV @ values_VZ)
+    return torch.cat(parts)
 
 
 def kl_to_standard_normal(mean_TZ: torch.Tensor, log_variance_TZ: torch.Tensor) -> torch.Tensor:

@@ -50,12 +50,12 @@ class TextDiTConfig:
         qk_norm: LayerNorm of queries and keys per head.
         time_conditioning: "none" (the paper's appendix A), "additive" (an embedding added to the input) or "adaln_zero" (DiT's).
         role_embedding: add a learned vector that tells context from target tokens.
-        prediction: what the network puts out: "velocity" (the paper), or "posterior", what the context adds to the best predictor
-            without context (token_posterior.py; for small vocabularies). The loss is the same flow loss.
+        head: what the Transformer's output becomes (heads.py): "velocity" (the paper), or "categorical", probabilities of tokens and the
+            velocity that follows from them.
         self_conditioning: the network also reads its own earlier estimate of z (arXiv 2208.04202). When there is none: zeros, or with
-            posterior prediction the estimate without context, which it always reads.
-        neighbour_heads: some heads start by looking at the tokens beside their own (layers.look_at).
-        vocab_size: V of the VAE; read only with posterior prediction.
+            the categorical head what z_t tells by itself, which it always reads.
+        neighbour_heads: an initialisation: some attention heads start by looking at the tokens beside their own (layers.look_at).
+        vocab_size: V of the VAE; read only by the categorical head.
     """
 
     latent_dim: int = 64
@@ -66,7 +66,7 @@ class TextDiTConfig:
     qk_norm: bool = False
     time_conditioning: str = "none"
     role_embedding: bool = False
-    prediction: str = "velocity"
+    head: str = "velocity"
     self_conditioning: bool = False
     neighbour_heads: bool = False
     vocab_size: int = 0
@@ -79,5 +79,5 @@ class TextDiTConfig:
             raise ValueError(
                 "neighbour_heads sets queries' and keys' biases, which qk_norm would normalise away: choose one"
             )
-        if self.prediction not in ("velocity", "posterior"):
-            raise ValueError(f"prediction {self.prediction!r}: expected velocity or posterior")
+        if self.head not in ("velocity", "categorical"):
+            raise ValueError(f"head {self.head!r}: expected velocity or categorical")

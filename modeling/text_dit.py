@@ -1,6 +1,6 @@
 """TextDiT, stage 2 of TextLDM (arXiv 2605.07748): a standard DiT does flow matching on the latents of a frozen TextVAE.
 
-Shape letters: T packed tokens, D width, Z latent dim.
+Shape letters: T packed tokens, M target tokens, D width, Z latent dim.
 """
 
 import torch
@@ -8,10 +8,9 @@ from torch import nn
 
 from .attention import Segments
 from .flow import MIN_TIME, data_from_velocity
-from .heads import Prediction, TokenTargets, VelocityHead
+from .heads import CategoricalHead, Prediction, TokenTargets, VelocityHead
 from .layers import Transformer, initialize, time_embedding
 from .shapes import TextDiTConfig
-from .token_posterior import PosteriorHead
 
 
 class TextDiT(nn.Module):
@@ -21,8 +20,8 @@ class TextDiT(nn.Module):
         super().__init__()
         self.config = config
         width, latent_dim = config.width, config.latent_dim
-        with_posterior = config.prediction == "posterior"
-        self.reads_estimate = config.self_conditioning or with_posterior
+        categorical = config.head == "categorical"
+        self.reads_estimate = config.self_conditioning or categorical
         self.from_latent = nn.Linear(latent_dim * (2 if self.reads_estimate else 1), width)
         self.role = nn.Embedding(2, width) if config.role_embedding else None
         self.time_mlp = None
@@ -37,9 +36,9 @@ class TextDiT(nn.Module):
             config.time_conditioning == "adaln_zero",
             config.neighbour_heads,
         )
-        self.head: VelocityHead | PosteriorHead
-        if with_posterior:
-            self.head = PosteriorHead(width, latent_dim, config.vocab_size)
+        self.head: VelocityHead | CategoricalHead
+        if categorical:
+            self.head = CategoricalHead(width, latent_dim, config.vocab_size)
         else:
             self.head = VelocityHead(width, latent_dim)
         initialize(self)
@@ -51,34 +50,34 @@ class TextDiT(nn.Module):
         time_T: torch.Tensor,
         windows: Segments,
         estimate_TZ: torch.Tensor | None = None,
-        belief_scale: float = 1.0,
         targets: TokenTargets | None = None,
+        token_temperature: float = 1.0,
     ) -> Prediction:
-        """The velocity, of which only the target positions mean anything, and what training reads beside it.
+        """The velocity, and with the categorical head the cross-entropies of the true tokens.
 
         Args:
             latents_TZ: standardised latents: z_t at targets, clean z at contexts, zeros at dropped contexts.
             is_target_T: bool [T].
-            time_T: t of each token's window, [T]; not read by velocity prediction without time conditioning.
+            time_T: t of each token's window, [T]; the velocity head without time conditioning does not read it.
             windows: which tokens see each other: context and target of one document.
             estimate_TZ: an earlier estimate of z at the targets, for self-conditioning.
-            belief_scale: in sampling with posterior prediction, see `TokenPosterior.forward`; nothing to others.
-            targets: the true tokens, if their cross-entropy is wanted.
+            targets: the true tokens and where they stand. Without them a GPU is waited for, to find the targets' places.
+            token_temperature: of the tokens' probabilities in sampling; nothing to the velocity head.
         """
-        time_T1 = (time_T * is_target_T)[
-            :, None
-        ].float()  #                            [T, 1], a context's own time is 0
-        alone = self.head.alone(latents_TZ, is_target_T, time_T1, windows)  #           what each z_t tells by itself
-        given_TZ = estimate_TZ if estimate_TZ is not None or alone is None else alone.latents_TZ  # [T, Z], or None
-        x_TD = self._embedded(latents_TZ, is_target_T, given_TZ)  #                     [T, Z] or [T, 2 Z] -> [T, D]
-        condition_TD = self._condition(time_T1)  #                                      [T, 1] -> [T, D], or None
-        if condition_TD is not None and self.config.time_conditioning == "additive":
-            x_TD, condition_TD = x_TD + condition_TD, None
-        hidden_TD = self.transformer(x_TD, windows, condition_TD)  #                    [T, D], after the final norm
-        return self.head(hidden_TD, latents_TZ, time_T1, alone, belief_scale, targets)  # [T, D] -> [T, Z]
+        places_M = is_target_T.nonzero()[:, 0] if targets is None else targets.places_M
+        tokens_M = None if targets is None else targets.tokens_M
+        # fmt: off
+        time_T1 = (time_T * is_target_T)[:, None].float()                    # [T, 1], a context's own time is 0
+        alone_TZ = self.head.alone(latents_TZ, time_T1, places_M)            # [T, Z], what z_t tells by itself, or None
+        given_TZ = alone_TZ if estimate_TZ is None else estimate_TZ          # [T, Z]
+        x_TD = self._embedded(latents_TZ, given_TZ, is_target_T)             # [T, Z] or [T, 2 Z] -> [T, D]
+        x_TD, condition_TD = self._conditioned(x_TD, time_T1)                # [T, D], [T, D] or None
+        hidden_TD = self.transformer(x_TD, windows, condition_TD)            # [T, D], after the final norm
+        return self.head(hidden_TD, latents_TZ, time_T1, places_M, tokens_M, token_temperature)  # [T, D] -> [T, Z]
+        # fmt: on
 
     def _embedded(
-        self, latents_TZ: torch.Tensor, is_target_T: torch.Tensor, given_TZ: torch.Tensor | None
+        self, latents_TZ: torch.Tensor, given_TZ: torch.Tensor | None, is_target_T: torch.Tensor
     ) -> torch.Tensor:
         """Latents, and where it is read the estimate of z beside them; a context is its own estimate."""
         if self.reads_estimate:
@@ -87,10 +86,12 @@ class TextDiT(nn.Module):
         x_TD = self.from_latent(latents_TZ.to(self.from_latent.weight.dtype))
         return x_TD if self.role is None else x_TD + self.role(is_target_T.long())
 
-    def _condition(self, time_T1: torch.Tensor) -> torch.Tensor | None:
+    def _conditioned(self, x_TD: torch.Tensor, time_T1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The time's embedding added, or beside for the blocks' modulation, or not at all."""
         if self.time_mlp is None:
-            return None
-        return self.time_mlp(time_embedding(time_T1[:, 0], self.config.width).to(self.from_latent.weight.dtype))
+            return x_TD, None
+        time_TD = self.time_mlp(time_embedding(time_T1[:, 0], self.config.width).to(x_TD.dtype))
+        return (x_TD + time_TD, None) if self.config.time_conditioning == "additive" else (x_TD, time_TD)
 
     def estimate(self, velocity_TZ: torch.Tensor, noisy_TZ: torch.Tensor, time_T: torch.Tensor) -> torch.Tensor:
         """The one-step estimate of z that a velocity implies, with t clamped to `MIN_TIME` from below."""

@@ -14,6 +14,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .continuation import decode_targets, sample_targets
+from .likelihood import target_nats, time_grid
 from .solvers import Solver
 from .text_dit import TextDiT, TextDiTConfig
 from .text_vae import TextVAE, TextVAEConfig
@@ -27,7 +28,8 @@ class TextLDMConfig(PretrainedConfig):
         vae, dit: fields of TextVAEConfig and TextDiTConfig.
         times: fields of TimeDistribution; the training distribution is the sampling schedule.
         num_steps, guidance_scale, solver, grid: defaults of `generate` (the paper: 50 Euler steps, scale 7, the training times).
-        belief_scale: likewise; other than 1 with posterior prediction alone (guidance.GuidedVelocity).
+        token_temperature: likewise; other than 1 with the categorical head alone (guidance.GuidedVelocity).
+        likelihood_t0: default of `nll`, the time at which the diagnosis found the least bound.
         max_window: longest window, context and continuation together, in tokens.
     """
 
@@ -42,7 +44,8 @@ class TextLDMConfig(PretrainedConfig):
         guidance_scale: float = 7.0,
         solver: str = "euler",
         grid: str = "training",
-        belief_scale: float = 1.0,
+        token_temperature: float = 1.0,
+        likelihood_t0: float = 0.6,
         max_window: int = 1024,
         **kwargs: Any,
     ):
@@ -51,7 +54,7 @@ class TextLDMConfig(PretrainedConfig):
         self.times = times or dataclasses.asdict(TimeDistribution())
         self.times["path"] = list(self.times.get("path", ()))  # as JSON gives it back
         self.num_steps, self.guidance_scale, self.solver, self.grid = num_steps, guidance_scale, solver, grid
-        self.belief_scale, self.max_window = belief_scale, max_window
+        self.token_temperature, self.likelihood_t0, self.max_window = token_temperature, likelihood_t0, max_window
         super().__init__(**kwargs)
 
 
@@ -86,7 +89,7 @@ class TextLDM(PreTrainedModel):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         solver: str | Solver | None = None,
         grid: str | None = None,
-        belief_scale: float | None = None,
+        token_temperature: float | None = None,
         seed: int = 0,
         noise: Sequence[torch.Tensor] | None = None,
         eos_token_id: int | None = None,
@@ -98,7 +101,7 @@ class TextLDM(PreTrainedModel):
             input_ids: token ids of each prompt, a list of 1-D tensors or lists (or a [batch, tokens] tensor without padding);
                 an empty prompt generates unconditionally.
             max_new_tokens: tokens that are drawn together; the number of network evaluations does not depend on it.
-            num_steps, guidance_scale, solver, grid, belief_scale: the config's when None; a solver by name or itself; grid is one
+            num_steps, guidance_scale, solver, grid, token_temperature: the config's when None; a solver by name or itself; grid is one
                 of times.GRIDS.
             guidance_interval: times between which guidance is applied.
             seed: of the noise; prompt i draws from (seed, i), whatever else is in the batch.
@@ -110,7 +113,7 @@ class TextLDM(PreTrainedModel):
         Raises: ValueError for lengths beyond `config.max_window`, empty requests, ids or noise that do not fit.
         """
         config = self.config
-        prompts = [torch.as_tensor(ids, dtype=torch.int64).reshape(-1).cpu() for ids in input_ids]
+        prompts = [_ids(ids) for ids in input_ids]
         num_steps = config.num_steps if num_steps is None else num_steps
         self._check(prompts, max_new_tokens, num_steps, noise)
         if noise is None:
@@ -130,12 +133,51 @@ class TextLDM(PreTrainedModel):
             solver=solver or config.solver,
             guidance_scale=config.guidance_scale if guidance_scale is None else guidance_scale,
             guidance_interval=guidance_interval,
-            belief_scale=config.belief_scale if belief_scale is None else belief_scale,
+            token_temperature=config.token_temperature if token_temperature is None else token_temperature,
             on_step=report if on_step else None,
         )
         tokens = decode_targets(self.vae, latents_NZ, lengths)
         eos = eos_token_id if eos_token_id is not None else getattr(config, "eos_token_id", None)
         return [_before(ids, eos) for ids in tokens]
+
+    @torch.no_grad()
+    def nll(
+        self,
+        input_ids: Sequence[torch.Tensor | Sequence[int]],
+        target_ids: Sequence[torch.Tensor | Sequence[int]],
+        t0: float | None = None,
+        num_times: int = 24,
+        seed: int = 0,
+    ) -> torch.Tensor:
+        """Upper bounds on -log p(target | prompt, its length), in nats a document: divide by its tokens for nats a token.
+
+        Args:
+            input_ids: token ids of each prompt, which may be empty; target_ids: of what follows it.
+            t0: where the noise stops and the decoder begins; every one gives a bound (likelihood.py). The config's when None.
+            num_times: of the integral, from t0 to 1.
+            seed: of the noise; document i draws from (seed, i), whatever else is in the batch.
+
+        Returns: float64 [documents], on the CPU.
+        Raises: ValueError for no documents, empty targets, and ids or lengths that do not fit.
+        """
+        t0 = self.config.likelihood_t0 if t0 is None else t0
+        prompts, targets = ([_ids(ids) for ids in texts] for texts in (input_ids, target_ids))
+        if not prompts or len(prompts) != len(targets) or not all(map(len, targets)):
+            raise ValueError(
+                f"nll() needs as many targets as prompts, none of them empty, found {len(prompts)} prompts and targets of"
+                f" {[len(ids) for ids in targets][:5]} tokens"
+            )
+        if not 0 < t0 < 0.9 or num_times < 3:
+            raise ValueError(f"t0 is {t0:g} and num_times {num_times}; expected a time in (0, 0.9) and at least 3")
+        for prompt, target in zip(prompts, targets):
+            self._check_lengths(len(prompt), len(target))
+        self._check_ids([*prompts, *targets])
+        noise = [
+            torch.stack([self._noise(seed, i * num_times + k, len(target)) for k in range(num_times)])
+            for i, target in enumerate(targets)
+        ]
+        found = target_nats(self.vae, self.dit, prompts, targets, noise, time_grid(num_times, t0))
+        return found.bounds_NG[:, 0]
 
     def _check(
         self,
@@ -148,18 +190,9 @@ class TextLDM(PreTrainedModel):
             raise ValueError(
                 f"generate() needs a prompt and max_new_tokens >= 1, found {len(prompts)} and {max_new_tokens}"
             )
-        longest, limit = max(map(len, prompts)), self.config.max_window
-        if longest + max_new_tokens > limit:
-            raise ValueError(
-                f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the {limit} of this model's windows;"
-                " shorten the prompt or lower max_new_tokens"
-            )
-        vocab_size, latent_dim = self.vae.config.vocab_size, self.vae.config.latent_dim
-        beyond = [id_ for ids in prompts for id_ in ids.tolist() if not 0 <= id_ < vocab_size]
-        if beyond:
-            raise ValueError(
-                f"token id {beyond[0]} is beyond the vocabulary of {vocab_size}; use this model's tokenizer"
-            )
+        self._check_lengths(max(map(len, prompts)), max_new_tokens)
+        self._check_ids(prompts)
+        latent_dim = self.vae.config.latent_dim
         if num_steps < 1:
             raise ValueError(f"num_steps is {num_steps}; expected at least 1")
         shapes = [tuple(eps.shape) for eps in noise] if noise is not None else []
@@ -168,9 +201,29 @@ class TextLDM(PreTrainedModel):
                 f"noise has shapes {shapes[:3]}; expected ({max_new_tokens}, {latent_dim}) for each prompt"
             )
 
+    def _check_lengths(self, prompt: int, new: int) -> None:
+        limit = self.config.max_window
+        if prompt + new > limit:
+            raise ValueError(
+                f"a prompt of {prompt} tokens and {new} new ones are more than the {limit} of this model's windows;"
+                " shorten the prompt, or ask for fewer new tokens"
+            )
+
+    def _check_ids(self, texts: Sequence[torch.Tensor]) -> None:
+        vocab_size = self.vae.config.vocab_size
+        beyond = [id_ for ids in texts for id_ in ids.tolist() if not 0 <= id_ < vocab_size]
+        if beyond:
+            raise ValueError(
+                f"token id {beyond[0]} is beyond the vocabulary of {vocab_size}; use this model's tokenizer"
+            )
+
     def _noise(self, seed: int, index: int, new: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
         return torch.randn(new, self.vae.config.latent_dim, generator=generator)
+
+
+def _ids(ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
+    return torch.as_tensor(ids, dtype=torch.int64).reshape(-1).cpu()
 
 
 def _before(ids: torch.Tensor, eos: int | None) -> torch.Tensor:

@@ -14,13 +14,13 @@ PACKAGES = ("data_pipeline", "modeling", "pretrain")
 FLOORS = {
     "data_pipeline": ["core", "format", "text", "reading", "features", "prepare", "cache_features"],
     "modeling": [
-        ["attention", "flow", "losses", "shapes", "times"],
-        ["layers", "solvers"],
+        ["attention", "flow", "losses", "shapes", "times", "token_statistics"],
+        ["floors", "layers", "solvers"],
         ["heads", "repa", "text_vae"],
-        ["token_posterior"],
-        ["floors", "likelihood", "text_dit"],
+        ["text_dit"],
         ["guidance"],
         ["continuation"],
+        ["likelihood"],
         ["textldm"],
     ],
     "pretrain": [

@@ -100,8 +100,8 @@ class Diagnose(Section):
     """Training rows at most whose words and n-grams the generated text is compared with."""
     guidance_scale: NonNegativeFloat = 7.0
     """Of the generated text [paper: 7]."""
-    belief_scale: NonNegativeFloat = 1.0
-    """Of the generated text, with posterior prediction: factor of the network's token logits [paper: no such prediction]."""
+    token_temperature: PositiveFloat = 1.0
+    """Of the generated text, with the categorical head: divides the tokens' logits, below 1 sharper [paper: no such head]."""
     num_steps: PositiveInt = 50
     """Solver steps of the generated text [paper: 50]."""
     solver: Annotated[str, AfterValidator(_known_solver)] = "euler"

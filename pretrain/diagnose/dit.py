@@ -97,7 +97,7 @@ def text_figures(stage: DiTStage, device: torch.device) -> Figures:
     generated = samples.tokens
     truth = [prompt.target_T.tolist() for prompt in prompts]
     figures: Figures = {
-        "guidance_scale": scale, "belief_scale": settings.belief_scale, "num_steps": num_steps, "solver": settings.solver,
+        "guidance_scale": scale, "token_temperature": settings.token_temperature, "num_steps": num_steps, "solver": settings.solver,
         "generated_tokens": sum(map(len, generated)), "latent_rms": text_checks.rms(samples.latents_NZ),
         "even_times": path.even_times(),
     }  # fmt: skip

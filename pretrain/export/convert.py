@@ -162,7 +162,7 @@ def make_parser() -> argparse.ArgumentParser:
     of_generate = "default of generate (the run's, in its diagnose section)"
     parser.add_argument("--num-steps", type=int, help=of_generate)
     parser.add_argument("--guidance-scale", type=float, help=of_generate)
-    parser.add_argument("--belief-scale", type=float, help=of_generate)
+    parser.add_argument("--token-temperature", type=float, help=of_generate)
     parser.add_argument("--solver", choices=solver_names(), help=of_generate)
     parser.add_argument("--data", help="the prepared data folder, if it moved since training")
     parser.add_argument("--vae", help="the stage-1 run's folder, or a checkpoint's, if it is elsewhere now")
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
         weights=given.weights,
         step=given.checkpoint,
         dtype=given.dtype,
-        sampling=Sampling(given.num_steps, given.guidance_scale, given.belief_scale, given.solver),
+        sampling=Sampling(given.num_steps, given.guidance_scale, given.token_temperature, given.solver),
         data=given.data,
         vae=given.vae,
         license_id=given.license,

@@ -44,7 +44,7 @@ class Options:
     guidance_scale: float | None = None
     solver: str | None = None
     grid: str | None = None
-    belief_scale: float | None = None
+    token_temperature: float | None = None
     seed: int = 0
 
 
@@ -141,7 +141,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--solver", choices=solver_names(), help="default of the export")
     parser.add_argument("--grid", choices=GRIDS, help="of the solver's times; default of the export")
     parser.add_argument(
-        "--belief-scale", type=float, help="with posterior prediction: 1 is none; default of the export"
+        "--token-temperature", type=float, help="with the categorical head, below 1 sharper; default of the export"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")

@@ -36,8 +36,8 @@ for prompt, continuation in zip(prompts, model.generate(ids, max_new_tokens={new
     print(prompt + tokenizer.decode(continuation))
 ```
 
-`generate` also takes `num_steps` (default {num_steps}), `guidance_scale` ({guidance_scale:g}), `belief_scale`
-({belief_scale:g}), `solver` ({solver}; there are euler, heun and multistep) and `noise`. Prompt and continuation together have
+`generate` also takes `num_steps` (default {num_steps}), `guidance_scale` ({guidance_scale:g}), `token_temperature`
+({token_temperature:g}), `solver` ({solver}; there are euler, heun and multistep) and `noise`. Prompt and continuation together have
 at most {max_window} tokens. The noise of a prompt depends on the seed and its place alone, so a result does not depend on what
 else is in the batch.
 
@@ -75,7 +75,7 @@ def model_card(model: TextLDM, source: Source) -> str:
         new_tokens=min(128, shape.max_window // 2),
         num_steps=shape.num_steps,
         guidance_scale=shape.guidance_scale,
-        belief_scale=shape.belief_scale,
+        token_temperature=shape.token_temperature,
         solver=shape.solver,
         max_window=shape.max_window,
         weights="moving average (EMA)" if source.weights == "ema" else "last weights",

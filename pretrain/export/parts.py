@@ -21,7 +21,7 @@ class Sampling:
 
     num_steps: int | None = None
     guidance_scale: float | None = None
-    belief_scale: float | None = None
+    token_temperature: float | None = None
     solver: str | None = None
 
     def __post_init__(self) -> None:

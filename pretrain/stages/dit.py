@@ -14,11 +14,11 @@ from modeling import flow, losses
 from modeling.attention import Segments
 from modeling.floors import NAMES as FLOOR_NAMES
 from modeling.floors import Floors
-from modeling.heads import TokenHead, TokenTargets, VelocityHead
+from modeling.heads import CategoricalHead, TokenHead, TokenTargets, VelocityHead
+from modeling.likelihood import DocumentNats, denoiser, document_nats, time_grid
 from modeling.text_dit import TextDiT
 from modeling.text_vae import TextVAE
 from modeling.times import TimeDistribution, move_logit, shift_for_dimension
-from modeling.token_posterior import PosteriorHead
 from pretrain.checkpoint.storage import Checkpoint
 from pretrain.stages.base import Stage, StageOutput, row_noise, weighted
 from pretrain.stages.dit_config import DiTRun, Flow
@@ -27,8 +27,10 @@ from pretrain.stages.latent_statistics import LATENTS_NAME, LatentStatistics
 from pretrain.telemetry.flops import transformer_flops
 
 QUARTERS = 4
-TIME_NOISE, POSTERIOR_NOISE = 1, 2
-"""Purposes of keyed noise beside the flow's own: the spread of times over a window's tokens, and draws from the VAE's posterior."""
+TIME_NOISE, POSTERIOR_NOISE, LIKELIHOOD_NOISE = 1, 2, 1024
+"""Purposes of keyed noise beside the flow's own: the spread of times over a window's tokens, draws from the VAE's posterior, and from
+here on the times of the bound on the likelihood."""
+TIMES = time_grid()
 
 
 def times_of(settings: Flow, latent_dim: int) -> TimeDistribution:
@@ -91,8 +93,8 @@ class DiTStage(Stage):
         shape = config.model.architecture()
         shape.vocab_size = vae.config.vocab_size
         self.dit = TextDiT(shape)
-        if isinstance(self.dit.head, PosteriorHead):
-            statistics.apply_posterior(self.dit.head)
+        if isinstance(self.dit.head, CategoricalHead):
+            statistics.apply_tokens(self.dit.head)
         self.token_head: TokenHead | None = None
         if config.flow.token_loss_weight and isinstance(self.dit.head, VelocityHead):
             self.token_head = TokenHead(config.model.width, vae.config.vocab_size)
@@ -124,14 +126,11 @@ class DiTStage(Stage):
     def flops(self, batch: Batch) -> float:
         shape, vae = self.config.model, self.vae.config
         weights = 12 * shape.width**2 * shape.num_layers + 2 * shape.width * shape.latent_dim
-        if shape.prediction == "posterior":
-            weights += vae.vocab_size * (shape.width + 3 * shape.latent_dim)
-        own = transformer_flops(
-            weights,
-            shape.num_layers,
-            shape.width,
-            batch.window_lengths,
-        )
+        own = transformer_flops(weights, shape.num_layers, shape.width, batch.window_lengths)
+        if shape.head == "categorical":
+            # Learned logits forward and backward; forward alone the known ones and the mean latent, with the network and before it.
+            products = 6 * shape.width + 2 * 2 * (3 * shape.latent_dim + 1)
+            own += float(batch.num_tokens(SUFFIX)) * vae.vocab_size * products
         encoder = 12 * vae.width**2 * vae.num_encoder_layers
         return own + transformer_flops(encoder, vae.num_encoder_layers, vae.width, batch.segment_lengths, passes=1)
 
@@ -178,13 +177,21 @@ class DiTStage(Stage):
         )
         estimate_TZ = self._earlier_estimate(batch, inputs_TZ, is_target_T, time_T, windows)
         weights_T = is_target_T.float()
-        targets = TokenTargets(batch.tokens_T, weights_T)
+        targets = self.targets_of(batch)
         output = self.dit(inputs_TZ, is_target_T, time_T, windows, estimate_TZ, targets=targets)
         error_T = losses.squared_error(output.velocity_TZ, flow.velocity(latents_TZ, noise_TZ))
         token_ce = output.token_loss
         if self.token_head is not None:
-            token_ce, _ = losses.linear_cross_entropy(output.hidden_TD, self.token_head.weight, *targets)
+            token_ce, _ = losses.linear_cross_entropy(
+                output.hidden_TD, self.token_head.weight, batch.tokens_T, weights_T
+            )
         return FlowErrors(error_T, weights_T, time_T, self.floors, token_ce)
+
+    def targets_of(self, batch: Batch) -> TokenTargets:
+        """The target tokens and where they stand, from what the host knows: no device is waited for."""
+        device = batch.tokens_T.device
+        places_M = (batch.roles_T == SUFFIX).nonzero()[:, 0].to(device, non_blocking=True)
+        return TokenTargets(places_M, batch.tokens_T[places_M])
 
     def one_step_estimate(self, batch: Batch, time: float) -> tuple[Tensor, Tensor]:
         """Standardised latents [T, Z] with the network's estimate of z at the targets, all noised to `time`, and where they are [T]."""
@@ -193,9 +200,28 @@ class DiTStage(Stage):
         windows, is_target_T, time_T, inputs_TZ, _ = self._noised(
             batch, latents_TZ, latents_TZ, time_W, torch.ones_like(time_W, dtype=torch.bool)
         )
-        velocity_TZ = self.dit(inputs_TZ, is_target_T, time_T, windows).velocity_TZ
+        velocity_TZ = self.dit(inputs_TZ, is_target_T, time_T, windows, targets=self.targets_of(batch)).velocity_TZ
         estimate_TZ = self.dit.estimate(velocity_TZ, inputs_TZ, time_T)
         return torch.where(is_target_T[:, None], estimate_TZ, latents_TZ), is_target_T
+
+    @torch.no_grad()
+    def document_nats(
+        self, batch: Batch, times: tuple[float, ...] = TIMES, context_TZ: Tensor | None = None
+    ) -> DocumentNats:
+        """What the bound on the likelihood is made of, of every window with a target (modeling/likelihood.py).
+
+        context_TZ: from where the contexts are taken, [T, Z]; their own when None.
+        """
+        latents_TZ, device = self.latents(batch), batch.tokens_T.device
+        windows, segments = (Segments.from_lengths(x, device) for x in (batch.window_lengths, batch.segment_lengths))
+        roles_T = batch.roles_T.to(device, non_blocking=True)
+        shown_TZ = (latents_TZ if context_TZ is None else context_TZ) * (roles_T == PREFIX)[:, None]
+
+        def noise_of(index: int) -> Tensor:
+            return row_noise(batch, latents_TZ.shape[1], purpose=LIKELIHOOD_NOISE + index)
+
+        denoise = denoiser(self.vae, self.dit, shown_TZ, self.targets_of(batch), windows, segments)
+        return document_nats(denoise, latents_TZ, noise_of, windows.ids_T, roles_T == SUFFIX, times)
 
     def _noised(
         self, batch: Batch, latents_TZ: Tensor, context_TZ: Tensor, time_W: Tensor, keep_context_W: Tensor
@@ -222,7 +248,7 @@ class DiTStage(Stage):
         if not self.config.model.self_conditioning:
             return None
         with torch.no_grad():
-            velocity_TZ = self.dit(inputs_TZ, is_target_T, time_T, windows).velocity_TZ
+            velocity_TZ = self.dit(inputs_TZ, is_target_T, time_T, windows, targets=self.targets_of(batch)).velocity_TZ
             estimate_TZ = self.dit.estimate(velocity_TZ, inputs_TZ, time_T)
         if not self.training:
             return estimate_TZ

@@ -46,8 +46,8 @@ class Flow(Section):
     self_conditioning_share: Share = 0.5
     """Share of windows that are given an earlier estimate of z, when model.self_conditioning is on."""
     token_loss_weight: NonNegativeFloat = 0.0
-    """Weight of an auxiliary cross-entropy of the target tokens: of the posterior's logits with posterior prediction, else of a linear
-    map of the DiT's hidden states; 0: none [paper: none]."""
+    """Weight of an auxiliary cross-entropy of the target tokens: of the categorical head's logits, else of a linear map of the
+    DiT's hidden states; 0: none [paper: none]."""
     statistics_rows: PositiveInt = 64
     """Training rows from which the latents' mean, deviation and floors are estimated before the first step."""
 

@@ -1,9 +1,9 @@
-"""What a DiT must know of its VAE's latents before it is built: mean and deviation, the floors of its loss, a posterior's statistics.
+"""What a DiT must know of its VAE's latents before it is built: mean and deviation, the floors of its loss, a categorical head's tokens.
 
 Measured once on the run's first rows and its own splits, and kept in the run folder: they belong to the VAE *and* to the way in which
 targets are cut.
 
-Shape letters: T packed tokens, M target tokens of several batches, N held-out ones, Z latent dim, G times of a grid.
+Shape letters: T packed tokens, V vocabulary, M target tokens of several batches, N held-out ones, Z latent dim, G times of a grid.
 """
 
 import hashlib
@@ -21,9 +21,11 @@ from torch import Tensor
 from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import SUFFIX, Batch
+from modeling.attention import Segments
 from modeling.floors import NAMES, Floors, measure_floors
+from modeling.heads import CategoricalHead
 from modeling.text_vae import TextVAE
-from modeling.token_posterior import TokenPosterior, token_statistics
+from modeling.token_statistics import token_statistics
 from pretrain.checkpoint.find import checkpoint_of, saved_steps
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.stages.frozen_vae import load_vae, posterior_mean
@@ -33,36 +35,38 @@ if TYPE_CHECKING:
     from pretrain.stages.dit_config import DiTRun
 
 LATENTS_NAME = "latents.safetensors"
-POSTERIOR_PREFIX = "posterior."
+TOKENS_PREFIX = "tokens."
 MIN_STD = 1e-4
 FLOOR_SAMPLES = 8192
+ALONE_TOKENS = 8192
+"""Tokens that are encoded at a time, each by itself."""
 
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Mean and deviation per channel fp32 [Z], the floors, and with posterior prediction its statistics by name."""
+    """Mean and deviation per channel fp32 [Z], the floors, and for a categorical head what it knows of tokens, by name."""
 
     mean_Z: Tensor
     std_Z: Tensor
     floors: Floors
-    posterior: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
 
     def apply(self, vae: TextVAE) -> None:
         """Set the VAE's `latents_mean` and `latents_std`."""
         vae.latents_mean.copy_(self.mean_Z)
         vae.latents_std.copy_(self.std_Z)
 
-    def apply_posterior(self, posterior: TokenPosterior) -> None:
-        """Set the statistics of a DiT's token posterior."""
-        for name, buffer in posterior.named_buffers():
-            buffer.copy_(self.posterior[name])
+    def apply_tokens(self, head: CategoricalHead) -> None:
+        """Set what a DiT's categorical head knows of tokens."""
+        for name, buffer in head.named_buffers():
+            buffer.copy_(self.tokens[name])
 
     def save(self, path: Path, key: str) -> None:
         """Write them as a whole; `key` says what they depend on (`statistics_key`)."""
         tensors = {f"{name}_G": getattr(self.floors, f"{name}_G") for name in ("times", *NAMES)}
         tensors |= {"latents_mean": self.mean_Z, "latents_std": self.std_Z}
         tensors |= {"within_token_variance": torch.tensor(self.floors.within_token_variance, dtype=torch.float64)}
-        tensors |= {f"{POSTERIOR_PREFIX}{name}": tensor for name, tensor in self.posterior.items()}
+        tensors |= {f"{TOKENS_PREFIX}{name}": tensor for name, tensor in self.tokens.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"key": key})
@@ -85,13 +89,13 @@ class LatentStatistics:
                 " flow.statistics_rows name now, and the run's checkpoints belong to it: set them back, or start over with --fresh"
             )
         grids = {f"{name}_G": tensors[f"{name}_G"] for name in ("times", *NAMES)}
-        posterior = {
-            name.removeprefix(POSTERIOR_PREFIX): tensor
+        tokens = {
+            name.removeprefix(TOKENS_PREFIX): tensor
             for name, tensor in tensors.items()
-            if name.startswith(POSTERIOR_PREFIX)
+            if name.startswith(TOKENS_PREFIX)
         }
         floors = Floors(**grids, within_token_variance=float(tensors["within_token_variance"]))
-        return cls(tensors["latents_mean"], tensors["latents_std"], floors, posterior)
+        return cls(tensors["latents_mean"], tensors["latents_std"], floors, tokens)
 
 
 def measure(config: "DiTRun", manifest: Manifest, device: torch.device) -> None:
@@ -115,13 +119,11 @@ def measure(config: "DiTRun", manifest: Manifest, device: torch.device) -> None:
 
 def statistics_of(vae: TextVAE, config: "DiTRun", manifest: Manifest, device: torch.device) -> LatentStatistics:
     """Measured on the run's first rows; sets the VAE's too. The floors are fitted to training rows and measured on held-out ones."""
-    latents_MZ, tokens_M, segments_M = target_latents(
-        vae, training_batches(config, config.flow.statistics_rows), device
-    )
+    latents_MZ, tokens_M = target_latents(vae, training_batches(config, config.flow.statistics_rows), device)
     standardised_MZ = set_statistics(vae, latents_MZ)
     if manifest.splits["heldout"]:
         rows = min(config.train.eval_rows, max(config.flow.statistics_rows // 4, 1))
-        held_NZ, held_tokens_N, _ = target_latents(vae, heldout_rows(config, rows), device)
+        held_NZ, held_tokens_N = target_latents(vae, heldout_rows(config, rows), device)
         stride = max(len(held_NZ) // FLOOR_SAMPLES, 1)
         held_NZ, held_tokens_N = standardised(vae, held_NZ[::stride]), held_tokens_N[::stride]
         floors = measure_floors(
@@ -129,10 +131,10 @@ def statistics_of(vae: TextVAE, config: "DiTRun", manifest: Manifest, device: to
         )
     else:
         floors = measure_floors(standardised_MZ, tokens_M)
-    posterior = {}
-    if config.model.prediction == "posterior":
-        posterior = token_statistics(standardised_MZ, tokens_M, segments_M, vae.config.vocab_size)
-    return LatentStatistics(vae.latents_mean.cpu(), vae.latents_std.cpu(), floors, posterior)
+    tokens = {}
+    if config.model.head == "categorical":
+        tokens = token_statistics(standardised_MZ, tokens_M, standardised(vae, encoded_alone(vae, device)))
+    return LatentStatistics(vae.latents_mean.cpu(), vae.latents_std.cpu(), floors, tokens)
 
 
 def statistics_key(config: "DiTRun", manifest: Manifest) -> str:
@@ -144,22 +146,26 @@ def statistics_key(config: "DiTRun", manifest: Manifest) -> str:
         manifest.fingerprint,
         config.data.split.model_dump(),
         [config.train.seed, config.data.streams, config.data.rows_per_step, config.flow.statistics_rows],
-        config.model.prediction == "posterior",
+        config.model.head == "categorical",
     ]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def target_latents(vae: TextVAE, batches: Iterable[Batch], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Posterior means [M, Z], tokens [M] and segments [M] (numbered from 0) of the target segments, on the CPU."""
-    latents, tokens, segments, num_segments = [], [], [], 0
+def target_latents(vae: TextVAE, batches: Iterable[Batch], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Posterior means [M, Z] and tokens [M] of the target segments, on the CPU."""
+    latents, tokens = [], []
     for batch in batches:
         is_target_T = batch.roles_T == SUFFIX
         latents.append(posterior_mean(vae, batch.to(device)).cpu()[is_target_T])
         tokens.append(batch.tokens_T[is_target_T])
-        lengths_S = torch.tensor([n for n, role in zip(batch.segment_lengths, batch.segment_roles) if role == SUFFIX])
-        segments.append(num_segments + torch.arange(len(lengths_S)).repeat_interleave(lengths_S.long()))
-        num_segments += len(lengths_S)
-    return torch.cat(latents), torch.cat(tokens), torch.cat(segments)
+    return torch.cat(latents), torch.cat(tokens)
+
+
+@torch.no_grad()
+def encoded_alone(vae: TextVAE, device: torch.device) -> Tensor:
+    """Posterior mean [V, Z] of every token of the vocabulary as a text of one token, on the CPU."""
+    pieces = torch.arange(vae.config.vocab_size, device=device).split(ALONE_TOKENS)
+    return torch.cat([vae.encode(ids, Segments.from_lengths([1] * len(ids), device))[0].cpu() for ids in pieces])
 
 
 def set_statistics(vae: TextVAE, latents_MZ: Tensor) -> Tensor:

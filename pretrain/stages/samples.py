@@ -45,7 +45,7 @@ def sample(
     tick: Callable[[], None] = lambda: None,
     path: EstimatePath | None = None,
 ) -> Samples:
-    """Generate a target of the true length for each prompt, at the run's diagnose.belief_scale; `path` is told of the estimates."""
+    """Generate a target of the true length for each prompt, at the run's diagnose.token_temperature; `path` is told of the estimates."""
     generator = torch.Generator().manual_seed(seed)
     lengths, channels = [len(prompt.target_T) for prompt in prompts], stage.vae.config.latent_dim
 
@@ -62,7 +62,7 @@ def sample(
         stage.times.grid(num_steps, grid).tolist(),
         solver=solver,
         guidance_scale=guidance_scale,
-        belief_scale=stage.config.diagnose.belief_scale,
+        token_temperature=stage.config.diagnose.token_temperature,
         on_step=on_step,
     )
     return Samples(latents_NZ, [tokens_T.tolist() for tokens_T in decode_targets(stage.vae, latents_NZ, lengths)])

@@ -5,8 +5,8 @@ import torch
 
 from modeling.attention import Segments
 from modeling.guidance import GuidedVelocity, guide
+from modeling.heads import CategoricalHead
 from modeling.text_dit import TextDiT, TextDiTConfig
-from modeling.token_posterior import PosteriorHead
 
 
 def test_guidance_scales() -> None:
@@ -79,15 +79,23 @@ def test_self_conditioning_reads_the_last_estimate_of_the_guided_velocity() -> N
     assert not torch.allclose(fresh_TZ, expected_TZ, atol=1e-3)
 
 
-def test_a_belief_scale_multiplies_what_the_context_adds_to_the_token_logits() -> None:
-    dit, (context_TZ, is_target_T, windows) = make_dit(prediction="posterior", vocab_size=5), packed()
-    z_TZ = torch.randn_like(context_TZ)
-    assert isinstance(dit.head, PosteriorHead)
+def test_a_temperature_sharpens_the_tokens_probabilities() -> None:
+    """Near zero, the estimate of z is the mean of the likeliest token, moved within it."""
+    dit, (context_TZ, is_target_T, windows) = make_dit(head="categorical", vocab_size=5), packed()
+    z_TZ, t = torch.randn_like(context_TZ), 0.6
+    assert isinstance(dit.head, CategoricalHead)
     dit.head.means.copy_(torch.randn(5, 3))
-    scaled_TZ = GuidedVelocity(dit, context_TZ, is_target_T, windows, belief_scale=2.5)(z_TZ, 0.6)
-    plain_TZ = GuidedVelocity(dit, context_TZ, is_target_T, windows)(z_TZ, 0.6)
-    dit.head.to_logits.weight.mul_(2.5)
-    torch.testing.assert_close(scaled_TZ, GuidedVelocity(dit, context_TZ, is_target_T, windows)(z_TZ, 0.6))
-    assert not torch.allclose(scaled_TZ, plain_TZ)
-    with pytest.raises(ValueError, match="belief_scale is 2, but this DiT predicts velocity"):
-        GuidedVelocity(make_dit(), context_TZ, is_target_T, windows, belief_scale=2.0)
+    dit.head.within_variance.fill_(1e-6)
+    near, plain = (
+        GuidedVelocity(dit, context_TZ, is_target_T, windows, token_temperature=x)(z_TZ, t)[is_target_T]
+        for x in (1e-4, 1.0)
+    )
+    gaps_NV = torch.cdist(z_TZ[is_target_T] - t * near, dit.head.means)
+    assert float(gaps_NV.amin(-1).max()) < 0.02
+    assert not torch.allclose(near, plain, atol=1e-2)
+    with pytest.raises(
+        ValueError, match="token_temperature is 2; expected more than 0, and 1 with this DiT's head velocity"
+    ):
+        GuidedVelocity(make_dit(), context_TZ, is_target_T, windows, token_temperature=2.0)
+    with pytest.raises(ValueError, match="token_temperature is 0; expected more than 0"):
+        GuidedVelocity(dit, context_TZ, is_target_T, windows, token_temperature=0.0)

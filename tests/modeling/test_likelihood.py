@@ -8,6 +8,7 @@ import torch
 
 from modeling import flow
 from modeling.likelihood import (
+    Denoised,
     DocumentNats,
     bound_at,
     document_nats,
@@ -37,11 +38,11 @@ def language(num: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def optimal(means_VZ: torch.Tensor, frequencies_V: torch.Tensor, tokens_T: torch.Tensor):  # type: ignore[no-untyped-def]
     """Bayes' denoiser of point masses at the means, and its belief in the true token."""
 
-    def denoise(noisy_TZ: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def denoise(noisy_TZ: torch.Tensor, t: float) -> Denoised:
         gaps_TV = (noisy_TZ[:, None] - (1 - t) * means_VZ).square().sum(-1)
         logits_TV = frequencies_V.log() - gaps_TV / (2 * t * t)
         velocity_TZ = (noisy_TZ - logits_TV.softmax(-1) @ means_VZ) / t
-        return velocity_TZ, torch.nn.functional.cross_entropy(logits_TV, tokens_T, reduction="none")
+        return Denoised(velocity_TZ, torch.nn.functional.cross_entropy(logits_TV, tokens_T, reduction="none"))
 
     return denoise
 
@@ -117,9 +118,9 @@ def test_the_flow_part_of_gaussian_data_is_its_information() -> None:
     eigenvalues_Z, num = torch.tensor([0.05, 0.4, 1.0, 2.55], **double), 40_000
     data_TZ = draw(num, LATENT, seed=3) * eigenvalues_Z.sqrt()
 
-    def denoise(noisy_TZ: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def denoise(noisy_TZ: torch.Tensor, t: float) -> Denoised:
         slope_Z = (t - (1 - t) * eigenvalues_Z) / ((1 - t) ** 2 * eigenvalues_Z + t**2)
-        return slope_Z * noisy_TZ, torch.zeros(num, **double)
+        return Denoised(slope_Z * noisy_TZ, torch.zeros(num, **double))
 
     everything_T = torch.ones(num, dtype=torch.bool)
     found = document_nats(

@@ -7,7 +7,14 @@ from torch.distributions import Normal, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from modeling.losses import kl_to_standard_normal, linear_cross_entropy, squared_error
+from modeling.losses import (
+    ClassScores,
+    categorical_loss,
+    class_mean,
+    kl_to_standard_normal,
+    linear_cross_entropy,
+    squared_error,
+)
 
 T, D, V = 37, 16, 301
 
@@ -145,3 +152,88 @@ def test_as_many_labels_as_the_tokenizer_has() -> None:
     # A sum over 151,936 classes has its own error in fp32: ours is that of the plain loss.
     for one, other, wanted in zip(found, plain, torch.autograd.grad(expected, exact)):
         assert (one - wanted).norm() <= 2 * (other - wanted).norm() + 1e-6 * wanted.norm()
+
+
+E, Z = 5, 3
+
+
+def categorical_inputs(dtype: torch.dtype = torch.float32) -> tuple[ClassScores, torch.Tensor, torch.Tensor]:
+    """Two products of logits, the known one large, values of the classes, and targets."""
+    torch.manual_seed(0)
+    hidden_TD, weight_VD = (torch.randn(n, D).to(dtype).requires_grad_() for n in (T, V))
+    scores = ClassScores(hidden_TD, weight_VD, 4 * torch.randn(T, E), torch.randn(V, E))
+    return scores, torch.randn(V, Z), torch.randint(V, (T,))
+
+
+def plain_categorical(
+    scores: ClassScores, values_VZ: torch.Tensor, targets_T: torch.Tensor, temperature: float = 1.0
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """The same by autograd in float64: the leaves, cross-entropies [T] and means."""
+    leaves = [x.detach().double().requires_grad_() for x in scores[:2]]
+    logits_TV = (leaves[0] @ leaves[1].T + scores.known_ME.double() @ scores.known_VE.double().T) / temperature
+    ce_T = F.cross_entropy(logits_TV, targets_T, reduction="none")
+    return leaves, ce_T, logits_TV.softmax(-1) @ values_VZ.double()
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 37, 1024])
+@pytest.mark.parametrize("through_mean", [False, True])
+def test_the_categorical_loss_is_the_plain_one_in_values_and_gradients(chunk: int, through_mean: bool) -> None:
+    scores, values_VZ, targets_T = categorical_inputs()
+    leaves, expected_T, expected_TZ = plain_categorical(scores, values_VZ, targets_T)
+    loss, ce_T, mean_TZ = categorical_loss(scores, values_VZ, targets_T, through_mean, chunk)
+    torch.testing.assert_close(loss.double(), expected_T.sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ce_T.double(), expected_T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mean_TZ.double(), expected_TZ, rtol=1e-5, atol=1e-5)
+    assert not ce_T.requires_grad
+    assert mean_TZ.requires_grad == through_mean
+    aim_TZ = torch.randn(T, Z)
+    total, wanted = 2.5 * loss, 2.5 * expected_T.sum()
+    if through_mean:
+        total = total + (mean_TZ - aim_TZ).square().sum()
+        wanted = wanted + (expected_TZ - aim_TZ.double()).square().sum()
+    for found, exact in zip(torch.autograd.grad(total, scores[:2]), torch.autograd.grad(wanted, leaves)):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_the_mean_of_classes_is_the_plain_one_at_a_temperature(temperature: float) -> None:
+    scores, values_VZ, targets_T = categorical_inputs()
+    _, _, expected_TZ = plain_categorical(scores, values_VZ, targets_T, temperature)
+    found_TZ = class_mean(scores, values_VZ, temperature, 10)
+    torch.testing.assert_close(found_TZ.double(), expected_TZ, rtol=1e-5, atol=1e-5)
+
+
+def test_categorical_logits_never_exist_in_full_and_what_is_known_has_no_gradient() -> None:
+    scores, values_VZ, targets_T = categorical_inputs()
+    for through_mean in (False, True):
+        with Made() as made:
+            loss, _, mean_TZ = categorical_loss(scores, values_VZ, targets_T, through_mean, 10)
+            (loss + mean_TZ.sum()).backward()
+        assert max(size for _, size in made.sizes) == max(10 * V, V * D)
+    assert scores.known_ME.grad is None
+    with torch.no_grad(), Made() as made:
+        categorical_loss(scores, values_VZ, targets_T, False, 10)
+    assert [size for name, size in made.sizes if name == "mm" and size > 1000] == [10 * V, 10 * V, 10 * V, 7 * V]
+
+
+def test_what_is_known_keeps_single_precision_beside_half_precision_hidden_states() -> None:
+    """Known logits of the size that log N(z_t; ...) has near t = 0, of which bf16 would leave nothing."""
+    scores, values_VZ, targets_T = categorical_inputs(torch.bfloat16)
+    scores = scores._replace(known_ME=100 * scores.known_ME)
+    _, expected_T, _ = plain_categorical(scores, values_VZ, targets_T)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, ce_T, mean_TZ = categorical_loss(scores, values_VZ, targets_T, False, 10)
+    assert {x.dtype for x in (loss, ce_T, mean_TZ)} == {torch.float32}
+    torch.testing.assert_close(ce_T.double(), expected_T, rtol=2e-3, atol=0.05)
+    assert [g.dtype for g in torch.autograd.grad(loss, scores[:2])] == [torch.bfloat16] * 2
+
+
+def test_no_target_at_all_is_no_loss() -> None:
+    scores, values_VZ, targets_T = categorical_inputs()
+    none = ClassScores(scores.hidden_MD[:0], scores.weight_VD, scores.known_ME[:0], scores.known_VE)
+    loss, ce_T, mean_TZ = categorical_loss(none, values_VZ, targets_T[:0])
+    loss.backward()
+    assert (float(loss.detach()), len(ce_T), tuple(mean_TZ.shape)) == (0.0, 0, (0, Z))
+    assert scores.weight_VD.grad is not None
+    assert not scores.weight_VD.grad.any()
+    assert class_mean(none, values_VZ).shape == (0, Z)

@@ -5,9 +5,9 @@ import torch
 
 from modeling import flow
 from modeling.attention import Segments
+from modeling.heads import CategoricalHead, TokenTargets
 from modeling.losses import squared_error
 from modeling.text_dit import TextDiT, TextDiTConfig
-from modeling.token_posterior import PosteriorHead
 
 LENGTHS, CONTEXTS = [9, 6, 5], [4, 3, 0]
 TINY = {"latent_dim": 3, "width": 32, "num_layers": 2, "head_dim": 16}
@@ -17,7 +17,7 @@ EVERY = [
     {"time_conditioning": "adaln_zero"},
     {"role_embedding": True, "qk_norm": True},
     {"self_conditioning": True},
-    {"prediction": "posterior", "vocab_size": 7},
+    {"head": "categorical", "vocab_size": 7},
     {"neighbour_heads": True},
 ]
 
@@ -28,10 +28,9 @@ def make_dit(**options: object) -> TextDiT:
     dit = TextDiT(TextDiTConfig(**(TINY | options))).eval()
     for p in dit.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    if isinstance(dit.head, PosteriorHead):
+    if isinstance(dit.head, CategoricalHead):
         torch.nn.init.normal_(dit.head.means)
-        dit.head.shared_variance.fill_(2.0)
-        dit.head.own_variance.fill_(0.5)
+        dit.head.within_variance.fill_(0.3)
     return dit.requires_grad_(False)
 
 
@@ -54,7 +53,8 @@ def test_windows_do_not_see_each_other(options: dict) -> None:
     after_TZ = dit(changed_TZ, is_target_T, changed_T, windows).velocity_TZ
     outside = [*range(9), *range(15, 20)]
     assert torch.equal(before_TZ[outside], after_TZ[outside])
-    assert not torch.isclose(before_TZ[9:15], after_TZ[9:15]).all(-1).any()
+    targets = slice(9 + CONTEXTS[1], 15)
+    assert not torch.isclose(before_TZ[targets], after_TZ[targets]).all(-1).any()
     start = 0
     for length in LENGTHS:
         part = slice(start, start + length)
@@ -87,17 +87,25 @@ def test_without_time_conditioning_the_time_is_not_read() -> None:
     assert torch.equal(before_TZ, timed(latents_TZ, is_target_T, context_T, windows).velocity_TZ)
 
 
-def test_posterior_prediction_reads_its_own_estimate_where_no_earlier_one_is_given() -> None:
-    dit, (latents_TZ, is_target_T, time_T, windows) = make_dit(prediction="posterior", vocab_size=7), inputs()
-    assert isinstance(dit.head, PosteriorHead)
-    time_T1 = time_T[:, None]
-    logits_TV = dit.head.unigram_logits(latents_TZ, time_T1)
-    own_TZ = dit.head.estimate(logits_TV, latents_TZ, time_T1).latents_TZ
-    outputs = dit(latents_TZ, is_target_T, time_T, windows)
-    assert torch.equal(outputs.velocity_TZ, dit(latents_TZ, is_target_T, time_T, windows, own_TZ).velocity_TZ)
+def test_a_categorical_head_reads_what_each_latent_tells_alone_where_no_earlier_estimate_is_given() -> None:
+    dit, (latents_TZ, is_target_T, time_T, windows) = make_dit(head="categorical", vocab_size=7), inputs()
+    places_M = is_target_T.nonzero()[:, 0]
+    own_TZ = dit.head.alone(latents_TZ, (time_T * is_target_T)[:, None], places_M)
+    found_TZ = dit(latents_TZ, is_target_T, time_T, windows).velocity_TZ
+    assert torch.equal(found_TZ, dit(latents_TZ, is_target_T, time_T, windows, own_TZ).velocity_TZ)
     assert not torch.allclose(
-        outputs.velocity_TZ, dit(latents_TZ, is_target_T, time_T, windows, torch.zeros_like(own_TZ)).velocity_TZ
+        found_TZ, dit(latents_TZ, is_target_T, time_T, windows, torch.zeros_like(own_TZ)).velocity_TZ
     )
+
+
+def test_targets_that_are_named_are_those_that_the_mask_says() -> None:
+    dit, (latents_TZ, is_target_T, time_T, windows) = make_dit(head="categorical", vocab_size=7), inputs()
+    places_M = is_target_T.nonzero()[:, 0]
+    tokens_M = torch.arange(len(places_M)) % 7
+    found = dit(latents_TZ, is_target_T, time_T, windows, targets=TokenTargets(places_M, tokens_M))
+    plain_TZ = dit(latents_TZ, is_target_T, time_T, windows).velocity_TZ
+    torch.testing.assert_close(found.velocity_TZ, plain_TZ, rtol=1e-4, atol=1e-5)
+    assert found.token_ce_M.shape == (len(places_M),)
 
 
 def test_the_estimate_is_that_of_the_velocity_down_to_the_clamp() -> None:
@@ -105,50 +113,6 @@ def test_the_estimate_is_that_of_the_velocity_down_to_the_clamp() -> None:
     time_T = torch.tensor([0.9, 0.5, flow.MIN_TIME, flow.MIN_TIME / 10, 0.0])
     expected_TZ = noisy_TZ - time_T.clamp_min(flow.MIN_TIME)[:, None] * velocity_TZ
     torch.testing.assert_close(make_dit().estimate(velocity_TZ, noisy_TZ, time_T), expected_TZ)
-
-
-def test_the_first_token_of_a_target_takes_no_shift() -> None:
-    dit, (latents_TZ, is_target_T, time_T, windows) = make_dit(prediction="posterior", vocab_size=7), inputs()
-    assert isinstance(dit.head, PosteriorHead)
-    before_TZ = dit(latents_TZ, is_target_T, time_T, windows).velocity_TZ
-    dit.head.to_shift.bias += 1
-    same_T = (dit(latents_TZ, is_target_T, time_T, windows).velocity_TZ == before_TZ).all(-1)
-    # Contexts of 4, 3 and no tokens; what happens at a context's own tokens means nothing.
-    assert same_T[is_target_T].nonzero().flatten().tolist() == [0, 5, 8]
-
-
-def test_a_context_tells_what_the_target_leaves_open_of_their_common_deviation() -> None:
-    """With a network that says nothing: the gain's effect on the velocity, against the formula."""
-    dit, (latents_TZ, is_target_T, time_T, windows) = make_dit(prediction="posterior", vocab_size=7), inputs()
-    assert isinstance(dit.head, PosteriorHead)
-    for weights in (*dit.head.to_logits.parameters(), *dit.head.to_shift.parameters()):
-        weights.zero_()
-    dit.head.from_context.weight.copy_(torch.tensor([0.0, 0.5, 0.5]))
-    with_context_TZ = dit(latents_TZ, is_target_T, time_T, windows).velocity_TZ
-    dit.head.from_context.weight.zero_()
-    moved_TZ = with_context_TZ - dit(latents_TZ, is_target_T, time_T, windows).velocity_TZ
-    assert not moved_TZ[15:].any(), "there is no context in the last window"
-    kept_TZ, latents_TZ = latents_TZ, latents_TZ.clone()
-    latents_TZ[:4] = 0
-    dropped_TZ = dit(latents_TZ, is_target_T, time_T, windows).velocity_TZ
-    dit.head.from_context.weight.fill_(0.5)
-    assert torch.equal(dit(latents_TZ, is_target_T, time_T, windows).velocity_TZ[:9], dropped_TZ[:9]), (
-        "a dropped context tells something"
-    )
-    shared, own = 2.0, 0.5
-    for context, target, t in ((slice(0, 4), slice(4, 9), 0.2), (slice(9, 12), slice(12, 15), 0.5)):
-        k, n = context.stop - context.start, target.stop - target.start
-        alone = dit.head.estimate(
-            dit.head.unigram_logits(kept_TZ[context], torch.zeros(1, 1)), kept_TZ[context], torch.zeros(1, 1)
-        )
-        of_context_Z = shared / k * alone.deviation_TZ.sum(0) / (own + shared)
-        # The variances within tokens are 1, in the basis of the channels.
-        precision = n * (1 - t) ** 2 / (own * (1 - t) ** 2 + t**2)
-        open_share = 1 / (1 + shared / n * precision)
-        rest = own + open_share * shared / n
-        gain = -t / ((1 - t) ** 2 * rest + t**2) * open_share * (k / n) ** 0.5
-        expected_Z = gain * torch.tensor([0.0, 0.5, 0.5]) * of_context_Z
-        torch.testing.assert_close(moved_TZ[target], expected_Z.expand(n, 3), rtol=1e-3, atol=1e-5)
 
 
 def test_self_conditioning_reads_targets_only_and_zeros_when_there_is_none() -> None:
@@ -175,7 +139,7 @@ def test_the_first_loss_is_its_analytic_value(options: dict) -> None:
     loss = float(squared_error(found_TZ, flow.velocity(data_TZ, noise_TZ)).mean())
     power = float(data_TZ.square().mean())
     # v - v* = a z + b eps with independent z and eps, so the loss is a^2 E[z^2] + b^2.
-    if options.get("prediction") == "posterior":  # without statistics, every token is the unit Gaussian
+    if options.get("head") == "categorical":  # without statistics, every token is the unit Gaussian
         slope = (2 * time - 1) / (time**2 + (1 - time) ** 2)
         a, b = slope * (1 - time) + 1, slope * time - 1
     else:
@@ -208,7 +172,7 @@ def test_the_ladder_has_its_sizes(layers: int, width: int, millions: int) -> Non
 def test_half_precision_runs_and_stays_near(options: dict) -> None:
     torch.manual_seed(0)
     dit, (latents_TZ, is_target_T, time_T, windows) = TextDiT(TextDiTConfig(**(TINY | options))), inputs()
-    head = dit.head.to_shift if isinstance(dit.head, PosteriorHead) else dit.head.to_latent
+    head = dit.head.to_shift if isinstance(dit.head, CategoricalHead) else dit.head.to_latent
     torch.nn.init.normal_(head.weight, std=0.1)
     estimate_TZ = torch.randn_like(latents_TZ) if options.get("self_conditioning") else None
     full_TZ = dit(latents_TZ, is_target_T, time_T, windows, estimate_TZ).velocity_TZ
@@ -218,8 +182,8 @@ def test_half_precision_runs_and_stays_near(options: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"time_conditioning": "film"}, {"prediction": "noise"}, {"neighbour_heads": True, "qk_norm": True}]
+    "wrong", [{"time_conditioning": "film"}, {"head": "noise"}, {"neighbour_heads": True, "qk_norm": True}]
 )
 def test_unknown_options_are_refused(wrong: dict) -> None:
-    with pytest.raises(ValueError, match=r"expected (none, additive or adaln_zero|velocity or posterior)|choose one"):
+    with pytest.raises(ValueError, match=r"expected (none, additive or adaln_zero|velocity or categorical)|choose one"):
         TextDiTConfig(**wrong)

@@ -159,3 +159,56 @@ def test_the_prompt_is_encoded_alone_and_standardised() -> None:
 def test_mistakes(prompts: list, new: int, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_model().generate(prompts, new, **options)
+
+
+TARGETS = [[5, 6, 7, 8], [9, 9], [11, 12, 13], list(range(30, 45))]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"head": "categorical", "vocab_size": 60}, {"self_conditioning": True}], ids=str
+)
+def test_bounds_on_the_likelihood_are_a_documents_own(options: dict) -> None:
+    """Whatever else is in the batch; of prompt, target and noise alone."""
+    model = make_model(**options)
+    together_N = model.nll(PROMPTS, TARGETS, num_times=5)
+    assert together_N.shape == (4,)
+    assert together_N.isfinite().all()
+    torch.testing.assert_close(model.nll(PROMPTS[:2], TARGETS[:2], num_times=5), together_N[:2], rtol=1e-4, atol=1e-4)
+    assert not torch.isclose(model.nll([[7, 8, 9, 10]], TARGETS[:1], num_times=5), together_N[:1]).any()
+    assert not torch.isclose(model.nll(PROMPTS[:1], [[5, 6, 7, 9]], num_times=5), together_N[:1]).any()
+    assert not torch.isclose(model.nll(PROMPTS[:1], TARGETS[:1], num_times=5, t0=0.3), together_N[:1]).any()
+
+
+def test_a_model_that_knows_the_frequencies_alone_has_their_cross_entropy_as_its_bound() -> None:
+    model = make_model(head="categorical", vocab_size=60)
+    torch.nn.init.zeros_(model.dit.head.to_logits.weight)
+    torch.nn.init.zeros_(model.dit.head.to_shift.weight)
+    frequencies_V = torch.rand(60).softmax(0)
+    # An encoder without attention's mixing: every token's latent is its mean, exactly.
+    for block in model.vae.encoder.blocks:
+        torch.nn.init.zeros_(block.attention.out.weight)
+    alone = model.vae.encode(torch.arange(60), Segments.from_lengths([1] * 60))[0]
+    model.dit.head.means.copy_(model.vae.standardize(alone))
+    model.dit.head.within_variance.fill_(1e-5)
+    model.dit.head.log_frequencies.copy_(frequencies_V.log())
+    targets = [torch.multinomial(frequencies_V, 16, replacement=True).tolist() for _ in range(64)]
+    found = float(model.nll([[1, 2]] * 64, targets, t0=0.2, num_times=32).sum()) / 1024
+    expected = -float(frequencies_V.log()[torch.tensor(targets)].mean())
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "targets", "options", "message"),
+    [
+        ([], [], {}, "as many targets as prompts"),
+        ([[1]], [[2], [3]], {}, "as many targets as prompts"),
+        ([[1]], [[]], {}, "none of them empty"),
+        ([[1] * 30], [[2] * 3], {}, "a prompt of 30 tokens and 3 new ones are more than the 32"),
+        ([[1]], [[60]], {}, "token id 60 is beyond the vocabulary"),
+        ([[1]], [[2]], {"t0": 1.0}, "t0 is 1"),
+        ([[1]], [[2]], {"num_times": 2}, "at least 3"),
+    ],
+)
+def test_mistakes_in_asking_for_bounds(prompts: list, targets: list, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_model().nll(prompts, targets, **options)

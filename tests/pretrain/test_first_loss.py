@@ -47,9 +47,9 @@ def test_a_dit_starts_at_the_loss_of_what_it_predicts_without_weights(name: str)
     noisy_TZ = flow.interpolate(data_TZ, noise_TZ, time_T[:, None])
     velocity_TZ = dit(noisy_TZ, is_target_T, time_T, segments()).velocity_TZ
     loss = float(losses.squared_error(velocity_TZ, flow.velocity(data_TZ, noise_TZ)).mean())
-    if shape.prediction == "velocity":  # v = 0
+    if shape.head == "velocity":  # v = 0
         expected = 2.0
-    else:  # posterior: one Gaussian N(0, 1) before statistics are read, that is the blind floor
+    else:  # categorical: one Gaussian N(0, 1) before statistics are read, that is the blind floor
         expected = float(flow.blind_floor(time_T).mean())
     assert loss == pytest.approx(expected, rel=0.02)
 

@@ -130,10 +130,10 @@ def test_an_export_alone_gives_the_training_sides_tokens(trained: Trained, expor
     assert (found["text"], found["steps"]) == ("w3 w4", 50)
 
 
-def test_a_token_posterior_travels_with_its_statistics(trained: Trained, tmp_path: Path) -> None:
-    model = {"prediction": "posterior", "neighbour_heads": True}
+def test_a_categorical_head_travels_with_its_statistics(trained: Trained, tmp_path: Path) -> None:
+    model = {"head": "categorical", "neighbour_heads": True}
     dit = tiny_pipeline.start(
-        tmp_path, tiny_pipeline.dit_values(trained.data, trained.vae, tmp_path / "posterior", model)
+        tmp_path, tiny_pipeline.dit_values(trained.data, trained.vae, tmp_path / "categorical", model)
     )
     saved = read_tensors(dit, "ema")
     frequencies_V = saved["dit.head.log_frequencies"].exp()
@@ -154,12 +154,14 @@ def test_the_folder_holds_what_its_parts_were(trained: Trained, exported: Path) 
         "shapes",
         "guidance",
         "layers",
+        "likelihood",
+        "losses",
+        "shapes",
         "solvers",
         "text_dit",
         "text_vae",
         "textldm",
         "times",
-        "token_posterior",
     )
     code = {f"{stem}.py" for stem in stems}
     assert names == code | {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -178,7 +180,7 @@ def test_the_folder_holds_what_its_parts_were(trained: Trained, exported: Path) 
     manifest = Manifest.load(trained.data)
     assert (config["max_window"], config["eos_token_id"]) == (manifest.max_window, manifest.tokenizer.eos_id)
     assert TimeDistribution(**config["times"]).std == 1.2
-    assert [config[name] for name in ("num_steps", "guidance_scale", "belief_scale", "solver")] == [
+    assert [config[name] for name in ("num_steps", "guidance_scale", "token_temperature", "solver")] == [
         50,
         7.0,
         1.0,
@@ -191,8 +193,8 @@ def test_the_folder_holds_what_its_parts_were(trained: Trained, exported: Path) 
 
 
 def test_generate_does_by_default_what_the_diagnosis_did() -> None:
-    diagnose = Diagnose(num_steps=9, guidance_scale=3.0, belief_scale=2.0, solver="multistep")
-    expected = {"num_steps": 9, "guidance_scale": 1.0, "belief_scale": 2.0, "solver": "multistep"}
+    diagnose = Diagnose(num_steps=9, guidance_scale=3.0, token_temperature=2.0, solver="multistep")
+    expected = {"num_steps": 9, "guidance_scale": 1.0, "token_temperature": 2.0, "solver": "multistep"}
     assert Sampling(guidance_scale=1.0).settings(diagnose) == expected
 
 
