@@ -94,7 +94,7 @@ def compare_losses(
                 "data.micro_batch_rows": 4,
                 "repa.features": None if name == ONLINE else work / name,
                 "repa.online_teacher": job.teacher.name if name == ONLINE else None,
-                "repa.layer": job.teacher.layer,
+                "repa.layer": job.teacher.state.layer,
                 "train.steps": steps,
                 "schedule.warmup_steps": min(40, steps // 3),
                 "kl.warmup_steps": 0,

@@ -8,9 +8,21 @@ from collections.abc import Callable
 EXIT_USER = 2
 """The exit code of a user's mistake."""
 
+_REASON_CHARACTERS = 800
+
 
 class UserError(ValueError):
     """Bad input: the message says what was found, what was expected and what to do. Commands print it without a traceback."""
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of another library says, on one line: its type and its message, shortened.
+
+    For a UserError that is raised `from` it: nobody can list what a library may raise, so its boundary catches everything.
+    """
+    words = " ".join(str(error).split())
+    shown = words if len(words) <= _REASON_CHARACTERS else f"{words[:_REASON_CHARACTERS]}..."
+    return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
 
 
 def cli(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:

@@ -10,7 +10,9 @@ from torch.nn.functional import cosine_similarity
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.keys import generator
 from data_pipeline.features.cache import FeatureCache, load_cache, tile
-from data_pipeline.features.teacher import Teacher, check_fit, load_teacher
+from data_pipeline.features.teacher import Teacher
+from data_pipeline.features.teacher_fit import check_fit
+from data_pipeline.features.teacher_loading import load_teacher
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.order import Span
 from data_pipeline.reading.shard_pool import TokenRows

@@ -22,7 +22,9 @@ from data_pipeline.features import codec_choice
 from data_pipeline.features.cache import CODEC_NAME, feature_members, member_infos, tile
 from data_pipeline.features.codec import Codec, load_codec
 from data_pipeline.features.codec_choice import FeatureSample, Fidelity, Target
-from data_pipeline.features.teacher import DTYPES, Teacher, check_fit, load_teacher
+from data_pipeline.features.teacher import Teacher
+from data_pipeline.features.teacher_fit import check_fit
+from data_pipeline.features.teacher_loading import load_teacher
 from data_pipeline.format.manifest import MANIFEST_NAME, SPLITS, FeatureManifest, FeatureShardInfo, Manifest, ShardInfo
 from data_pipeline.format.shards import shard_bytes, write_shard
 from data_pipeline.reading.order import Span
@@ -75,7 +77,7 @@ class FeatureJob:
     ) -> "FeatureJob":
         """Load the manifest and the teacher; UserError if they do not fit each other."""
         tokens = Manifest.load(data)
-        loaded = load_teacher(teacher, layer, revision, DTYPES[dtype], token_budget)
+        loaded = load_teacher(teacher, layer, revision, dtype, token_budget)
         check_fit(loaded, data, tokens)
         return cls(data, tokens, output, loaded.to(device), options)
 

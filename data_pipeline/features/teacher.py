@@ -1,10 +1,9 @@
 """The frozen language model whose hidden states the TextVAE's encoder is aligned to (REPA).
 
-Only the layers up to the wanted one are loaded and run. Windows never see each other: each is a sequence of its own,
-so that the features of a packed row are exactly those of its windows, run one at a time.
+Windows never see each other: each is a sequence of its own, so that the features of a packed row are exactly those of its
+windows, run one at a time.
 """
 
-import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,41 +11,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
-from transformers.utils import logging as transformers_logging
 
 from data_pipeline.core.errors import UserError
-from data_pipeline.core.storage import read_bytes
-from data_pipeline.format.manifest import Manifest
-from data_pipeline.text.tokenization import load_tokenizer
+from data_pipeline.features.hidden_state import HiddenState
 
-# What causal decoders of transformers call the norm behind their last layer.
-FINAL_NORM_NAMES = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
 class Teacher:
-    """A truncated causal LM: tokens in, hidden states of one layer out."""
+    """A causal LM: tokens in, hidden states of one layer out. T packed tokens, W windows padded to L, F features."""
 
-    model: nn.Module
+    state: HiddenState
+    """What is computed: `state.layer` is an index into transformers' `hidden_states`, 0 the embeddings, -1 behind the last layer and
+    the final norm."""
     name: str
     revision: str | None
-    layer: int
-    """As asked for: an index into transformers' `hidden_states`, 0 the embeddings, -1 behind last layer and final
-    norm."""
-    num_layers: int
-    """Layers that are loaded and run."""
     feature_dim: int
     vocab_size: int
-    max_positions: int
-    """Longest window that the model was built for, tokens."""
+    """Ids that it has embeddings for."""
+    max_positions: int | None
+    """Longest window that the model was built for, tokens; None where its configuration names no limit."""
     dtype: torch.dtype
     token_budget: int = 16384
     """Padded tokens in one forward pass: bounds the memory."""
+    check_ids: bool = False
+    """Look for ids beyond the vocabulary on an accelerator, too, which waits for it at every pass."""
     _fingerprint: str | None = field(default=None, repr=False)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.state.model
 
     @property
     def device(self) -> torch.device:
@@ -57,12 +53,13 @@ class Teacher:
         return self
 
     def fingerprint(self) -> str:
-        """Hash over the loaded weights: a name does not say which weights made the features."""
+        """Hash over the weights that take part: a name does not say which weights made the features."""
         if self._fingerprint is None:
             digest = hashlib.blake2b(digest_size=16)
             for name, tensor in sorted(self.model.state_dict().items()):
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                if not name.startswith(self.state.unused):
+                    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
@@ -71,8 +68,8 @@ class Teacher:
         return {
             "name": Path(self.name).name if Path(self.name).is_dir() else self.name,
             "revision": self.revision,
-            "layer": self.layer,
-            "num_layers": self.num_layers,
+            "layer": self.state.layer,
+            "num_layers": self.state.num_layers,
             "dtype": str(self.dtype).removeprefix("torch."),
             "weights": self.fingerprint(),
         }
@@ -99,8 +96,7 @@ class Teacher:
             where_WL = (starts.to(self.device)[:, None] + offsets_L) * real_WL
             tokens_WL = tokens_T[where_WL] * real_WL
             self._check_vocabulary(tokens_WL)
-            hidden_WLF = self.model(input_ids=tokens_WL, use_cache=False).last_hidden_state
-            features_TF[where_WL[real_WL]] = hidden_WLF[real_WL].float()
+            features_TF[where_WL[real_WL]] = self.state(tokens_WL)[real_WL].float()
         return features_TF
 
     def _groups(
@@ -111,7 +107,7 @@ class Teacher:
         starts_W = lengths_W.cumsum(0) - lengths_W
         keep_W = lengths_W > 0 if wanted is None else (lengths_W > 0) & torch.as_tensor(wanted, dtype=torch.bool)
         lengths_W, starts_W = lengths_W[keep_W], starts_W[keep_W]
-        if len(lengths_W) and int(lengths_W.max()) > self.max_positions:
+        if self.max_positions and len(lengths_W) and int(lengths_W.max()) > self.max_positions:
             raise UserError(
                 f"a window of {int(lengths_W.max())} tokens is longer than the {self.max_positions} positions of "
                 f"teacher {self.name}; prepare the data with --max-document-length {self.max_positions} or take "
@@ -126,170 +122,8 @@ class Teacher:
             first += count
 
     def _check_vocabulary(self, tokens_WL: torch.Tensor) -> None:
-        # On an accelerator the check would halt the queue at every batch; there the embedding itself asserts.
-        if tokens_WL.device.type == "cpu" and int(tokens_WL.max()) >= self.vocab_size:
+        if (self.check_ids or tokens_WL.device.type == "cpu") and int(tokens_WL.max()) >= self.vocab_size:
             raise UserError(
                 f"token id {int(tokens_WL.max())} is beyond the {self.vocab_size} of teacher {self.name}; "
                 "the data was prepared with another tokenizer: prepare it with the teacher's or take another teacher"
             )
-
-
-def load_teacher(
-    name_or_path: str | Path,
-    layer: int = -3,
-    revision: str | None = None,
-    dtype: torch.dtype | str = torch.float32,
-    token_budget: int = 16384,
-) -> Teacher:
-    """Load a causal LM up to `layer` from the hub or a local folder, in evaluation mode, on the CPU.
-
-    `layer` indexes transformers' `hidden_states`: of L layers there are L + 1, so -3 is what layer L - 2 puts out.
-    Raises UserError for a model that cannot be read, that is not causal, or that has no such layer.
-    """
-    name = str(name_or_path)
-    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"no teacher at {name}: {_first_line(error)}; give a hub id or a local Hugging Face folder"
-        ) from error
-    total = config.num_hidden_layers
-    if not -(total + 1) <= layer <= total:
-        raise UserError(f"teacher {name} has {total} layers: layer must be in [{-total - 1}, {total}], found {layer}")
-    used = layer % (total + 1)
-    _truncate(config, used)
-    model = _load_weights(name, revision, config, dtype)
-    model.eval().requires_grad_(False)
-    if used < total:
-        _drop_final_norm(model, name)
-    _refuse_bidirectional(model, name, config.vocab_size)
-    return Teacher(
-        model=model,
-        name=name,
-        revision=revision or getattr(config, "_commit_hash", None),
-        layer=layer,
-        num_layers=used,
-        feature_dim=config.hidden_size,
-        vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
-        dtype=dtype,
-        token_budget=token_budget,
-    )
-
-
-def _truncate(config: PreTrainedConfig, num_layers: int) -> None:
-    """Keep the first layers alone, per-layer settings included."""
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:num_layers]
-    config.num_hidden_layers = num_layers
-
-
-def _load_weights(name: str, revision: str | None, config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
-    """The truncated model; every weight it has must come from the checkpoint."""
-    try:
-        with _quiet_transformers():
-            model, info = AutoModel.from_pretrained(
-                name,
-                revision=revision,
-                config=config,
-                dtype=dtype,
-                attn_implementation="sdpa",
-                output_loading_info=True,
-            )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load teacher {name}: {_first_line(error)}") from error
-    # A pooler is random in checkpoints without one, and nothing here reads it.
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
-    if missing:
-        raise UserError(
-            f"teacher {name} has no weights for {missing[0]} (and {len(missing) - 1} more): they would be random; "
-            "check that the folder holds the model that its config.json describes"
-        )
-    return model
-
-
-def _drop_final_norm(model: nn.Module, name: str) -> None:
-    """Below the last layer, `hidden_states` are taken before the final norm: take it out."""
-    for attribute in FINAL_NORM_NAMES:
-        if isinstance(getattr(model, attribute, None), nn.Module):
-            setattr(model, attribute, nn.Identity())
-            return
-    raise UserError(
-        f"teacher {name} ({type(model).__name__}) has no final norm under a known name {FINAL_NORM_NAMES}; "
-        "Llama- and Qwen-like decoders work"
-    )
-
-
-@torch.inference_mode()
-def _refuse_bidirectional(model: nn.Module, name: str, vocab_size: int) -> None:
-    """Tried rather than believed: changing the last token must leave the features before it alone."""
-    tokens_WL = (torch.arange(16).expand(2, 16) * 7 + 1) % vocab_size
-    tokens_WL = tokens_WL.clone()
-    tokens_WL[1, -1] = (tokens_WL[1, -1] + 1) % vocab_size
-    first, second = model(input_ids=tokens_WL.to(next(model.parameters()).device)).last_hidden_state.float()
-    changed = ((first - second)[:-1].norm(dim=-1) / first[:-1].norm(dim=-1)).max()
-    if changed > 4 * torch.finfo(next(model.parameters()).dtype).eps:
-        raise UserError(
-            f"teacher {name} is not causal: its features of a prefix depend on what follows, so neither truncation nor "
-            "the feature cache would be exact; take a causal language model"
-        )
-
-
-def check_same_tokenizer(name: str, revision: str | None, data: str, tokens: Manifest) -> None:
-    """Refuse a teacher for which the data's token ids mean something else.
-
-    Its tokenizer must be that of the prepared folder `data`, or at least give each of its tokens the same id: chat
-    models add special tokens behind a shared vocabulary.
-    """
-    theirs = load_tokenizer(name, revision)
-    if theirs.info.sha256 == tokens.tokenizer.sha256:
-        return
-    vocabulary = theirs.backend.get_vocab()
-    try:
-        ours = Tokenizer.from_buffer(read_bytes(f"{data}/tokenizer", "tokenizer.json")).get_vocab()
-    except FileNotFoundError:
-        raise UserError(f"{data}/tokenizer/tokenizer.json does not exist: copy the prepared folder again") from None
-    differing = [token for token, index in ours.items() if vocabulary.get(token) != index]
-    if differing:
-        token = min(differing, key=ours.__getitem__)
-        raise UserError(
-            f"the data's tokenizer {tokens.tokenizer.name} ({len(ours)} tokens) and that of teacher {name} "
-            f"({len(vocabulary)} tokens) differ in {len(differing)} tokens, first {token!r}: id {ours[token]} and "
-            f"{vocabulary.get(token)}; prepare the data with the teacher's tokenizer or take another teacher"
-        )
-
-
-def check_fit(teacher: Teacher, data: str, tokens: Manifest) -> None:
-    """Refuse at once what would fail on some window later: foreign tokens, windows beyond the teacher's positions."""
-    check_same_tokenizer(teacher.name, teacher.revision, data, tokens)
-    if tokens.tokenizer.vocab_size > teacher.vocab_size:
-        raise UserError(
-            f"the data's tokenizer {tokens.tokenizer.name} has ids up to {tokens.tokenizer.vocab_size - 1}, teacher "
-            f"{teacher.name} knows {teacher.vocab_size}: prepare the data with the teacher's tokenizer or take "
-            "another teacher"
-        )
-    if tokens.max_window > teacher.max_positions:
-        raise UserError(
-            f"windows of up to {tokens.max_window} tokens, but teacher {teacher.name} has {teacher.max_positions} "
-            f"positions: prepare the data with --max-document-length {teacher.max_positions} or take another teacher"
-        )
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No warnings about the layers that are left out on purpose, no progress bar of a second."""
-    verbosity = transformers_logging.get_verbosity()
-    bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

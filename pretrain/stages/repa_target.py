@@ -12,7 +12,9 @@ from torch import Tensor
 
 from data_pipeline.features.cache import load_cache
 from data_pipeline.features.codec import ExactCodec, FeatureCodec
-from data_pipeline.features.teacher import Teacher, check_same_tokenizer, load_teacher
+from data_pipeline.features.teacher import Teacher
+from data_pipeline.features.teacher_fit import check_fit, check_same_tokenizer
+from data_pipeline.features.teacher_loading import load_teacher
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import FILLER, Batch
 
@@ -75,5 +77,6 @@ def repa_target(config: "VAERun", manifest: Manifest, device: torch.device) -> R
         check_same_tokenizer(repa.online_teacher, repa.online_revision, config.data.path, manifest)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         teacher = load_teacher(repa.online_teacher, repa.layer, repa.online_revision, dtype=dtype)
+        check_fit(teacher, config.data.path, manifest)
         return OnlineFeatures(teacher.to(device))
     return None

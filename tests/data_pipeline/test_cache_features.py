@@ -18,7 +18,7 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.features.cache import feature_members, load_cache, tile
 from data_pipeline.features.check import compare
 from data_pipeline.features.job import format_bytes
-from data_pipeline.features.teacher import load_teacher
+from data_pipeline.features.teacher_loading import load_teacher
 from data_pipeline.format.manifest import FeatureManifest, Manifest
 from data_pipeline.format.shards import write_shard
 from data_pipeline.reading.batch import Split

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.features.make_teacher import IGNORED, Recipe, Windows, build, main, token_loss
-from data_pipeline.features.teacher import check_fit, load_teacher
+from data_pipeline.features.teacher_fit import check_fit
+from data_pipeline.features.teacher_loading import load_teacher
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.prepare import __main__ as prepare
 from data_pipeline.text.tokenization import train_tokenizer
@@ -36,7 +37,7 @@ def test_it_learns_and_is_accepted_as_teacher(data, tmp_path, capsys):
     tokens = Manifest.load(data)
     teacher = load_teacher(output)
     check_fit(teacher, str(data), tokens)
-    assert (teacher.num_layers, teacher.feature_dim, teacher.max_positions) == (1, 32, 48)
+    assert (teacher.state.num_layers, teacher.feature_dim, teacher.max_positions) == (1, 32, 48)
     # The saved folder is the model that was judged.
     model = AutoModelForCausalLM.from_pretrained(output).eval()
     held = Windows(str(data), tokens, "heldout")

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from data_pipeline.core.errors import UserError
-from data_pipeline.features.teacher import check_fit, check_same_tokenizer, load_teacher
+from data_pipeline.features.teacher_fit import check_fit, check_same_tokenizer
+from data_pipeline.features.teacher_loading import load_teacher
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.text.tokenization import load_tokenizer
 
@@ -73,7 +74,7 @@ def test_features_of_a_real_teacher(shared):
 
 def test_only_the_used_layers_are_loaded_and_no_head(tmp_path):
     teacher = load_teacher(save_small("qwen3", tmp_path), layer=-3)
-    assert teacher.num_layers == 2
+    assert teacher.state.num_layers == 2
     names = [name for name, _ in teacher.model.named_parameters()]
     assert not [name for name in names if "layers.2." in name or "lm_head" in name or name == "norm.weight"]
 
