@@ -151,6 +151,12 @@ def locked(lock: str) -> tuple[dict[str, str], set[str]]:
     return pinned, asked_for
 
 
+def test_decisions_stand_newest_first():
+    for page in (ROOT / "docs/decisions").glob("*.md"):
+        dates = re.findall(r"^\*\*(?:.|\n)*?\*\* \((\d{4}-\d\d-\d\d)", page.read_text(), flags=re.MULTILINE)
+        assert dates == sorted(dates, reverse=True), page.name
+
+
 def test_links_and_named_files_lead_somewhere():
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     for page in pages:
