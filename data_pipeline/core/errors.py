@@ -1,12 +1,17 @@
 """The one error class for users' mistakes, and the wrapper that every command's `main` runs under."""
 
 import functools
+import io
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 EXIT_USER = 2
 """The exit code of a user's mistake."""
+
+TRACEBACK = "TEXTLDM_TRACEBACK"
+"""Environment variable: 1 shows the traceback of a UserError, and of the exception behind it, before its line."""
 
 _REASON_CHARACTERS = 800
 
@@ -26,13 +31,20 @@ def reason(error: BaseException) -> str:
 
 
 def cli(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
-    """Wrap a command's `main(argv)`: a UserError becomes one line on stderr and exit code 2, Ctrl-C becomes 130."""
+    """Wrap a command's `main(argv)`: a UserError becomes one line on stderr and exit code 2, Ctrl-C becomes 130.
+
+    TEXTLDM_TRACEBACK=1 in the environment prints the traceback before that line.
+    """
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold what no encoding can print
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(argv) or 0
         except UserError as error:
+            if os.environ.get(TRACEBACK, "") not in ("", "0"):
+                traceback.print_exc()
             print(f"error: {error}", file=sys.stderr)
             return EXIT_USER
         except KeyboardInterrupt:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from data_pipeline.core.errors import UserError
+from data_pipeline.core.errors import UserError, reason
 
 
 def names(group: str, own: Mapping[str, str]) -> list[str]:
@@ -27,4 +27,9 @@ def load(group: str, name: str, own: Mapping[str, str]) -> Any:
     found = [point for point in entry_points(group=f"textldm.{group}") if point.name == name]
     if not found:
         raise UserError(f"{name!r} is none of the known {group}: {', '.join(names(group, own))}")
-    return found[0].load()
+    try:
+        return found[0].load()
+    except Exception as error:  # another package's code runs here
+        raise UserError(
+            f"{name!r} of {group} ({found[0].value}) cannot be loaded: {reason(error)}; mend or uninstall the package that declares it"
+        ) from error

@@ -1,0 +1,63 @@
+"""A user's mistake is one line and exit code 2; the traceback comes on request."""
+
+import io
+import os
+import sys
+
+import pytest
+
+from data_pipeline.core.errors import EXIT_USER, UserError, cli, reason
+
+
+@cli
+def failing(argv: list[str] | None = None) -> None:
+    """Fails because of another library."""
+    try:
+        raise KeyError("the cause")
+    except KeyError as error:
+        raise UserError(f"a.jsonl: cannot be read ({reason(error)}); fetch it again") from error
+
+
+@pytest.mark.parametrize("value", [None, "", "0"])
+def test_a_users_mistake_is_one_line(
+    value: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.delenv("TEXTLDM_TRACEBACK", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TEXTLDM_TRACEBACK", value)
+    assert failing([]) == EXIT_USER
+    assert capsys.readouterr().err == "error: a.jsonl: cannot be read (KeyError: 'the cause'); fetch it again\n"
+
+
+def test_the_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("TEXTLDM_TRACEBACK", "1")
+    assert failing([]) == EXIT_USER
+    shown = capsys.readouterr().err
+    assert 'raise KeyError("the cause")' in shown
+    assert shown.splitlines()[-1].startswith("error: a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("several\n lines,\r\n\tblanks  "), "ValueError: several lines, blanks"),
+        (RuntimeError(), "RuntimeError"),
+        (OSError(2, "No such file", "a.txt"), "OSError"),
+    ],
+)
+def test_a_reason_is_one_line(error: Exception, said: str) -> None:
+    assert reason(error).startswith(said.replace("OSError", type(error).__name__))
+    assert "\n" not in reason(error)
+    assert len(reason(ValueError("x" * 10**6))) < 1000
+
+
+def test_names_that_no_encoding_can_print_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    @cli
+    def naming(argv: list[str] | None = None) -> None:
+        print(os.fsdecode(b"caf\xe9.jsonl"))
+
+    stream = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert naming([]) == 0
+    stream.flush()
+    assert stream.buffer.getvalue() == b"caf\\udce9.jsonl\n"
