@@ -10,14 +10,16 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data_pipeline.core.errors import UserError, cli
+from data_pipeline.core.errors import UserError, cli, reason
+from data_pipeline.core.pointers import pointer
 from data_pipeline.core.storage import atomic_write, read_bytes
 from data_pipeline.format.manifest import TokenizerInfo
 
@@ -30,6 +32,9 @@ END_OF_TEXT = "<|endoftext|>"
 # models ends a turn instead.
 _DOCUMENT_ENDS = (END_OF_TEXT, "<|end_of_text|>")
 _USUAL_EOS = ("</s>", "<eos>", "[SEP]")
+_MORE_SETTINGS = ("special_tokens_map.json", "generation_config.json", "config.json")
+"""Files beside the tokenizer's that may name its end of text, if tokenizer_config.json does not."""
+_UNSPEAKABLE = "\U0010ffff\U0010fffe\U0010ffff"  # noncharacters
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class LoadedTokenizer:
     info: TokenizerInfo
     definition: bytes  # tokenizer.json
     config: dict[str, Any]  # tokenizer_config.json
+    spelt: tuple[str, ...] = ()  # tokens of a role (document end, unknown, ...) that the backend would take text for
 
     def save(self, folder: Path) -> None:
         """Write a folder that AutoTokenizer.from_pretrained and `load_tokenizer` read."""
@@ -58,12 +64,12 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> LoadedTok
     """
     path = Path(source)
     if path.is_dir():
-        return _load_files(path.name, None, path / "tokenizer.json", path / "tokenizer_config.json")
+        return _load(path.name, None, partial(_read_local, path))
     if path.is_file():
-        return _load_files(path.parent.name or path.stem, None, path, path.parent / "tokenizer_config.json")
+        return _load(path.parent.name or path.stem, None, partial(_read_local, path.parent), path.name)
     if path.suffix == ".json" or path.is_absolute() or str(source).startswith("."):
         raise UserError(f"tokenizer {source}: no such file or folder")
-    return _download(str(source), revision)
+    return _load(str(source), revision, _HubFiles(str(source), revision))
 
 
 def load_prepared_tokenizer(data: str) -> LoadedTokenizer:
@@ -76,7 +82,8 @@ def load_prepared_tokenizer(data: str) -> LoadedTokenizer:
             raise UserError(f"{folder} has no {name}; expected the folder that textldm prepare wrote") from None
         except OSError as error:
             raise UserError(f"{folder}/{name}: cannot be read ({error.strerror}); copy the folder again") from None
-    return _describe("tokenizer", None, files[0], _settings(f"{folder}/{TOKENIZER_FILES[1]}", files[1]))
+    config = _settings(f"{folder}/{TOKENIZER_FILES[1]}", files[1])
+    return _describe("tokenizer", None, files[0], config, [_named_end(config)])
 
 
 def load_transformers_tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
@@ -89,11 +96,71 @@ def load_transformers_tokenizer(source: str | Path) -> "PreTrainedTokenizerFast"
 
 
 def encoder(tokenizer: LoadedTokenizer) -> Tokenizer:
-    """Its backend, set to encode documents: no truncation, no padding, and special tokens in the text are plain text."""
-    tokenizer.backend.no_truncation()
-    tokenizer.backend.no_padding()
-    tokenizer.backend.encode_special_tokens = True
-    return tokenizer.backend
+    """Its backend, set to encode documents: no truncation, no padding, no dropout of merges, and special tokens in the text are
+    plain text. Decode with the tokenizer's own backend: this one may have other names for special tokens.
+    """
+    backend = _without_spelt(tokenizer) if tokenizer.spelt else tokenizer.backend
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    if getattr(backend.model, "dropout", None):
+        backend.model.dropout = None  # a text would have other tokens each time
+    return backend
+
+
+def _spelt(fields: dict[str, Any], special: Iterable[str], eos: str | None) -> tuple[str, ...]:
+    """Those of the tokens with a role that text can become, although special tokens in text are encoded as text.
+
+    `encode_special_tokens` keeps the backend from looking for added tokens that are marked special. But Unigram, WordPiece and
+    WordLevel find any entry of their vocabulary in the text, BPE any that its merges build (tokenizers converted from SentencePiece
+    have `</s>` among both), and a document's end may be an added token that is not marked special.
+    """
+    model = fields["model"]
+    unknown = model.get("unk_token") or (
+        model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else None
+    )
+    roles = {token for token in (*special, eos, unknown) if token}
+    vocabulary = model["vocab"] if isinstance(model["vocab"], dict) else {token for token, _ in model["vocab"]}
+    found = {token for token in roles if token in vocabulary}
+    if found and "merges" in model and not model.get("ignore_merges"):
+        prefix = model.get("continuing_subword_prefix") or ""
+        built = {_merged(merge, prefix) for merge in model["merges"]}
+        found = {token for token in found if token in built or len(token) == 1}
+    plain = {token["content"] for token in fields.get("added_tokens") or () if not token.get("special")}
+    return tuple(sorted(found | (plain & {eos})))
+
+
+def _without_spelt(tokenizer: LoadedTokenizer) -> Tokenizer:
+    """A backend in which no text becomes one of those tokens: their ids are the same, their names cannot occur."""
+    fields = json.loads(tokenizer.definition)
+    names = {token: f"{_UNSPEAKABLE}{number}" for number, token in enumerate(tokenizer.spelt)}
+    model = fields["model"]
+    if "merges" in model:
+        prefix = model.get("continuing_subword_prefix") or ""
+        model["merges"] = [
+            merge for merge in model["merges"] if not names.keys() & {*_parts(merge), _merged(merge, prefix)}
+        ]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(token, token): id_ for token, id_ in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    for token in fields.get("added_tokens") or ():
+        token["content"] = names.get(token["content"], token["content"])
+    fields["post_processor"] = None  # it adds special tokens, by names, which documents do not get
+    return Tokenizer.from_str(json.dumps(fields))
+
+
+def _parts(merge: str | list[str]) -> list[str]:
+    """The two parts of a merge, in either of the forms that tokenizer.json knows."""
+    return merge.split(" ") if isinstance(merge, str) else merge
+
+
+def _merged(merge: str | list[str], prefix: str) -> str:
+    """What a merge builds."""
+    first, second = _parts(merge)
+    return first + second[len(prefix) :]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> LoadedTokenizer:
@@ -119,27 +186,89 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> LoadedTokenizer:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**9,
     }
-    return _describe(f"byte-level-bpe-{vocab_size}", None, backend.to_str(pretty=True).encode(), config)
+    return _describe(f"byte-level-bpe-{vocab_size}", None, backend.to_str(pretty=True).encode(), config, [END_OF_TEXT])
 
 
 def tokenizer_hash(definition: bytes) -> str:
     """SHA-256 of a tokenizer.json's meaning: independent of its formatting, key order, truncation and padding
     settings.
     """
-    fields = {name: value for name, value in json.loads(definition).items() if name not in ("truncation", "padding")}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return _hash(json.loads(definition))
 
 
-def _load_files(name: str, revision: str | None, definition: Path, config: Path) -> LoadedTokenizer:
+def _hash(fields: dict[str, Any]) -> str:
+    meaning = {name: value for name, value in fields.items() if name not in ("truncation", "padding")}
+    return hashlib.sha256(json.dumps(meaning, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _load(
+    name: str, revision: str | None, read: Callable[[str], bytes | None], definition_name: str = TOKENIZER_FILES[0]
+) -> LoadedTokenizer:
+    """A tokenizer of files that `read` gives by their names."""
+    definition = read(definition_name)
+    if definition is None:
+        raise UserError(f"tokenizer {name}: has no {definition_name}; expected the tokenizer.json of a fast tokenizer")
+    found = read(TOKENIZER_FILES[1])
+    config = _settings(f"{name}/{TOKENIZER_FILES[1]}", found) if found is not None else {}
+
+    def ends() -> Iterator[Any]:
+        yield _named_end(config)
+        for file in _MORE_SETTINGS:
+            found = read(file)
+            yield _named_end(_settings(f"{name}/{file}", found)) if found is not None else None
+
+    return _describe(name, revision or getattr(read, "commit", None), definition, config, ends())
+
+
+def _read_local(folder: Path, file: str) -> bytes | None:
+    """A file of the folder, None if there is none."""
     try:
-        data = definition.read_bytes()
-        settings = _settings(config, config.read_bytes()) if config.is_file() else {}
+        path = folder / file
+        if not path.is_file():
+            return None
+        if what := pointer(path):
+            raise UserError(f"tokenizer {path}: a {what} instead of the contents, which were not fetched")
+        return path.read_bytes()
     except OSError as error:
-        raise UserError(
-            f"tokenizer {definition}: cannot be read ({error.strerror}); expected the tokenizer.json of a fast "
-            "tokenizer"
-        ) from None
-    return _describe(name, revision, data, settings)
+        raise UserError(f"tokenizer {folder / file}: cannot be read ({error.strerror})") from error
+
+
+class _HubFiles:
+    """Files of a hub repository, from the local cache when there is no network."""
+
+    commit: str | None = None
+
+    def __init__(self, name: str, revision: str | None):
+        self._name, self._revision = name, revision
+
+    def __call__(self, file: str) -> bytes | None:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(self._name, file, revision=self._revision))
+        except EntryNotFoundError:
+            return None
+        except Exception as error:  # of the hub, of its network library, of the cache's disk
+            raise UserError(
+                f"tokenizer {self._name}: neither a local path nor a {file} that the Hugging Face hub gives ({reason(error)}); "
+                "check the name and the network, or give a local folder or tokenizer.json"
+            ) from error
+        if path.parent.parent.name == "snapshots":  # .../snapshots/<commit>/<file> in the hub's cache
+            self.commit = path.parent.name
+        return path.read_bytes()
+
+
+def _named_end(settings: dict[str, Any]) -> Any:
+    """The end of text that a file of settings names: a token, an id, or several ids."""
+    token = _named_token(settings)
+    return token if token is not None else settings.get("eos_token_id")
+
+
+def _named_token(settings: dict[str, Any]) -> str | None:
+    token = settings.get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _settings(config: Path | str, data: bytes) -> dict[str, Any]:
@@ -153,58 +282,46 @@ def _settings(config: Path | str, data: bytes) -> dict[str, Any]:
     return found
 
 
-def _describe(name: str, revision: str | None, definition: bytes, config: dict[str, Any]) -> LoadedTokenizer:
+def _describe(
+    name: str, revision: str | None, definition: bytes, config: dict[str, Any], ends: Iterable[Any]
+) -> LoadedTokenizer:
+    """A tokenizer of its files; `ends` are the ends of text that settings name, the first valid one counts."""
     try:
         backend = Tokenizer.from_buffer(definition)
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"tokenizer {name}: its tokenizer.json is not a tokenizer ({error})") from None
+    except BaseException as error:  # the library raises plain Exception, and where it panics not even that
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise UserError(f"tokenizer {name}: its tokenizer.json is not a tokenizer ({reason(error)})") from error
+    fields = json.loads(definition)
     special = {token.content: id_ for id_, token in sorted(backend.get_added_tokens_decoder().items()) if token.special}
+    eos_id = _eos_id(backend, special, ends)
+    eos = backend.id_to_token(eos_id) if eos_id is not None else None
     info = TokenizerInfo(
         name=name,
         revision=revision,
-        sha256=tokenizer_hash(definition),
+        sha256=_hash(fields),
         vocab_size=1 + max(backend.get_vocab(with_added_tokens=True).values()),
         special_ids=special,
-        eos_id=_eos_id(backend, special, config),
+        eos_id=eos_id,
     )
-    return LoadedTokenizer(backend, info, definition, {"tokenizer_class": "PreTrainedTokenizerFast"} | config)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | config
+    if eos is not None and backend.token_to_id(_named_token(config) or "") is None:
+        config["eos_token"] = eos  # so that the files that `save` writes say it, whatever said it first
+    return LoadedTokenizer(backend, info, definition, config, _spelt(fields, special, eos))
 
 
-def _eos_id(backend: Tokenizer, special: dict[str, int], config: dict[str, Any]) -> int | None:
-    """The token that ends a document: an end-of-text mark, else the configured eos_token, else a usual one."""
-    configured = config.get("eos_token")
-    configured = configured.get("content") if isinstance(configured, dict) else configured
-    for token in (*_DOCUMENT_ENDS, configured, *_USUAL_EOS):
+def _eos_id(backend: Tokenizer, special: dict[str, int], ends: Iterable[Any]) -> int | None:
+    """The token that ends a document: an end-of-text mark, else what settings name, else a usual one."""
+    for token in _DOCUMENT_ENDS:
         if token in special:
             return special[token]
-        if token and token == configured and backend.token_to_id(token) is not None:
-            return backend.token_to_id(token)
-    return None
-
-
-def _download(name: str, revision: str | None) -> LoadedTokenizer:
-    """Tokenizer files of a hub repository, from the local cache when there is no network."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        definition = Path(hf_hub_download(name, "tokenizer.json", revision=revision))
-        try:
-            config = Path(hf_hub_download(name, "tokenizer_config.json", revision=revision))
-        except EntryNotFoundError:
-            config = definition.parent / "tokenizer_config.json"
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, EntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"tokenizer {name}: neither a local path nor a tokenizer.json that the Hugging Face hub gives ({reason}); "
-            "without a network, give a local folder or tokenizer.json"
-        ) from None
-    return _load_files(name, revision or _snapshot(definition), definition, config)
-
-
-def _snapshot(path: Path) -> str | None:
-    """Commit of a file in the hub's cache (.../snapshots/<commit>/<file>)."""
-    return path.parent.name if path.parent.parent.name == "snapshots" else None
+    for end in ends:
+        for named in end if isinstance(end, list) else [end]:
+            if isinstance(named, str) and (id_ := backend.token_to_id(named)) is not None:
+                return id_
+            if type(named) is int and named >= 0 and backend.id_to_token(named) is not None:
+                return named
+    return next((special[token] for token in _USUAL_EOS if token in special), None)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -213,6 +330,7 @@ def make_parser() -> argparse.ArgumentParser:
     train = parser.add_subparsers(dest="command", required=True).add_parser("train", help="train byte-level BPE")
     train.add_argument("--source", required=True, help="as in textldm prepare")
     train.add_argument("--text-field", default="text", help="field of the source's records that holds the text")
+    train.add_argument("--split", help="as in textldm prepare")
     train.add_argument("--vocab-size", type=int, required=True, help=f"number of tokens, {END_OF_TEXT} included")
     train.add_argument("--max-megabytes", type=float, default=256, help="read no more text than this")
     train.add_argument("--output", type=Path, required=True, help="folder for the tokenizer's files")
@@ -225,7 +343,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
     from data_pipeline.text.sources import open_source
 
-    texts = _first_megabytes(open_source(arguments.source, arguments.text_field), arguments.max_megabytes)
+    texts = _first_megabytes(
+        open_source(arguments.source, arguments.text_field, arguments.split), arguments.max_megabytes
+    )
     tokenizer = train_tokenizer(texts, arguments.vocab_size)
     if tokenizer.info.vocab_size < arguments.vocab_size:
         print(f"the text gave only {tokenizer.info.vocab_size} of {arguments.vocab_size} tokens", file=sys.stderr)
