@@ -1,6 +1,6 @@
 """Prepare a text source for training: tokenise, pack, shuffle, write shards and their manifest. See `--help`.
 
-Pass 1 (encode.py) turns units of the source into spill chunks below `<output>/.prepare`, pass 2 (assemble.py) turns
+Pass 1 (encode.py) turns bundles of the source's units into spill chunks below `<output>/.prepare`, pass 2 (assemble.py) turns
 ranges of document hashes into shards. Both passes run in worker processes, keep what they finished, and depend on
 nothing but the text, the tokenizer and the arguments: a killed run continues and ends with the same bytes, and any
 number of workers or machines gives the same shards.
@@ -10,7 +10,7 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from data_pipeline.core.errors import UserError, cli
 from data_pipeline.core.storage import local_folder, write_text
 from data_pipeline.format.manifest import MANIFEST_NAME, MAX_SHARDS, Manifest, ShardInfo
 from data_pipeline.prepare.assemble import AssembleTask, Group, assemble_group, count_rows, load_group, plan_groups
-from data_pipeline.prepare.encode import EncodeTask, UnitResult, encode_unit, load_result, use_tokenizer
+from data_pipeline.prepare.encode import BundleResult, EncodeTask, encode_bundle, load_result, use_tokenizer
 from data_pipeline.prepare.inspect import inspect, verify
 from data_pipeline.prepare.ledger import (
     SOURCE_FILES,
@@ -35,6 +35,8 @@ from data_pipeline.prepare.workers import Progress, Workers, disk_errors
 from data_pipeline.text.sources import Source, files_hash, open_source, source_name
 from data_pipeline.text.tokenization import LoadedTokenizer, load_tokenizer
 
+_COUNTS = ("documents", "without_text", "empty", "too_short", "text_bytes")
+
 
 @dataclass(frozen=True)
 class PrepareOptions:
@@ -44,6 +46,7 @@ class PrepareOptions:
     tokenizer: str
     output: Path
     text_field: str = "text"
+    split: str | None = None
     tokenizer_revision: str | None = None
     row_tokens: int = 4096
     max_document_length: int = 1024
@@ -93,6 +96,12 @@ def prepare(
     if fresh:
         remove_earlier(output)
     tokenizer = load_tokenizer(options.tokenizer, options.tokenizer_revision)
+    if tokenizer.info.eos_id is None:
+        print(
+            f"warning: tokenizer {options.tokenizer} has no end-of-text token: nothing will tell where documents end, and a model "
+            "trained on them will not learn to stop; if it has one, name it as eos_token in its tokenizer_config.json",
+            file=sys.stderr,
+        )
     arguments = _arguments(options, tokenizer)
     if (output / MANIFEST_NAME).exists():
         return _finished(options, arguments)
@@ -100,11 +109,11 @@ def prepare(
     if part is None:
         import webdataset.writer  # noqa: F401  once, before the workers are forked: it takes 1.5 s, for it imports torch
     with Workers(options.workers) as workers:
-        source = open_source(options.source, options.text_field)
+        source = open_source(options.source, options.text_field, options.split, str(output))
         work = open_work(output, source, tokenizer, arguments)
-        indices = range(len(source.units)) if part is None else range(part[0], len(source.units), part[1])
+        indices = range(len(source.bundles)) if part is None else range(part[0], len(source.bundles), part[1])
         if merge:
-            check_complete(work, len(source.units))
+            check_complete(work, len(source.bundles))
         else:
             _encode(options, source, tokenizer, work, indices, workers)
         if part is None:
@@ -123,11 +132,11 @@ def _encode(
     indices: Iterable[int],
     workers: Workers,
 ) -> None:
-    """Pass 1 over the units that are not finished yet."""
+    """Pass 1 over the bundles that are not finished yet."""
     tasks = [
         EncodeTask(
             index=index,
-            unit=source.units[index],
+            units=source.bundles[index],
             text_field=options.text_field,
             work=work,
             eos_id=tokenizer.info.eos_id,
@@ -146,14 +155,14 @@ def _assemble(
     options: PrepareOptions, source: Source, tokenizer: LoadedTokenizer, work: Path, workers: Workers
 ) -> Manifest:
     """Pass 2 and the manifest."""
-    units = [load_result(work, index) or UnitResult() for index in range(len(source.units))]
-    names = [name for unit in units for name in unit.chunks]
+    bundles = [load_result(work, index) or BundleResult() for index in range(len(source.bundles))]
+    names = [name for bundle in bundles for name in bundle.chunks]
     if not names:
-        found = sum(unit.documents for unit in units)
+        found = {name: sum(getattr(bundle, name) for bundle in bundles) for name in _COUNTS}
         raise UserError(
-            f"source {options.source}: no document of at least --min-document-length {options.min_document_length} "
-            "tokens "
-            f"({found} documents found)"
+            f"source {options.source}: no document of at least --min-document-length {options.min_document_length} tokens "
+            f"({found['documents']} documents found, {found['without_text']} of them without text, {found['empty']} empty, "
+            f"{found['too_short']} too short); give more text, or another --text-field"
         )
 
     def task_for(group: Group) -> AssembleTask:
@@ -182,7 +191,7 @@ def _assemble(
         unfinished = [task for task in tasks if load_group(work, task.group) is None]
         workers.run(_guarded_assemble, unfinished, progress)
     results = [load_group(work, group) for group in groups]
-    manifest = _manifest(options, source, tokenizer, units, [result for result in results if result])
+    manifest = _manifest(options, source, tokenizer, bundles, [result for result in results if result])
     tokenizer.save(options.output / "tokenizer")
     remove_leftovers(options.output)
     write_text(options.output / MANIFEST_NAME, manifest.model_dump_json(indent=1))
@@ -194,17 +203,16 @@ def _manifest(
     options: PrepareOptions,
     source: Source,
     tokenizer: LoadedTokenizer,
-    units: list[UnitResult],
+    bundles: list[BundleResult],
     groups: list[dict[str, Any]],
 ) -> Manifest:
     splits: dict[str, list[ShardInfo]] = {"train": [], "heldout": []}
     for group in groups:
         splits[group["split"]] += [ShardInfo(**shard) for shard in group["shards"]]
-    counts = {
-        name: sum(getattr(unit, name) for unit in units) for name in ("documents", "empty", "too_short", "text_bytes")
-    }
-    heldout = sum(group["documents"] for group in groups if group["split"] == "heldout")
-    duplicates = sum(group["duplicates"] for group in groups)
+    statistics = source.statistics | {name: sum(getattr(bundle, name) for bundle in bundles) for name in _COUNTS}
+    statistics["duplicates"] = sum(group["duplicates"] for group in groups)
+    for split in splits:
+        statistics[f"{split}_documents"] = sum(group["documents"] for group in groups if group["split"] == split)
     return Manifest.create(
         row_tokens=options.row_tokens,
         token_dtype=_token_dtype(tokenizer),
@@ -217,14 +225,14 @@ def _manifest(
         splits=splits,
         source=source.name,
         text_field=options.text_field,
-        source_files=files_hash(options.source, source.units),
-        statistics={**counts, "duplicates": duplicates, "heldout_documents": heldout},
+        source_files=files_hash(options.source, source.units()),
+        statistics=statistics,
     )
 
 
 def _guarded_encode(task: EncodeTask, progress: Callable[[int, int], None]) -> None:
     with disk_errors(task.work):
-        encode_unit(task, progress)
+        encode_bundle(task, progress)
 
 
 def _guarded_assemble(task: AssembleTask, progress: Callable[[int, int], None]) -> None:
@@ -239,7 +247,7 @@ def _token_dtype(tokenizer: LoadedTokenizer) -> str:
 def _arguments(options: PrepareOptions, tokenizer: LoadedTokenizer) -> dict[str, Any]:
     """What must not change between two runs on the same output, by the names of the command line."""
     return {
-        "--source": source_name(options.source),
+        "--source": source_name(options.source, options.split),
         "--text-field": options.text_field,
         "--tokenizer (hash)": tokenizer.info.sha256,
         "--row-tokens": options.row_tokens,
@@ -260,8 +268,8 @@ def _finished(options: PrepareOptions, arguments: dict[str, Any]) -> Manifest:
         del earlier["--shards"]
     check_same(earlier, {name: value for name, value in arguments.items() if name in earlier}, options.output)
     if SOURCE_FILES in earlier:
-        units = open_source(options.source, options.text_field).units
-        check_same(earlier, {SOURCE_FILES: files_hash(options.source, units)}, options.output)
+        source = open_source(options.source, options.text_field, options.split, str(options.output))
+        check_same(earlier, {SOURCE_FILES: files_hash(options.source, source.units())}, options.output)
     shutil.rmtree(options.output / WORK_FOLDER, ignore_errors=True)
     print(f"{options.output}: already prepared")
     return manifest
@@ -290,12 +298,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     cores = len(os.sched_getaffinity(0))
     parser.add_argument(
-        "--source", required=True, help=".jsonl, .txt, .parquet, a folder, a Hugging Face dataset, or 'installed'"
+        "--source", required=True, help="a file of text, a folder of them, a Hugging Face dataset, or 'installed'"
     )
     parser.add_argument("--tokenizer", required=True, help="folder, tokenizer.json or Hugging Face name")
     parser.add_argument("--tokenizer-revision", help="commit or tag of the tokenizer on the hub")
     parser.add_argument("--output", required=True, help="folder for shards and manifest")
     parser.add_argument("--text-field", default="text", help="field of a record that holds the text (%(default)s)")
+    parser.add_argument(
+        "--split",
+        help="of a folder whose names tell splits apart, or of a dataset: this one (train), or all files of a folder: all",
+    )
     parser.add_argument("--row-tokens", type=int, default=4096, help="tokens of a row (%(default)s)")
     parser.add_argument(
         "--max-document-length", type=int, default=1024, help="tokens of the longest window (%(default)s)"
@@ -327,6 +339,21 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _summary(output: Path, manifest: Manifest) -> Iterator[str]:
+    """What became of the documents, and the shards."""
+    counts = manifest.statistics
+    if "train_documents" in counts:
+        yield (
+            f"{counts['documents']} documents: {counts['train_documents']} train, {counts['heldout_documents']} held out, "
+            f"{counts['without_text']} without text, {counts['empty']} empty, {counts['too_short']} shorter than "
+            f"{manifest.min_window} tokens, {counts['duplicates']} duplicates"
+        )
+    if manifest.tokenizer.eos_id is None:
+        yield "without document ends: the tokenizer has no end-of-text token"
+    rows = sum(shard.rows for shard in manifest.splits["train"])
+    yield f"{output}: {rows} train rows in {len(manifest.splits['train'])} shards, fill {100 * manifest.fill():.2f} %"
+
+
 @cli
 def main(argv: list[str] | None = None) -> None:
     """Prepare, inspect or verify."""
@@ -346,11 +373,8 @@ def main(argv: list[str] | None = None) -> None:
     with disk_errors(options.output):
         manifest = prepare(options, part, merge, fresh)
     if manifest is not None:
-        rows = sum(shard.rows for shard in manifest.splits["train"])
-        print(
-            f"{options.output}: {rows} train rows in {len(manifest.splits['train'])} shards, fill "
-            f"{100 * manifest.fill():.2f} %"
-        )
+        for line in _summary(options.output, manifest):
+            print(line)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,23 @@
-"""First pass of prepare: a unit of the source becomes token ids in spill chunks. Runs in worker processes, one unit at
-a time.
+"""First pass of prepare: a bundle of the source's units becomes token ids in spill chunks. Runs in worker processes, one bundle
+at a time.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from data_pipeline.core.errors import UserError, reason
 from data_pipeline.core.storage import write_text
 from data_pipeline.prepare.spill import write_chunk
+from data_pipeline.text.readers.registry import read_unit
+from data_pipeline.text.sources import Bundle
 from data_pipeline.text.tokenization import LoadedTokenizer, encoder
-from data_pipeline.text.units import Unit, read_unit
 
 CHUNK_TOKENS = 16 << 20  # memory of a worker: a chunk is held until it is written
 _BATCH_CHARACTERS = 1 << 20
@@ -24,10 +27,10 @@ _tokenizer: Tokenizer
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """What a worker needs to encode a unit."""
+    """What a worker needs to encode a bundle of units."""
 
     index: int
-    unit: Unit
+    units: Bundle
     text_field: str
     work: Path
     eos_id: int | None
@@ -37,10 +40,14 @@ class EncodeTask:
 
 
 @dataclass
-class UnitResult:
-    """Counts of an encoded unit, kept beside its chunks; its presence says that the unit is finished."""
+class BundleResult:
+    """Counts of an encoded bundle, kept beside its chunks; its presence says that the bundle is finished.
+
+    Of the documents found, those without text (null where text should be), empty (nothing but blanks) and too short go.
+    """
 
     documents: int = 0
+    without_text: int = 0
     empty: int = 0
     too_short: int = 0
     tokens: int = 0
@@ -49,16 +56,16 @@ class UnitResult:
 
 
 def use_tokenizer(tokenizer: LoadedTokenizer) -> None:
-    """Set what `encode_unit` encodes with, in this process and those forked from it."""
+    """Set what `encode_bundle` encodes with, in this process and those forked from it."""
     global _tokenizer
     _tokenizer = encoder(tokenizer)
     if hasattr(_tokenizer.model, "_resize_cache"):  # WordPiece and WordLevel look words up without one
         _tokenizer.model._resize_cache(_CACHED_WORDS)
 
 
-def encode_unit(task: EncodeTask, progress: Callable[[int, int], None]) -> UnitResult:
-    """Encode the unit's documents into chunks and write its result; calls progress(documents, bytes of text)."""
-    result = UnitResult()
+def encode_bundle(task: EncodeTask, progress: Callable[[int, int], None]) -> BundleResult:
+    """Encode the bundle's documents into chunks and write its result; calls progress(documents, bytes of text)."""
+    result = BundleResult()
     hashes: list[bytes] = []
     documents: list[np.ndarray] = []
     held = 0
@@ -81,14 +88,14 @@ def encode_unit(task: EncodeTask, progress: Callable[[int, int], None]) -> UnitR
 
 
 def result_path(work: Path, index: int) -> Path:
-    """Where a unit's result is kept."""
+    """Where a bundle's result is kept."""
     return work / "units" / f"{index:06d}.json"
 
 
-def load_result(work: Path, index: int) -> UnitResult | None:
-    """The result of a finished unit."""
+def load_result(work: Path, index: int) -> BundleResult | None:
+    """The result of a finished bundle."""
     path = result_path(work, index)
-    return UnitResult(**json.loads(path.read_bytes())) if path.exists() else None
+    return BundleResult(**json.loads(path.read_bytes())) if path.exists() else None
 
 
 def document_hash(data: bytes, seed: int) -> bytes:
@@ -98,12 +105,15 @@ def document_hash(data: bytes, seed: int) -> bytes:
     return hashlib.blake2b(data, digest_size=16, key=f"textldm document {seed}".encode()).digest()
 
 
-def _batches(task: EncodeTask, result: UnitResult) -> Iterator[list[str]]:
-    """Non-empty documents, a megabyte of text at a time."""
+def _batches(task: EncodeTask, result: BundleResult) -> Iterator[list[str]]:
+    """Non-empty documents, a megabyte of text at a time, across the bundle's units."""
     batch: list[str] = []
     size = 0
-    for text in read_unit(task.unit, task.text_field):
+    for text in chain.from_iterable(read_unit(unit, task.text_field) for unit in task.units):
         result.documents += 1
+        if text is None:
+            result.without_text += 1
+            continue
         if not text or text.isspace():
             result.empty += 1
             continue
@@ -117,15 +127,34 @@ def _batches(task: EncodeTask, result: UnitResult) -> Iterator[list[str]]:
 
 
 def _encode(texts: list[str], task: EncodeTask) -> Iterator[tuple[bytes, np.ndarray]]:
-    """UTF-8 bytes and token ids, the document end included, of each text."""
+    """UTF-8 bytes and token ids, the document end included, of each text. Raises UserError if the tokenizer fails at one, or
+    gives document ends within it, which training would take for the ends of documents.
+    """
+    place = f"source {task.units[0].location}" + (f" and {len(task.units) - 1} more" if len(task.units) > 1 else "")
+    try:
+        encodings = _tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(
+            f"{place}: the tokenizer cannot encode a text there ({reason(error)}); use another tokenizer, or mend this one's "
+            "tokenizer.json"
+        ) from error
+    documents = [encoding.ids for encoding in encodings]
+    if task.eos_id is not None:
+        ends = [document.count(task.eos_id) for document in documents]
+        if any(ends):
+            first = next(text for text, count in zip(texts, ends) if count)
+            raise UserError(
+                f"{place}: the tokenizer's end-of-text token (id {task.eos_id}) occurs {sum(ends)} times within "
+                f"{sum(map(bool, ends))} of {len(texts)} texts there, of which the first begins {first[:60]!r}; if it stands for "
+                "unknown words too, use another tokenizer, or give this one another eos_token in tokenizer_config.json"
+            )
     tail = [] if task.eos_id is None else [task.eos_id]
-    encodings = _tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    for text, encoding in zip(texts, encodings, strict=True):
-        yield text.encode(), np.array(encoding.ids + tail, dtype=task.token_dtype)
+    for text, document in zip(texts, documents, strict=True):
+        yield text.encode(), np.array(document + tail, dtype=task.token_dtype)
 
 
-def _flush(task: EncodeTask, result: UnitResult, hashes: list[bytes], documents: list[np.ndarray]) -> None:
-    """Write what is held as the unit's next chunk."""
+def _flush(task: EncodeTask, result: BundleResult, hashes: list[bytes], documents: list[np.ndarray]) -> None:
+    """Write what is held as the bundle's next chunk."""
     if not documents:
         return
     name = f"{task.index:06d}-{len(result.chunks):03d}.spill"

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -54,36 +55,36 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], output: Path) 
 def open_work(output: Path, source: Source, tokenizer: LoadedTokenizer, arguments: Mapping[str, Any]) -> Path:
     """Create the work folder of an output, or check that it belongs to the same arguments and the same source."""
     work = output / WORK_FOLDER
-    units = [asdict(unit) for unit in source.units]
+    bundles = [[asdict(unit) for unit in bundle] for bundle in source.bundles]
     plan = work / "plan.json"
     if plan.exists():
         earlier = json.loads(plan.read_text())
         check_same(earlier["arguments"], arguments, output)
-        if earlier["units"] != units:
+        if earlier["bundles"] != bundles:
+            before, now = (list(chain.from_iterable(found)) for found in (earlier["bundles"], bundles))
             raise UserError(
-                f"{output} was begun with another source, or {source.name} changed since: "
-                f"{len(earlier['units'])} parts then, {len(units)} now, first difference "
-                f"{_first_difference(earlier['units'], units)}. Start over with --fresh"
+                f"{output} was begun with another source, or {source.name} changed since: {len(before)} parts then, "
+                f"{len(now)} now, first difference {_first_difference(before, now)}. Start over with --fresh"
             )
         return work
     tokenizer.save(work / "tokenizer")
-    write_text(plan, json.dumps({"arguments": arguments, "units": units}))
+    write_text(plan, json.dumps({"arguments": arguments, "bundles": bundles}))
     return work
 
 
 def _first_difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
-    for old, new in zip(before, now):
+    for old, new in zip_longest(before, now):
         if old != new:
             return f"{old} -> {new}"
-    return str((before + now)[min(len(before), len(now))])
+    return "how they are bundled"
 
 
-def check_complete(work: Path, num_units: int) -> None:
-    """Refuse to go on while any unit of the source is not encoded."""
-    missing = [index for index in range(num_units) if load_result(work, index) is None]
+def check_complete(work: Path, num_bundles: int) -> None:
+    """Refuse to go on while any bundle of the source is not encoded."""
+    missing = [index for index in range(num_bundles) if load_result(work, index) is None]
     if missing:
         raise UserError(
-            f"--merge: {len(missing)} of {num_units} parts of the source are not encoded yet (the first is number "
+            f"--merge: {len(missing)} of {num_bundles} parts of the source are not encoded yet (the first is number "
             f"{missing[0]}): "
             "run the missing --part i/n first"
         )

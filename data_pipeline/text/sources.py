@@ -1,56 +1,64 @@
-"""Text sources: where documents come from, cut into units that worker processes and machines read independently of each
+"""Text sources: where documents come from, cut into bundles of units that worker processes and machines read independently of each
 other.
 
 | spec | documents |
 |---|---|
-| `x.jsonl`, also `.jsonl.zst`, `.jsonl.gz` | one JSON object a line, its text field |
-| `x.txt`, also `.txt.zst`, `.txt.gz` | the whole file, or its pieces between form feeds or `<|endoftext|>` lines |
-| `x.parquet` | one row, its text column |
-| a folder | all such files below it, by path, of splits that names tell apart train; or what `datasets` saved there or can load |
+| a file | those of the reader that takes its name: `.jsonl`, `.json`, `.txt`, `.csv` (each also compressed), `.parquet`, `.arrow` |
+| a folder | those of all such files below it, by path (folders.py says which); a folder that `datasets` saved |
 | `owner/name`, `owner/name:configuration@revision` | the train split of a Hugging Face dataset, streamed |
 | `bible` | the Bible in Basic English, see bible.py |
 | `installed` | English prose found on this machine, see installed_prose.py |
+
+The readers are in readers/, others may be installed.
 """
 
 import hashlib
 import json
 import os
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError
-from data_pipeline.text import bible, installed_prose
-from data_pipeline.text.units import HUB_NAME, Unit, load_saved, load_streamed, read_unit
+from data_pipeline.core.pointers import pointer
+from data_pipeline.text import installed_prose
+from data_pipeline.text.folders import list_folder, unpacking
+from data_pipeline.text.readers.base import Reader, Unit, size_of
+from data_pipeline.text.readers.registry import naming, read_unit, reader_of, units_of
 
-UNIT_BYTES = 8 << 20  # of plain text; a unit is the grain of parallel work and of resuming
-_SAVED_ROWS = 10_000
+UNIT_BYTES = 8 << 20  # of plain text; a bundle of units is the grain of parallel work and of resuming
+_FEWEST_BUNDLES = 16  # a small source gives work to several processes too, down to a sixteenth of a unit
 
-_READ_HERE = re.compile(r"\.(jsonl|txt)(\.zst|\.gz)?$|\.parquet$", re.IGNORECASE)
-_TEXT = re.compile(r"\.txt(\.zst|\.gz)?$", re.IGNORECASE)
-_READ_BY_DATASETS = re.compile(r"\.json(\.zst|\.gz)?$|\.(csv|arrow|tar)$", re.IGNORECASE)
-_SPLIT_NAME = re.compile(r"(?<![a-z])(train(?:ing)?|validation|valid|val|dev|test(?:ing)?|eval(?:uation)?)(?![a-z])")
-_FILE_NAME = re.compile(r"\.(jsonl?|txt|parquet|csv|arrow|tar)(\.zst|\.gz)?$", re.IGNORECASE)
+Bundle = tuple[Unit, ...]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents of a spec; iterating gives all of them in order."""
+    """Documents of a spec; iterating gives all of them in order.
+
+    Attributes:
+        bundles: units in order; those of small files are bundled, so that work is by bytes, not by files.
+        statistics: how many files were found, read and left out for which reason; of a name that is no file, none.
+    """
 
     name: str
-    units: list[Unit]
+    bundles: list[Bundle]
     text_field: str = "text"
+    statistics: dict[str, int] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[str]:
-        for unit in self.units:
-            yield from read_unit(unit, self.text_field)
+        for unit in self.units():
+            yield from (text for text in read_unit(unit, self.text_field) if text is not None)
+
+    def units(self) -> Iterator[Unit]:
+        """All units in order."""
+        return (unit for bundle in self.bundles for unit in bundle)
 
 
-def source_name(spec: str) -> str:
-    """Name of a source as manifests record it: without the folders of this machine."""
-    return Path(spec).resolve().name if spec != "installed" and Path(spec).exists() else spec
+def source_name(spec: str, split: str | None = None) -> str:
+    """Name of a source as manifests record it: without the folders of this machine; with the split if one was asked for."""
+    name = os.path.basename(os.path.realpath(spec)) if spec != "installed" and Path(spec).exists() else spec
+    return os.fsencode(name).decode("utf-8", "replace") + (f"#{split}" if split else "")
 
 
 def files_hash(spec: str, units: Iterable[Unit]) -> str | None:
@@ -61,112 +69,87 @@ def files_hash(spec: str, units: Iterable[Unit]) -> str | None:
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
-def open_source(spec: str, text_field: str = "text") -> Source:
-    """Find the parts of a source. Raises UserError if there is nothing to read."""
-    if spec == bible.NAME:
-        return Source(spec, [Unit("bible", spec, 0, 0)])
+def open_source(spec: str, text_field: str = "text", split: str | None = None, output: str | None = None) -> Source:
+    """Find the parts of a source; of a folder, print what is read and what is left out.
+
+    Args:
+        split: of a folder whose names tell splits apart, or of a hub dataset, the one to read (None: train; "all": of a
+            folder, everything).
+        output: a folder that is being written, which is no part of the source.
+
+    Raises:
+        UserError: there is nothing to read.
+    """
     if spec == "installed":
-        return Source(spec, _file_units(installed_prose.cached_path()))
-    path = Path(spec)
-    if path.is_file():
-        return Source(source_name(spec), _file_units(path), text_field)
-    if path.is_dir():
-        return Source(source_name(spec), _folder_units(path), text_field)
-    matched = HUB_NAME.fullmatch(spec)
-    if matched is None or _FILE_NAME.search(spec) or spec.startswith((".", "/", "~")):
+        return Source(spec, _bundles([(path := str(installed_prose.cached_path()), _reader_of(path))]))
+    if not os.path.lexists(spec):
+        return _named_source(spec, text_field, split)
+    if os.path.isdir(spec) and reader_of(spec) is None:
+        listing = list_folder(spec, split, output)
+        print(f"source {_printable(spec)}: {listing.told()}", flush=True)
+        parts = [(file.path, file.reader) for file in listing.taken if file.reader]
+        return Source(source_name(spec, split), _bundles(parts), text_field, listing.counts())
+    if split is not None:
+        raise UserError(f"--split {split}: {spec} is one part, without splits; leave --split out")
+    reader = _reader_of(spec)
+    _check_file(spec)
+    return Source(source_name(spec), _bundles([(spec, reader)]), text_field, {"files_found": 1, "files_read": 1})
+
+
+def _named_source(spec: str, text_field: str, split: str | None) -> Source:
+    """What is no file: a dataset of the hub, or what another package's reader takes."""
+    location = source_name(spec, split)
+    is_file = reader_of(spec) is not None or unpacking(spec) != ""
+    reader = None if is_file else reader_of(location, is_local=False)
+    if reader is None:
+        raise UserError(f"source {spec}: no such file or folder; expected {_EXPECTED}")
+    return Source(location, _bundles([(location, reader)]), text_field)
+
+
+_EXPECTED = (
+    ".jsonl, .json, .txt, .csv (compressed or not), .parquet or .arrow, a folder of them, a Hugging Face dataset "
+    "(owner/name:configuration@revision, the last two if need be) or 'installed'"
+)
+
+
+def _reader_of(path: str) -> Reader:
+    """The reader of a file that is there. Raises: UserError."""
+    if (found := reader_of(path)) is None:
+        raise UserError(f"source {path}: unknown kind of file; {unpacking(path) or f'expected {_EXPECTED}'}")
+    return found
+
+
+def _check_file(path: str) -> None:
+    """Refuse a single part that cannot be read. Raises: UserError."""
+    if not os.path.exists(path):
+        raise UserError(f"source {path}: a link to {os.readlink(path)}, which does not exist")
+    if not os.path.isfile(path) and not os.path.isdir(path):
         raise UserError(
-            f"source {spec}: no such file or folder; expected .jsonl, .txt or .parquet (.zst and .gz too), a folder "
-            "of them, "
-            "a Hugging Face dataset (owner/name:configuration@revision, the last two if need be) or 'installed'"
+            f"source {path}: is no file but a pipe or device, which cannot be read twice; write it to a file first"
         )
-    return Source(spec, _streamed_units(spec), text_field)
+    with naming(path):
+        what = pointer(path) if os.path.isfile(path) else None
+    if what:
+        raise UserError(f"source {path}: a {what} instead of the contents, which were not fetched")
 
 
-def _file_units(path: Path) -> list[Unit]:
-    """Units of one file, by its name's ending."""
-    size = path.stat().st_size
-    names = path.name.lower().split(".")
-    compressed = names[-1] in ("zst", "gz")
-    kind = names[-2] if compressed and len(names) > 1 else names[-1]
-    if kind == "jsonl" and compressed:
-        parts = min(
-            16, 1 + size // UNIT_BYTES
-        )  # each part decompresses the whole file, which is cheap beside tokenising it
-        return [Unit("compressed", str(path), part, parts, size) for part in range(parts)]
-    if kind == "txt" and compressed:
-        return [Unit("text", str(path), 0, size, size)]
-    if kind in ("jsonl", "txt"):
-        step = min(UNIT_BYTES, max(UNIT_BYTES // 16, size // 16))  # a small file gives work to several processes too
-        reader = "jsonl" if kind == "jsonl" else "text"
-        return [Unit(reader, str(path), start, min(start + step, size), size) for start in range(0, size, step)]
-    if kind == "parquet" and not compressed:
-        return _parquet_units(path, size)
-    raise UserError(f"source {path}: unknown kind of file; expected .jsonl, .txt (.zst and .gz too) or .parquet")
+def _bundles(parts: list[tuple[str, Reader]]) -> list[Bundle]:
+    """Units of all parts in order, joined until they hold what a unit of a large file holds."""
+    total = sum(size_of(location) for location, _ in parts)
+    unit_bytes = min(UNIT_BYTES, max(UNIT_BYTES // _FEWEST_BUNDLES, total // _FEWEST_BUNDLES))
+    bundles: list[Bundle] = []
+    held: list[Unit] = []
+    num_bytes = 0
+    for location, reader in parts:
+        for unit in units_of(reader, location, unit_bytes):
+            if held and num_bytes + unit.num_bytes > unit_bytes:
+                bundles.append(tuple(held))
+                held, num_bytes = [], 0
+            held.append(unit)
+            num_bytes += unit.num_bytes
+    return bundles + [tuple(held)] * bool(held)
 
 
-def _parquet_units(path: Path, size: int) -> list[Unit]:
-    """Runs of row groups of about eight units' bytes (Parquet counts them uncompressed, other columns included)."""
-    import pyarrow.parquet as pq
-    from pyarrow import ArrowInvalid
-
-    try:
-        metadata = pq.ParquetFile(path).metadata
-    except (ArrowInvalid, OSError) as error:
-        raise UserError(f"source {path}: not a readable Parquet file ({error})") from None
-    units, start, filled = [], 0, 0
-    for group in range(metadata.num_row_groups):
-        filled += metadata.row_group(group).total_byte_size
-        if filled >= 8 * UNIT_BYTES or group + 1 == metadata.num_row_groups:
-            units.append(Unit("parquet", str(path), start, group + 1, size))
-            start, filled = group + 1, 0
-    return units
-
-
-def _folder_units(folder: Path) -> list[Unit]:
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        dataset = load_saved(str(folder))
-        return [
-            Unit("saved", str(folder), start, min(start + _SAVED_ROWS, len(dataset)), len(dataset))
-            for start in range(0, len(dataset), _SAVED_ROWS)
-        ]
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    readable = [path for path in files if _READ_HERE.search(path.name)]
-    loadable = [path for path in files if _READ_BY_DATASETS.search(path.name)]
-    if loadable and all(_TEXT.search(path.name) for path in readable):
-        if readable:
-            raise UserError(
-                f"source {folder}: holds {_endings(files)}, and either the .txt or the others may be the text; give a folder "
-                "that holds one of them"
-            )
-        return _streamed_units(str(folder), sum(path.stat().st_size for path in files))
-    if readable:
-        taken = _train_files(folder, readable)
-        left = sorted(set(files) - set(taken))
-        if left:
-            print(f"source {folder}: reads {_endings(taken)}, leaves out {_endings(left)}", flush=True)
-        return [unit for path in taken for unit in _file_units(path)]
-    raise UserError(
-        f"source {folder}: the folder holds no .jsonl, .txt or .parquet file and no saved dataset ({len(files)} other "
-        "files)"
-    )
-
-
-def _train_files(folder: Path, files: list[Path]) -> list[Path]:
-    """Those that a name calls train where others are called validation or test, as `datasets` would; else all."""
-    splits = {path: _SPLIT_NAME.findall(path.relative_to(folder).as_posix().lower()) for path in files}
-    is_train = {path: names[-1].startswith("train") for path, names in splits.items() if names}
-    if all(is_train.values()):
-        return files
-    return [path for path in files if is_train.get(path)] or files
-
-
-def _endings(files: Iterable[Path]) -> str:
-    """How many files there are with each ending, the most frequent first."""
-    counts = Counter(re.search(r"(\.\w+)?(\.(zst|gz|xz|bz2))?$", path.name)[0] or "no ending" for path in files)  # type: ignore[index]
-    named = [f"{count} {ending}" for ending, count in counts.most_common(6)]
-    return ", ".join(named + ["..."] * (len(counts) > 6))
-
-
-def _streamed_units(spec: str, size: int = 0) -> list[Unit]:
-    num_shards = load_streamed(spec).num_shards
-    return [Unit("streamed", spec, shard, num_shards, size) for shard in range(num_shards)]
+def _printable(text: str) -> str:
+    """With marks for what a terminal cannot show: names may hold bytes that are no text, and control characters."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)

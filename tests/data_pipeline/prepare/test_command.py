@@ -1,5 +1,6 @@
 """prepare: every kept document arrives whole, and the bytes depend on text, tokenizer and arguments alone."""
 
+import csv
 import json
 import os
 import shutil
@@ -14,6 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -22,7 +25,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.prepare import __main__ as prepare
-from data_pipeline.prepare import encode
+from data_pipeline.prepare import assemble, encode, spill
 from data_pipeline.prepare.__main__ import PrepareOptions, main
 from data_pipeline.reading.batch import FILLER, Split
 from data_pipeline.reading.loader import TrainLoader
@@ -261,13 +264,14 @@ def test_kill_at_any_moment_then_the_same_bytes(place: Path, expected: dict, tmp
 
 
 def test_finished_work_is_not_repeated(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "UNIT_BYTES", 300_000)
     prepare.prepare(options(place, tmp_path), part=(0, 2))
     for name in (".manifest.json.abc.tmp", ".train-00000.tar.abc.tmp"):  # of a killed run
         (tmp_path / name).write_text("half")
     encoded: list[int] = []
-    original = prepare.encode_unit
+    original = prepare.encode_bundle
     monkeypatch.setattr(
-        prepare, "encode_unit", lambda task, report: encoded.append(task.index) or original(task, report)
+        prepare, "encode_bundle", lambda task, report: encoded.append(task.index) or original(task, report)
     )
     run(place, tmp_path)
     assert encoded == [1]
@@ -318,9 +322,9 @@ def test_a_small_disk_that_is_really_full(
     assert not list(small_disk.rglob("*.tmp"))
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     encoded: list[int] = []
-    original = prepare.encode_unit
+    original = prepare.encode_bundle
     monkeypatch.setattr(
-        prepare, "encode_unit", lambda task, report: encoded.append(task.index) or original(task, report)
+        prepare, "encode_bundle", lambda task, report: encoded.append(task.index) or original(task, report)
     )
     run(place, small_disk)
     done = {int(path.stem) for path in finished if path.suffix == ".json" and path.parent.name == "units"}
@@ -361,6 +365,135 @@ def test_the_loader_reads_what_prepare_wrote(place: Path, expected: dict) -> Non
 def test_impossible_arguments_are_refused(place: Path, tmp_path: Path, changes: dict, named: str) -> None:
     with pytest.raises(UserError, match=named):
         run(place, tmp_path, **changes)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "csv", "parquet"])
+def test_documents_and_files_add_up(place: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture) -> None:
+    """In the manifest and in what is printed, whatever reads them; no text and empty text are two counts."""
+    texts = [*TEXTS[:100], TEXTS[0], "", "  \n", "a", None]
+    folder = tmp_path / "source"
+    (folder / ".hidden").mkdir(parents=True)
+    (folder / ".hidden" / "a.jsonl").touch()
+    (folder / "b.bin").touch()
+    if form == "parquet":
+        pq.write_table(pa.table({"text": texts}), folder / "a.parquet")
+    elif form == "csv":
+        with (folder / "a.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["text"], *([text] for text in texts if text is not None)])
+    else:
+        records = [{"text": text} for text in texts]
+        lines = json.dumps(records) if form == "json" else "".join(json.dumps(record) + "\n" for record in records)
+        (folder / f"a.{form}").write_text(lines)
+    flags = [
+        "--source",
+        str(folder),
+        "--tokenizer",
+        str(place / "tokenizer"),
+        "--output",
+        str(tmp_path / "out"),
+        "--dedupe",
+    ]
+    assert main([*flags, "--min-document-length", "5", "--heldout-fraction", "0.1", "--workers", "1"]) == 0
+    null = int(form != "csv")  # which has no null
+    counts = Manifest.load(tmp_path / "out").statistics
+    assert (counts["documents"], counts["without_text"], counts["empty"]) == (104 + null, null, 2)
+    assert (counts["too_short"], counts["duplicates"]) == (1, 1)
+    assert counts["train_documents"] + counts["heldout_documents"] == 100
+    assert counts["heldout_documents"] > 0
+    left = {name: count for name, count in counts.items() if name.startswith("files_left_out")}
+    assert left == {"files_left_out_hidden": 1, "files_left_out_no_reader": 1}
+    assert counts["files_found"] == counts["files_read"] + sum(left.values()) == 3
+    printed = capsys.readouterr().out
+    assert f"3 files, reads 1 .{form}; leaves out 1 .hidden (hidden), 1 .bin (no reader)\n" in printed
+    assert (
+        f"{104 + null} documents: {counts['train_documents']} train, {counts['heldout_documents']} held out, {null} without text, "
+        "2 empty, 1 shorter than 5 tokens, 1 duplicates\n"
+    ) in printed
+
+
+def test_many_small_files_cost_what_one_costs(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same chunks, openings of chunks and calls of the tokenizer, by bytes; and the same shards."""
+    (tmp_path / "many").mkdir()
+    (tmp_path / "one").mkdir()
+    for number, text in enumerate(TEXTS):
+        (tmp_path / "many" / f"{number:05d}.txt").write_text(text)
+    (tmp_path / "one" / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    monkeypatch.setattr(sources, "UNIT_BYTES", 200_000)
+    monkeypatch.setattr(assemble, "GROUP_ROWS", 16)
+    counts: dict[str, Counter] = {}
+    for name in ("one", "many"):
+        counts[name] = Counter()
+        with monkeypatch.context() as patch:
+            counted(patch, spill.Chunk, "__init__", counts[name])
+            counted(patch, encode, "_encode", counts[name])
+            counted(patch, encode, "atomic_write", counts[name])
+            manifest = prepare.prepare(replace(options(place, tmp_path / f"out-{name}"), source=str(tmp_path / name)))
+        assert manifest is not None
+        counts[name]["train"] = manifest.splits["train"][0].sha256
+    assert counts["one"]["__init__"] > 20
+    assert counts["many"] == counts["one"]
+
+
+def counted(patch: pytest.MonkeyPatch, place: object, name: str, counts: Counter) -> None:
+    original = getattr(place, name)
+
+    def call(*arguments: object, **keywords: object) -> object:
+        counts[name] += 1
+        return original(*arguments, **keywords)
+
+    patch.setattr(place, name, call)
+
+
+def test_a_source_that_holds_its_output_is_continued(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:100]))
+    inside = replace(options(place, tmp_path / "out"), source=str(tmp_path))
+    manifest = prepare.prepare(inside)
+    assert prepare.prepare(inside) == manifest
+    assert "reads 1 .jsonl; leaves out" in capsys.readouterr().out
+
+
+def test_a_split_may_be_chosen(place: Path, tmp_path: Path) -> None:
+    for name, count in (("train", 20), ("test", 60)):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:count])
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    flags = ["--source", str(tmp_path), "--tokenizer", str(place / "tokenizer"), "--workers", "1", "--output"]
+    assert main([*flags, str(tmp_path / "asked")]) == 2
+    for split, count in (("train", 20), ("test", 60), ("all", 80)):
+        assert main([*flags, str(tmp_path / split), "--split", split]) == 0
+        manifest = Manifest.load(tmp_path / split)
+        assert (manifest.source, manifest.statistics["documents"]) == (f"{tmp_path.name}#{split}", count)
+    assert main([*flags, str(tmp_path / "all"), "--split", "test"]) == 2
+
+
+def test_a_tokenizer_without_an_end_is_said_loudly(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate([*WORDS, "?", "."])}, unk_token="?"))
+    backend.pre_tokenizer = Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text(TEXTS[0] * 20)
+    flags = ["--source", str(tmp_path / "a.txt"), "--tokenizer", str(tmp_path / "tokenizer.json"), "--workers", "1"]
+    assert main([*flags, "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "warning: tokenizer" in said.err
+    assert "has no end-of-text token" in said.err
+    assert "without document ends" in said.out
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_traceback_is_shown_on_request_from_any_process(place: Path, tmp_path: Path, workers: str) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(100) + b"PAR1")
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{')
+    for name, cause in (("a.parquet", "ArrowInvalid"), ("b.jsonl", "JSONDecodeError")):
+        flags = ["--source", str(tmp_path / name), "--tokenizer", str(place / "tokenizer"), "--workers", workers]
+        command = [sys.executable, "-m", "data_pipeline.prepare", *flags, "--output", str(tmp_path / f"out-{name}")]
+        for value in ("", "1"):
+            environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "TEXTLDM_TRACEBACK": value}
+            process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+            assert process.returncode == 2
+            assert process.stderr.splitlines()[-1].startswith(f"error: source {tmp_path / name}")
+            assert ("Traceback" in process.stderr) == bool(value)
+            assert (f"{cause}: " in process.stderr.partition("error: source")[0]) == bool(value)
 
 
 def test_little_and_no_text(place: Path, tmp_path: Path) -> None:

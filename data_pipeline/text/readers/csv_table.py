@@ -1,0 +1,35 @@
+"""Tables of comma- or tab-separated values, whose first line names the columns: one row, its text column."""
+
+import csv
+import io
+import sys
+from collections.abc import Iterator
+
+from data_pipeline.core.errors import UserError
+from data_pipeline.text.readers.base import Reader, Unit, checked_text, endings, missing_field
+from data_pipeline.text.readers.streams import open_plain
+
+
+class CsvTable(Reader):
+    """A file is one unit: where a row begins is known only from the file's beginning, as texts hold line ends."""
+
+    file_names = endings("csv", "tsv", compressed=True)
+    often_metadata = True
+
+    def documents(self, unit: Unit, text_field: str) -> Iterator[str | None]:
+        csv.field_size_limit(sys.maxsize)
+        delimiter = "\t" if ".tsv" in unit.location.lower()[-8:] else ","
+        with io.TextIOWrapper(open_plain(unit.location), "utf-8-sig", newline="") as file:
+            rows = csv.reader(file, delimiter=delimiter, strict=True)
+            columns = next(rows, [])
+            if text_field not in columns:
+                raise missing_field(unit.location, text_field, columns)
+            column = columns.index(text_field)
+            for row in rows:
+                if row and len(row) != len(columns):
+                    raise UserError(
+                        f"source {unit.location}, line {rows.line_num}: {len(row)} cells, but the first line names {len(columns)} "
+                        "columns; mend the line (a text with commas, quotes or line ends stands in quotes)"
+                    )
+                if row:
+                    yield checked_text(row[column], text_field, f"{unit.location}, line {rows.line_num}")

@@ -1,0 +1,106 @@
+"""The plain bytes of a file, whatever compressed it."""
+
+import bz2
+import gzip
+import io
+import lzma
+from collections.abc import Callable
+from typing import IO, Any, NamedTuple, cast
+
+from data_pipeline.core.errors import UserError
+
+LARGEST_ZSTD_WINDOW = 1 << 31  # `zstd --long=31`, the most that the format's own tools read; 128 MiB unless asked for
+
+
+class _Compression(NamedTuple):
+    name: str
+    magic: tuple[bytes, ...]
+    open: Callable[[str], Any]
+
+
+def compression(location: str) -> str | None:
+    """The ending of its name that says how it is compressed."""
+    ending = location.rpartition(".")[2].lower()
+    return ending if ending in _COMPRESSIONS else None
+
+
+def open_plain(location: str) -> IO[bytes]:
+    """Open a file for reading plain bytes. Raises UserError if it is not compressed as its name says."""
+    named = compression(location)
+    with open(location, "rb") as file:
+        start = file.read(16)
+    found = next((name for name, kind in _COMPRESSIONS.items() if start.startswith(kind.magic)), None)
+    if named and not start:
+        raise EOFError("the file is empty, which no compressed file is")
+    if found != named:
+        its = f"{_COMPRESSIONS[found].name} data" if found else f"no {_COMPRESSIONS[cast(str, named)].name} data"
+        raise UserError(
+            f"source {location}: holds {its}, against its name (it begins with {start!r}); give it the ending of what it is "
+            f"({', '.join(f'.{name}' for name in _COMPRESSIONS)}, or none of these), or fetch it again"
+        )
+    return cast(IO[bytes], _COMPRESSIONS[named].open(location)) if named else open(location, "rb")
+
+
+def _open_zstd(location: str) -> IO[bytes]:
+    return cast(IO[bytes], io.BufferedReader(_ZstdFile(location), 1 << 20))
+
+
+class _ZstdFile(io.RawIOBase):
+    """Plain bytes of a .zst file. zstandard's own reader takes a file that was cut short for a complete one; this one
+    raises EOFError.
+    """
+
+    def __init__(self, location: str):
+        import zstandard
+
+        self._file = open(location, "rb")  # noqa: SIM115 (closed by close)
+        self._new_frame = zstandard.ZstdDecompressor(max_window_size=LARGEST_ZSTD_WINDOW).decompressobj
+        self._frame = self._new_frame()
+        self._compressed = self._plain = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._plain:
+            self._compressed = self._compressed or self._file.read(1 << 18)
+            if self._frame.eof:
+                if not self._compressed:
+                    return 0
+                self._frame = self._new_frame()
+            elif not self._compressed:
+                raise EOFError("the file ends within a Zstandard frame")
+            self._plain = self._frame.decompress(self._compressed)
+            self._compressed = self._frame.unused_data
+        count = min(len(buffer), len(self._plain))
+        buffer[:count], self._plain = self._plain[:count], self._plain[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+_SKIPPABLE_ZSTD = tuple(
+    bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60)
+)  # frames of metadata: pzstd begins so
+_BZIP2_BLOCK, _BZIP2_END = b"1AY&SY", b"\x17rE8P\x90"
+_BZIP2 = tuple(b"BZh%d%b" % (level, what) for level in range(1, 10) for what in (_BZIP2_BLOCK, _BZIP2_END))
+_COMPRESSIONS = {
+    "gz": _Compression("gzip", (b"\x1f\x8b",), gzip.open),
+    "zst": _Compression("Zstandard", (b"\x28\xb5\x2f\xfd", *_SKIPPABLE_ZSTD), _open_zstd),
+    "bz2": _Compression("bzip2", _BZIP2, bz2.open),
+    "xz": _Compression("xz", (b"\xfd7zXZ\x00",), lzma.open),
+}
+
+
+def skip_begun_line(file: IO[bytes], start: int, stop: int) -> int:
+    """Go to the first line that begins in [start, stop), or to `stop` if none does; the place.
+
+    No more is read than the range: a file that is a single line costs its units what it costs one.
+    """
+    if not start:
+        return 0
+    file.seek(start - 1)
+    file.readline(stop - start + 1)
+    return file.tell()

@@ -1,0 +1,68 @@
+"""Folders of `save_to_disk`: what is read does not depend on the format that they were saved with."""
+
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+
+from data_pipeline.core.errors import UserError
+from tests.data_pipeline.text.texts import TEXTS, by_unit, documents
+
+DATASET = datasets.Dataset.from_dict({"text": TEXTS, "input_ids": [[1, 2]] * 1000})
+
+
+@pytest.mark.parametrize(
+    "format_",
+    [
+        {"type": None},
+        {"type": "numpy"},
+        {"type": "arrow"},
+        {"type": "pandas"},
+        {"type": "torch", "columns": ["input_ids"]},
+        {"type": "numpy", "columns": ["text"]},
+    ],
+)
+def test_formats_do_not_matter(tmp_path: Path, format_: dict) -> None:
+    DATASET.with_format(**format_).save_to_disk(str(tmp_path / "saved"))
+    assert documents(tmp_path / "saved") == TEXTS
+
+
+def test_rows_are_shared_out_by_bytes(tmp_path: Path) -> None:
+    DATASET.save_to_disk(str(tmp_path / "saved"), num_shards=3)
+    units = by_unit(tmp_path / "saved", 1000)
+    assert len(units) > 4
+    assert [text for unit in units for text in unit] == TEXTS
+    DATASET.filter(lambda row: row["text"] < "Document number 5").save_to_disk(str(tmp_path / "filtered"))
+    assert documents(tmp_path / "filtered") == [text for text in TEXTS if text < "Document number 5"]
+
+
+def test_of_splits_train_is_read_and_the_rest_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    splits = {"train": DATASET, "test": DATASET.select(range(3)), "validation": DATASET.select(range(5))}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "splits"))
+    assert documents(tmp_path / "splits") == TEXTS
+    assert "reads 1 saved dataset; leaves out 2 saved dataset (another split)" in capsys.readouterr().out
+    datasets.DatasetDict({"part1": DATASET, "part2": DATASET}).save_to_disk(str(tmp_path / "parts"))
+    assert documents(tmp_path / "parts") == TEXTS * 2
+
+
+def test_null_empty_and_missing(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": [None, "", "x"]}).save_to_disk(str(tmp_path / "saved"))
+    assert documents(tmp_path / "saved") == [None, "", "x"]
+    with pytest.raises(UserError, match=r"saved: no field 'body' .found 'text'"):
+        documents(tmp_path / "saved", "body")
+
+
+@pytest.mark.parametrize("name", ["web [v2] {a,b} #1 100%", "träume", "a::b", "file:x", "q?*"])
+def test_folders_of_any_name(tmp_path: Path, name: str) -> None:
+    DATASET.save_to_disk(str(tmp_path / "saved"))
+    shutil.move(tmp_path / "saved", tmp_path / name)
+    assert documents(tmp_path / name) == TEXTS
+
+
+def test_damage_is_refused_in_one_line(tmp_path: Path) -> None:
+    DATASET.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "saved" / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"saved: cannot be read") as raised:
+        documents(tmp_path / "saved")
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,85 @@
+"""Compressed files are read whatever wrote them; what is cut short, damaged or of another kind than its name says is refused."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from data_pipeline.core.errors import UserError
+from data_pipeline.text.readers.streams import open_plain
+from tests.data_pipeline.text.texts import TEXTS, compress, documents, write_jsonl
+
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+
+
+def raw_zstd(data: bytes, window_log: int) -> bytes:
+    """A frame of uncompressed blocks that asks for a window of 2^window_log bytes, as `zstd --long` writes large files."""
+    frame = b"\x28\xb5\x2f\xfd" + b"\x00" + bytes([(window_log - 10) << 3])
+    pieces = [data[start : start + 60_000] for start in range(0, len(data), 60_000)]
+    for number, piece in enumerate(pieces):
+        frame += struct.pack("<I", (len(piece) << 3) | (number + 1 == len(pieces)))[:3] + piece
+    return frame
+
+
+@pytest.mark.parametrize("window_log", [20, 27, 28, 30, 31])
+def test_long_windows_are_read(tmp_path: Path, window_log: int) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(raw_zstd(LINES, window_log))
+    assert documents(tmp_path / "a.jsonl.zst") == TEXTS
+
+
+def test_frames_of_metadata_are_passed_over(tmp_path: Path) -> None:
+    """As pzstd and seekable compressors write them, in front, between and behind."""
+    skippable = b"\x55\x2a\x4d\x18" + struct.pack("<I", 5) + b"meta!"
+    half = len(LINES) // 2
+    data = skippable + zstandard.compress(LINES[:half]) + skippable + zstandard.compress(LINES[half:]) + skippable
+    (tmp_path / "a.jsonl.zst").write_bytes(data)
+    assert documents(tmp_path / "a.jsonl.zst") == TEXTS
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst", "bz2", "xz"])
+@pytest.mark.parametrize("kept", [0, 11, 0.5, -40])
+def test_what_was_cut_short_is_refused(tmp_path: Path, ending: str, kept: float) -> None:
+    path = write_jsonl(tmp_path / f"a.jsonl.{ending}")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * kept) if kept == 0.5 else int(kept)])
+    with pytest.raises(UserError, match=rf"a\.jsonl\.{ending}: (cannot be read|holds no)") as raised:
+        documents(path)
+    assert "\n" not in str(raised.value)
+    assert "fetch it again" in str(raised.value)
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst", "bz2", "xz"])
+def test_damage_is_refused_in_one_line(tmp_path: Path, ending: str) -> None:
+    path = write_jsonl(tmp_path / f"a.jsonl.{ending}")
+    data = bytearray(path.read_bytes())
+    for place in range(len(data) // 3, 2 * len(data) // 3):
+        data[place] ^= 0x55
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"a\.jsonl\.{ending}") as raised:
+        documents(path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("a.jsonl.gz", LINES, "holds no gzip data"),
+        ("a.jsonl.zst", compress(LINES, "gz"), "holds gzip data"),
+        ("a.jsonl", compress(LINES, "gz"), "holds gzip data"),
+        ("a.txt", compress(LINES, "zst"), "holds Zstandard data"),
+        ("a.json", compress(LINES, "bz2"), "holds bzip2 data"),
+        ("a.csv.gz", compress(LINES, "xz"), "holds xz data"),
+    ],
+)
+def test_a_name_that_says_otherwise_is_told_as_such(tmp_path: Path, name: str, content: bytes, named: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: {named}, against its name.*ending of what it is"):
+        documents(tmp_path / name)
+
+
+def test_text_that_begins_like_an_archive_is_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("BZh9 is how they begin")
+    with open_plain(str(tmp_path / "a.txt")) as file:
+        assert file.read() == b"BZh9 is how they begin"
