@@ -95,6 +95,7 @@ class DiTStage(Stage):
         self.dit = TextDiT(shape)
         if isinstance(self.dit.head, CategoricalHead):
             statistics.apply_tokens(self.dit.head)
+            self.dit.head.through_mean = config.flow.through_tokens
         self.token_head: TokenHead | None = None
         if config.flow.token_loss_weight and isinstance(self.dit.head, VelocityHead):
             self.token_head = TokenHead(config.model.width, vae.config.vocab_size)

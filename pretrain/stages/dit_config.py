@@ -48,6 +48,8 @@ class Flow(Section):
     token_loss_weight: NonNegativeFloat = 0.0
     """Weight of an auxiliary cross-entropy of the target tokens: of the categorical head's logits, else of a linear map of the
     DiT's hidden states; 0: none [paper: none]."""
+    through_tokens: bool = False
+    """Whether the flow loss trains the categorical head's logits, too, through the mean latent; they are then computed twice."""
     statistics_rows: PositiveInt = 64
     """Training rows from which the latents' mean, deviation and floors are estimated before the first step."""
 
@@ -64,6 +66,12 @@ class DiTRun(RunConfig):
     def _check_stage(self) -> Self:
         if self.data.split.kind != "context":
             raise ValueError(f"data.split.kind is {self.data.split.kind}; stage dit needs context (context and target)")
+        learns = self.flow.token_loss_weight or self.flow.through_tokens
+        if self.model.head == "categorical" and not learns:
+            raise ValueError(
+                "flow.token_loss_weight is 0 and flow.through_tokens false, so that nothing would train the categorical head's logits:"
+                " set flow.token_loss_weight=1"
+            )
         return self
 
 

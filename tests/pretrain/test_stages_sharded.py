@@ -10,6 +10,7 @@ from tests.pretrain.engine_launch import Result, largest_relative_difference, la
 
 STEPS, ROWS = 3, 12
 RECOMPUTED = (1, 2)
+TOKENS_AT = (1, 3)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,13 @@ def config_of(folder: Path, stage: str, run: str) -> dict[str, Any]:
     return config | {"stage": "dit", "model": model, "flow": {"statistics_rows": 12}}
 
 
+def with_tokens(config: dict[str, Any]) -> dict[str, Any]:
+    """With a categorical head, whose logits learn both ways: their weight is used outside its own module's forward pass."""
+    config["model"] |= {"head": "categorical"}
+    config["flow"] |= {"token_loss_weight": 1.0, "through_tokens": True}
+    return config
+
+
 def jobs(folder: Path, world_size: int) -> list[dict[str, Any]]:
     """Stage x ZeRO 0-3 x accumulation 1 and 3; on one rank also the plain loops, and first the VAE for stage 2."""
     found = []
@@ -43,6 +51,9 @@ def jobs(folder: Path, world_size: int) -> list[dict[str, Any]]:
             found.append({"name": f"{stage}-plain", "config": config, "zero_stage": None, "steps": STEPS})
             if stage == "dit":
                 found.append(found[-1] | {"name": "muon-plain", "optimizer": "muon"})
+                found += [
+                    found[-2] | {"name": "tokens-plain", "config": with_tokens(config_of(folder, stage, "tokens"))}
+                ]
         for zero_stage in range(4):
             for accumulation in (1, 3):
                 name = f"{stage}-{zero_stage}-{accumulation}"
@@ -59,6 +70,9 @@ def jobs(folder: Path, world_size: int) -> list[dict[str, Any]]:
             if stage == "dit":
                 muon = {"name": f"muon-{zero_stage}", "optimizer": "muon", "accumulation": 1}
                 found.append(found[-1] | muon)
+            if stage == "dit" and zero_stage in TOKENS_AT:
+                config = with_tokens(config_of(folder, stage, f"run{world_size}-tokens-{zero_stage}"))
+                found.append(found[-2] | {"name": f"tokens-{zero_stage}", "config": config})
         for every in RECOMPUTED:  # blocks: all, every second one
             config = config_of(folder, stage, f"run{world_size}-{stage}-recomputed-{every}")
             config["train"]["activation_checkpointing"] = every
@@ -84,6 +98,13 @@ def two_ranks(folder: Path, one_rank: dict[str, Result]) -> dict[str, Result]:
 def test_every_sharding_trains_as_the_plain_loop(one_rank, two_ranks, stage, zero_stage, accumulation):
     for results in (one_rank, two_ranks):
         assert_equal(results[f"{stage}-{zero_stage}-{accumulation}"], one_rank[f"{stage}-plain"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", TOKENS_AT)
+def test_every_sharding_trains_a_categorical_head_as_the_plain_loop(one_rank, two_ranks, zero_stage):
+    for results in (one_rank, two_ranks):
+        assert_equal(results[f"tokens-{zero_stage}"], one_rank["tokens-plain"])
 
 
 @pytest.mark.slow

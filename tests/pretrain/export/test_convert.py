@@ -132,9 +132,9 @@ def test_an_export_alone_gives_the_training_sides_tokens(trained: Trained, expor
 
 def test_a_categorical_head_travels_with_its_statistics(trained: Trained, tmp_path: Path) -> None:
     model = {"head": "categorical", "neighbour_heads": True}
-    dit = tiny_pipeline.start(
-        tmp_path, tiny_pipeline.dit_values(trained.data, trained.vae, tmp_path / "categorical", model)
-    )
+    values = tiny_pipeline.dit_values(trained.data, trained.vae, tmp_path / "categorical", model)
+    values["flow"]["token_loss_weight"] = 1.0
+    dit = tiny_pipeline.start(tmp_path, values)
     saved = read_tensors(dit, "ema")
     frequencies_V = saved["dit.head.log_frequencies"].exp()
     assert float(frequencies_V.sum()) == pytest.approx(1, abs=1e-4)

@@ -3,10 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
+from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest
+from data_pipeline.reading.batch import SUFFIX, Batch
 from modeling.attention import Segments
+from modeling.likelihood import unigram_nats
 from pretrain.config.load import load_config
 from pretrain.stages.build import build_stage, measure
 from pretrain.stages.dit import DiTStage
@@ -14,17 +18,22 @@ from pretrain.stages.rows import heldout_rows
 from tests.pretrain import tiny_pipeline
 
 
+def built(values: dict, folder: Path) -> tuple[DiTStage, Batch]:
+    """The stage of a configuration, and held-out rows."""
+    (folder / "c.json").write_text(json.dumps(values))
+    config = load_config(str(folder / "c.json"), [])
+    manifest, cpu = Manifest.load(config.data.path), torch.device("cpu")
+    measure(config, manifest, cpu)
+    stage = build_stage(config, manifest, cpu)
+    assert isinstance(stage, DiTStage)
+    return stage, next(iter(heldout_rows(config, 8)))
+
+
 def test_latents_drawn_from_the_posterior_tell_nothing_of_the_flows_noise(trained, tmp_path: Path) -> None:
     """A context that held the noise of a target beside it would give away a part of what is to be predicted."""
     values = tiny_pipeline.dit_values(trained.data, trained.vae, tmp_path / "run")
     values["flow"]["target"] = "sample"
-    (tmp_path / "c.json").write_text(json.dumps(values))
-    config = load_config(str(tmp_path / "c.json"), [])
-    manifest, cpu = Manifest.load(trained.data), torch.device("cpu")
-    measure(config, manifest, cpu)
-    stage = build_stage(config, manifest, cpu)
-    assert isinstance(stage, DiTStage)
-    batch = next(iter(heldout_rows(config, 8)))
+    stage, batch = built(values, tmp_path)
     vae = stage.vae
     mean_TZ, log_variance_TZ, *_ = vae.encode(batch.tokens_T, Segments.from_lengths(batch.segment_lengths))
     drawn_TZ = stage.train().latents(batch) * vae.latents_std + vae.latents_mean
@@ -35,3 +44,39 @@ def test_latents_drawn_from_the_posterior_tell_nothing_of_the_flows_noise(traine
     assert 0.9 < float(posterior_TZ.detach().std()) < 1.1
     # No token's draw is another token's noise.
     assert float(torch.cdist(posterior_TZ.detach(), noise_TZ).min()) > 1e-2
+
+
+@pytest.mark.parametrize("head", ["velocity", "categorical"])
+def test_the_bound_of_a_batch_is_of_its_windows_with_targets(trained, tmp_path: Path, head: str) -> None:
+    values = tiny_pipeline.dit_values(trained.data, trained.vae, tmp_path / "run", {"head": head})
+    values["flow"]["token_loss_weight"] = 1.0
+    stage, batch = built(values, tmp_path)
+    stage.eval()
+    found = stage.document_nats(batch, (0.3, 0.6, 1.0))
+    lengths = [n for n, role in zip(batch.segment_lengths, batch.segment_roles) if role == SUFFIX]
+    assert found.tokens_N.tolist() == lengths
+    assert torch.equal(found.bounds_NG, stage.document_nats(batch, (0.3, 0.6, 1.0)).bounds_NG)
+    foreign_TZ = stage.latents(batch).roll(7, 0)
+    with_foreign = stage.document_nats(batch, (0.3, 0.6, 1.0), foreign_TZ)
+    with torch.no_grad():
+        for p in stage.parameters():
+            if not p.any():
+                p.normal_(std=0.3)
+    changed = stage.document_nats(batch, (0.3, 0.6, 1.0))
+    assert not torch.isclose(changed.bounds_NG, found.bounds_NG).any()
+    assert not torch.isclose(
+        stage.document_nats(batch, (0.3, 0.6, 1.0), foreign_TZ).bounds_NG[:, 0], changed.bounds_NG[:, 0]
+    ).all()
+    if head == "categorical":  # an untrained network says nothing: the sample's frequencies, whatever the context
+        assert torch.equal(with_foreign.bounds_NG, found.bounds_NG)
+        counts_V = stage.dit.head.log_frequencies.exp() * 1e6
+        expected = unigram_nats(counts_V, batch.tokens_T[batch.roles_T == SUFFIX])
+        assert found.curve[-1] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_categorical_head_that_nothing_would_train_is_refused(trained, tmp_path: Path) -> None:
+    values = tiny_pipeline.dit_values(trained.data, trained.vae, tmp_path / "run", {"head": "categorical"})
+    with pytest.raises(
+        UserError, match=r"nothing would train the categorical head's logits: set flow\.token_loss_weight=1"
+    ):
+        built(values, tmp_path)
