@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,6 @@ from data_pipeline.core.errors import UserError
 RANKS = 2
 ROW_TOKENS = 512
 WINDOW_TOKENS = 256
-VOCAB_SIZE = 4096
-TEACHER_SECONDS = 60
-VAE_SETTINGS: dict[str, Any] = {}
-DIT_SETTINGS: dict[str, Any] = {}
-"""Further overrides of the two configurations; a test makes its runs tiny by them."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +77,18 @@ class Ledger:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """How large the recipe is. `vae`, `dit`: overrides of the two configurations, key -> value."""
+
+    vocab_size: int = 4096
+    teacher_seconds: int = 60
+    min_dit_steps: int = 800
+    max_dit_steps: int = 60_000
+    vae: dict[str, Any] = field(default_factory=dict)
+    dit: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Plan:
     """The recipe's choices: where everything lies, and what the user brought."""
 
@@ -90,6 +97,7 @@ class Plan:
     tokenizer: str | None
     teacher: str | None
     long: bool
+    sizes: Sizes = Sizes()
 
     @property
     def data(self) -> Path:
@@ -135,12 +143,12 @@ class Plan:
             steps.append(
                 Step(
                     "tokenizer",
-                    f"train a byte-level BPE of {VOCAB_SIZE} tokens on the text",
+                    f"train a byte-level BPE of {self.sizes.vocab_size} tokens on the text",
                     _command(
                         "tokenizer",
                         "train",
                         source=self.source,
-                        vocab_size=VOCAB_SIZE,
+                        vocab_size=self.sizes.vocab_size,
                         output=self.tokenizer_folder,
                     ),
                     Path(self.tokenizer_folder),
@@ -169,8 +177,8 @@ class Plan:
             steps.append(
                 Step(
                     "teacher",
-                    f"train a small causal language model for {TEACHER_SECONDS} s, the teacher where no hub is at hand",
-                    _command("teacher", data=data, output=self.teacher_folder, seconds=TEACHER_SECONDS),
+                    f"train a small causal language model for {self.sizes.teacher_seconds} s, the teacher where no hub is at hand",
+                    _command("teacher", data=data, output=self.teacher_folder, seconds=self.sizes.teacher_seconds),
                     Path(self.teacher_folder),
                     Path(self.teacher_folder),
                 )
@@ -192,7 +200,7 @@ class Plan:
             Step(
                 "vae",
                 "stage 1: train the VAE",
-                _train("quickstart_vae", self.vae, {"data.path": data, "repa.features": features} | VAE_SETTINGS),
+                _train("quickstart_vae", self.vae, {"data.path": data, "repa.features": features} | self.sizes.vae),
                 self.vae / "checkpoints" / "latest",
                 self.vae,
             ),
@@ -216,7 +224,7 @@ class Plan:
                 _train(
                     "quickstart_dit",
                     self.dit,
-                    {"data.path": data, "model.vae": self.vae, "train.steps": num_steps} | DIT_SETTINGS,
+                    {"data.path": data, "model.vae": self.vae, "train.steps": num_steps} | self.sizes.dit,
                 ),
                 self.dit / "checkpoints" / "latest",
                 self.dit,

@@ -38,7 +38,6 @@ LONG_RECIPE_SECONDS = 4000
 # Besides training steps: the DiT's start and evaluations, its diagnosis, the export. Where programs start slowly, so do these.
 SECONDS_BESIDE_DIT, PER_DIAGNOSIS = 110, 8
 DIT_STEPS_PER_VAE_STEP = 1.0
-MIN_DIT_STEPS, MAX_DIT_STEPS = 800, 60_000
 
 
 def execute(steps: Sequence[Step], ledger: Ledger, shared: bool = False) -> None:
@@ -89,13 +88,13 @@ def dit_steps(plan: Plan, seconds_before: float, diagnosis_s: float) -> int:
 
     step_seconds = sorted(line["step_s"] for line in read_metrics(plan.vae))
     if not step_seconds:
-        return MIN_DIT_STEPS
+        return plan.sizes.min_dit_steps
     # The faster quarter: what else ran on the machine for a while says nothing of its speed.
     dit_step_seconds = step_seconds[len(step_seconds) // 4] / DIT_STEPS_PER_VAE_STEP
     beside = max(SECONDS_BESIDE_DIT, PER_DIAGNOSIS * diagnosis_s)
     left = (LONG_RECIPE_SECONDS if plan.long else RECIPE_SECONDS) - seconds_before - beside
     steps = round(left / dit_step_seconds, -2)
-    return int(min(max(steps, MIN_DIT_STEPS), MAX_DIT_STEPS))
+    return int(min(max(steps, plan.sizes.min_dit_steps), plan.sizes.max_dit_steps))
 
 
 def summary(plan: Plan, ledger: Ledger, steps: Sequence[Step]) -> dict[str, Any]:
@@ -228,8 +227,12 @@ def main(argv: list[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
     check_machine()
     source = arguments.source or default_source()
-    plan = Plan(arguments.output, source, arguments.tokenizer, arguments.teacher, arguments.long)
-    if arguments.fresh and plan.output.exists():
+    run(Plan(arguments.output, source, arguments.tokenizer, arguments.teacher, arguments.long), arguments.fresh)
+
+
+def run(plan: Plan, fresh: bool = False) -> None:
+    """All steps that are not done yet; with `fresh` all of them. Raises: UserError."""
+    if fresh and plan.output.exists():
         if not (plan.output / "recipe.json").is_file() and any(plan.output.iterdir()):
             raise UserError(
                 f"--fresh would delete {plan.output}, which this recipe did not write; name another --output"

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.core.errors import UserError
-from pretrain.quickstart import plan as recipe_plan
 from pretrain.quickstart import recipe
-from pretrain.quickstart.plan import Ledger, Plan, Step
+from pretrain.quickstart.plan import Ledger, Plan, Sizes, Step
 
 
 def step(name: str, folder: Path, code: int = 0) -> Step:
@@ -146,8 +145,8 @@ def test_the_steps_of_the_dit_follow_from_the_speed_of_the_vae(tmp_path):
         )  # torn by a kill
         return recipe.dit_steps(plan, seconds_before=100.0, diagnosis_s=5.0)
 
-    assert steps_at(1000.0) == recipe.MIN_DIT_STEPS
-    assert steps_at(1e-6) == recipe.MAX_DIT_STEPS
+    assert steps_at(1000.0) == plan.sizes.min_dit_steps
+    assert steps_at(1e-6) == plan.sizes.max_dit_steps
     assert steps_at(0.1) == pytest.approx(2 * steps_at(0.2), abs=200)
     steps = recipe.dit_steps(plan, seconds_before=100.0, diagnosis_s=5.0)
     assert recipe.dit_steps(plan, seconds_before=400.0, diagnosis_s=5.0) < steps
@@ -189,17 +188,11 @@ def test_the_whole_recipe_on_a_handful_of_documents(tmp_path, monkeypatch, capfd
     source = tmp_path / "text.jsonl"
     source.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(recipe_plan, "TEACHER_SECONDS", 2)
-    monkeypatch.setattr(recipe_plan, "VOCAB_SIZE", 300)
-    tiny = {"schedule.warmup_steps": 1, "train.eval_rows": 4, "flow.statistics_rows": 20}
-    monkeypatch.setattr(recipe_plan, "DIT_SETTINGS", tiny)
-    monkeypatch.setattr(
-        recipe_plan, "VAE_SETTINGS", {"train.steps": 3, "schedule.warmup_steps": 1, "train.eval_rows": 4}
-    )
-    monkeypatch.setattr(recipe, "MIN_DIT_STEPS", 3)
-    monkeypatch.setattr(recipe, "MAX_DIT_STEPS", 3)
+    few = {"schedule.warmup_steps": 1, "train.eval_rows": 4}
+    sizes = Sizes(300, 2, 3, 3, vae={"train.steps": 3, **few}, dit={"flow.statistics_rows": 20, **few})
     output = tmp_path / "run"
-    assert recipe.main(["--source", str(source), "--output", str(output)]) == 0
+    plan = Plan(output, str(source), None, None, long=False, sizes=sizes)
+    recipe.run(plan)
     figures = json.loads((output / "summary.json").read_text())
     for name in ("blind_floor_removed", "covariance_floor_removed", "unigram_floor_removed", "context_gap"):
         assert len(figures[name]) == 4
@@ -210,5 +203,5 @@ def test_the_whole_recipe_on_a_handful_of_documents(tmp_path, monkeypatch, capfd
         assert (output / name).stat().st_size > 0
     printed = capfd.readouterr().out
     assert "$ deepspeed --num_accelerators 2 pretrain/train.py" in printed
-    assert recipe.main(["--source", str(source), "--output", str(output)]) == 0  # nothing left to do
+    recipe.run(plan)  # nothing left to do
     assert capfd.readouterr().out.count("done before") == len(figures["step_seconds"])
