@@ -8,7 +8,7 @@ from data_pipeline.text.readers.base import Reader, Unit
 
 
 class Scripture(Reader):
-    """All of it is one unit."""
+    """A unit is a run of chapters."""
 
     is_local = False
     file_names = re.compile(bible.NAME)
@@ -17,7 +17,9 @@ class Scripture(Reader):
         return location == bible.NAME
 
     def units(self, location: str, unit_bytes: int) -> list[Unit]:
-        return [self.unit(location, 0, len(bible.chapters()), unit_bytes)]
+        number = len(bible.chapters())
+        step = max(1, number * unit_bytes // sum(map(len, bible.chapters())))
+        return [self.unit(location, start, min(start + step, number), unit_bytes) for start in range(0, number, step)]
 
     def documents(self, unit: Unit, text_field: str) -> Iterator[str | None]:
-        yield from bible.chapters()
+        yield from bible.chapters()[unit.start : unit.stop]

@@ -46,3 +46,4 @@ def test_it_is_a_source_by_its_name():
     source = open_source("bible")
     assert source.name == "bible"
     assert list(source) == bible.chapters()
+    assert len(source.bundles) > 1, "work for several processes"
