@@ -27,7 +27,7 @@ from data_pipeline.core.errors import UserError, cli
 from pretrain import train
 from pretrain.telemetry.sinks import read_metrics
 
-FIGURES = ("nats_per_token", "flow")
+FIGURES = ("eval/nats_per_token", "eval/flow")
 """Of a held-out evaluation; the first that it has is compared."""
 
 

@@ -8,7 +8,7 @@
 | beside text | .json and .csv where other files hold the text: often they describe those |
 | another split | of files that names call train, validation and test, those that are not train |
 | read already | a second name (a link) of a file or folder that is read, and `a.jsonl.zst` beside `a.jsonl` |
-| the output | of this very preparation |
+| prepared | what this command is writing, or wrote, for training |
 
 A guess (which kind of file, which split) that would leave out most of the bytes is refused: the user decides.
 """
@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.pointers import pointer
+from data_pipeline.format.manifest import MANIFEST_NAME, shard_name
 from data_pipeline.text.readers.base import COMPRESSIONS, Reader, size_of
 from data_pipeline.text.readers.registry import naming, reader_of
 from data_pipeline.text.readers.streams import compression
@@ -166,8 +167,8 @@ def _walk(folder: str, output: str | None) -> Listing:
             real = os.path.realpath(entry.path) if is_link else os.path.join(real_place, entry.name)
             if entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FOLDERS:
                 listing.leave_all("hidden", entry)
-            elif real == real_output:
-                listing.leave_all("the output", entry)
+            elif real == real_output or _is_prepared(entry.path):
+                listing.leave_all("prepared", entry)
             elif (reader := reader_of(entry.path)) or (ARCHIVE.search(entry.name) and os.path.isfile(entry.path)):
                 listing.taken.append(_found(entry.path, real, linked or is_link, reader))
             elif not os.path.isdir(entry.path):
@@ -188,6 +189,11 @@ def _walk(folder: str, output: str | None) -> Listing:
                 places.append((entry.path, real, linked))
     listing.taken.sort(key=lambda file: file.path)
     return listing
+
+
+def _is_prepared(folder: str) -> bool:
+    """Whether it holds shards and their manifest."""
+    return all(os.path.isfile(os.path.join(folder, name)) for name in (MANIFEST_NAME, shard_name("train", 0)))
 
 
 def _found(path: str, real: str, linked: bool, reader: Reader | None) -> Found:

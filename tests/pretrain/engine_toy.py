@@ -23,7 +23,7 @@ SGD = {"kind": "toy_sgd"} | COMMON
 """Section `optimizer` of an optimizer from outside (toy_sgd.py)."""
 MUON = {"kind": "muon", "matrix_lr": 0.02} | COMMON
 """Section `optimizer` of Muon."""
-MATRICES = {"up.weight": 3, "down.weight": 1}
+MATRICES = {"up.weight": 3, "down.weight": 1, "aux.weight": 1}
 """Ends of the names of hidden matrices, and how many are stacked."""
 OUR_NAMES = {"momentum_buffer": "velocity"}
 """Of states that torch calls otherwise."""
@@ -70,7 +70,7 @@ class ToyStage(nn.Module):
         self.block, self.last = Block(), Block()
         self.scale = nn.Parameter(torch.randn(WIDTH))
         self.null = nn.Parameter(torch.randn(3, WIDTH))
-        self.aux = nn.Linear(WIDTH, 5)
+        self.aux = hidden(nn.Linear(WIDTH, 5))  # so that ZeRO 1 cuts a matrix in two
         self.register_buffer("latents_mean", torch.arange(5.0) / 3)  # not what bf16 can hold
         self.autocast, self.recompute = autocast, recompute
 

@@ -189,10 +189,12 @@ def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: 
         list_folder(str(tmp_path))
 
 
-def test_the_output_is_no_source(tmp_path: Path) -> None:
-    write(tmp_path, "a.jsonl", "out/train-00000.tar", "out/tokenizer/tokenizer.json", "out/manifest.json")
+def test_what_was_prepared_is_no_source(tmp_path: Path) -> None:
+    """Neither the folder that is being written, of which some files are there, nor finished ones."""
+    write(tmp_path, "a.jsonl", "out/train-00000.tar", "out/tokenizer/tokenizer.json")
+    write(tmp_path, "earlier/train-00000.tar", "earlier/manifest.json", "earlier/tokenizer/tokenizer.json")
     listing = list_folder(str(tmp_path), output=str(tmp_path / "out"))
-    assert listing.told() == "4 files, reads 1 .jsonl; leaves out 3 out (the output)"
+    assert listing.told() == "6 files, reads 1 .jsonl; leaves out 3 earlier, 2 out (prepared)"
 
 
 MOSTLY_DROPPED = [

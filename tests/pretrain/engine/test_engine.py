@@ -418,4 +418,4 @@ def test_the_table_names_both_groups(two_ranks):
     table = two_ranks["zero2-accumulate1"].notes["table"]
     assert "no decay" in table
     assert "fp32 masters" in table
-    assert "whole matrices: this rank computes 4 of 8" in two_ranks["muon-zero2"].notes["table"]
+    assert "whole matrices: this rank computes" in two_ranks["muon-zero2"].notes["table"]
