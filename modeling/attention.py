@@ -1,4 +1,4 @@
-"""Bidirectional attention over packed segments: one public function, several kernels, no padding anywhere.
+"""Attention over packed segments, bidirectional or causal: one public function, several kernels, no padding anywhere.
 
 Shape letters: T packed tokens, H heads, K head dim, N segments.
 """
@@ -31,18 +31,22 @@ class Segments:
     Attributes:
         lengths: tokens per segment, each > 0, in packed order; they sum to T.
         device: where the derived tensors live.
+        causal: tokens attend to none behind them.
     """
 
     lengths: tuple[int, ...]
     device: torch.device
+    causal: bool = False
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> "Segments":
+    def from_lengths(
+        cls, lengths: Sequence[int], device: torch.device | str = "cpu", causal: bool = False
+    ) -> "Segments":
         """Build from segment lengths; raises ValueError when one of them is not positive."""
         lengths = tuple(int(n) for n in lengths)
         if not lengths or min(lengths) < 1:
             raise ValueError(f"segment lengths must be positive and at least one, found {lengths[:8]}")
-        return cls(lengths, torch.device(device))
+        return cls(lengths, torch.device(device), causal)
 
     @property
     def num_tokens(self) -> int:
@@ -75,7 +79,7 @@ class Segments:
 
     @functools.cached_property
     def blocks(self) -> list[tuple[int, torch.Tensor | None]]:
-        """(tokens, mask) of consecutive SDPA calls: one long segment without a mask, or several short ones with one."""
+        """(tokens, mask) of consecutive SDPA calls: one segment without a mask, or several short ones with one."""
         groups: list[list[int]] = []
         for length in self.lengths:
             if groups and sum(groups[-1]) + length <= _BLOCK_TOKENS:
@@ -88,7 +92,8 @@ class Segments:
         if len(group) == 1:
             return None
         ids = self._on_device(torch.repeat_interleave(torch.tensor(group)))
-        return ids[:, None] == ids[None, :]
+        together = ids[:, None] == ids[None, :]
+        return together.tril() if self.causal else together
 
     def _on_device(self, layout: torch.Tensor) -> torch.Tensor:
         """Copied without waiting for what the device computes: each micro-batch has a layout of its own."""
@@ -99,7 +104,7 @@ class Segments:
 def varlen_attention(
     q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, segments: Segments, implementation: str = "auto"
 ) -> torch.Tensor:
-    """Softmax(q k^T / sqrt(K)) v within each segment, bidirectional.
+    """Softmax(q k^T / sqrt(K)) v within each segment, over all of its tokens, or if `segments.causal` over none behind.
 
     Args:
         q_THK, k_THK, v_THK: [T, H, K] of one dtype and device; `flash_attn` and `torch_varlen` want fp16 or bf16 on CUDA.
@@ -155,7 +160,9 @@ def _sdpa(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, segment
     outputs = []
     for q, k, v, (_, mask) in pieces:
         q_1HLK, k_1HLK, v_1HLK = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        out_1HLK = F.scaled_dot_product_attention(q_1HLK, k_1HLK, v_1HLK, attn_mask=mask)
+        out_1HLK = F.scaled_dot_product_attention(
+            q_1HLK, k_1HLK, v_1HLK, attn_mask=mask, is_causal=segments.causal and mask is None
+        )
         outputs.append(out_1HLK.squeeze(0).transpose(0, 1))
     return torch.cat(outputs).to(dtype)
 
@@ -164,7 +171,9 @@ def _torch_varlen(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor,
     from torch.nn.attention.varlen import varlen_attn
 
     offsets, longest = segments.cu_seqlens, segments.max_length
-    return varlen_attn(q_THK, k_THK, v_THK, offsets, offsets, longest, longest)  # type: ignore[return-value]
+    window = (-1, 0) if segments.causal else (-1, -1)
+    found = varlen_attn(q_THK, k_THK, v_THK, offsets, offsets, longest, longest, window_size=window)
+    return found  # type: ignore[return-value]
 
 
 @functools.cache
@@ -185,5 +194,5 @@ def _flash_attn(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, s
     if function is None:
         raise ValueError(f"attention flash_attn is not to be had ({why_not}); pip install -e '.[cuda]'")
     offsets, longest = segments.cu_seqlens, segments.max_length
-    out: Any = function(q_THK, k_THK, v_THK, offsets, offsets, longest, longest)
+    out: Any = function(q_THK, k_THK, v_THK, offsets, offsets, longest, longest, causal=segments.causal)
     return out[0] if isinstance(out, tuple) else out

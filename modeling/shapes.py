@@ -1,4 +1,4 @@
-"""The shapes of the two models: plain numbers, known without torch, stored in checkpoints and exported folders."""
+"""The shapes of the models: plain numbers, known without torch, stored in checkpoints and exported folders."""
 
 from dataclasses import dataclass
 
@@ -81,3 +81,31 @@ class TextDiTConfig:
             )
         if self.head not in ("velocity", "categorical"):
             raise ValueError(f"head {self.head!r}: expected velocity or categorical")
+
+
+@dataclass(kw_only=True)
+class TokenTransformerConfig:
+    """Shape of a TokenTransformer.
+
+    Attributes:
+        vocab_size: V, rows of the untied token embedding and LM head; at least the tokenizer's size.
+        width, num_layers, head_dim: of the Transformer, 12 width^2 weights a layer.
+        rope_theta: base of the rotary embedding; positions run over context and target together.
+        qk_norm: LayerNorm of queries and keys per head.
+        neighbour_heads: an initialisation: some attention heads start by looking at the tokens beside their own (layers.look_at).
+    """
+
+    vocab_size: int
+    width: int = 768
+    num_layers: int = 12
+    head_dim: int = 64
+    rope_theta: float = 10_000.0
+    qk_norm: bool = False
+    neighbour_heads: bool = False
+
+    def __post_init__(self) -> None:
+        check_heads(self.width, self.head_dim)
+        if self.neighbour_heads and self.qk_norm:
+            raise ValueError(
+                "neighbour_heads sets queries' and keys' biases, which qk_norm would normalise away: choose one"
+            )

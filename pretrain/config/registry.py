@@ -7,7 +7,12 @@ from typing import Any
 from data_pipeline.core import plugins
 from pretrain.config.schema import RunConfig
 
-OWN = {"vae": "pretrain.stages.vae_config:KIND", "dit": "pretrain.stages.dit_config:KIND"}
+OWN = {
+    "vae": "pretrain.stages.vae_config:KIND",
+    "dit": "pretrain.stages.dit_config:KIND",
+    "ar": "pretrain.stages.token_config:AR",
+    "mdlm": "pretrain.stages.token_config:MDLM",
+}
 """Where ours are; imported when a run asks for them."""
 
 

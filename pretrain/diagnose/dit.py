@@ -7,14 +7,14 @@ import torch
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest
-from data_pipeline.reading.prompts import Prompt, prompts_of
-from data_pipeline.text.detokenizer import Detokenizer
+from data_pipeline.reading.prompts import prompts_of
 from modeling.times import EstimatePath
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.diagnose import model_checks, panels, text_checks
 from pretrain.diagnose.diagnosis import Diagnosis, heldout, phase, say, training
 from pretrain.diagnose.page import Panel
+from pretrain.diagnose.texts import variety_figures, variety_verdicts, word_figures, word_verdicts
 from pretrain.diagnose.vae import space_figures, space_verdicts
 from pretrain.diagnose.verdicts import Figures, Verdict, above, at_least, at_most, quarters
 from pretrain.runs.record import RunRecord
@@ -25,7 +25,6 @@ from pretrain.stages.samples import sample
 from pretrain.stages.vae import VAEStage
 from pretrain.stages.vae_config import VAERun
 
-SHOWN_SAMPLES = 3
 SWEEP_STEPS = 16
 
 
@@ -101,48 +100,11 @@ def text_figures(stage: DiTStage, device: torch.device) -> Figures:
         "generated_tokens": sum(map(len, generated)), "latent_rms": text_checks.rms(samples.latents_NZ),
         "even_times": path.even_times(),
     }  # fmt: skip
-    for name, texts in (("", generated), ("true_", truth)):
-        for n in (1, 2):
-            figures[f"{name}distinct_{n}"] = text_checks.distinct(texts, n)
-        figures[f"{name}entropy"] = text_checks.entropy(texts)
-    for name in ("distinct_2", "entropy"):
-        figures[f"{name}_ratio"] = figures[name] / max(figures[f"true_{name}"], 1e-9)
+    figures |= variety_figures(generated, truth)
     few = prompts_of(heldout(config, device), settings.sample_tokens // 4)
     with phase("text: guidance sweep", SWEEP_STEPS * len(settings.sweep_scales)) as tick:
         figures["guidance_sweep"] = text_checks.guidance_sweep(stage, few, settings.sweep_scales, SWEEP_STEPS, tick)
     return figures | word_figures(stage.config, manifest, prompts, generated)
-
-
-def word_figures(
-    config: DiTRun, manifest: Manifest, prompts: Sequence[Prompt], generated: Sequence[Sequence[int]]
-) -> Figures:
-    """Shares of the generated text that occur in the training text: of its words, and of whole sequences of words."""
-    try:
-        detokenizer = Detokenizer(config.data.path, manifest)
-    except UserError as error:
-        say(f"  words are not measured: {error}")
-        return {}
-    texts = detokenizer.texts(generated)
-    true_texts = detokenizer.texts([prompt.target_T.tolist() for prompt in prompts])
-    own, true = ([text_checks.words(text, whole=False) for text in group] for group in (texts, true_texts))
-    wanted = {gram for words in (*own, *true) for gram in text_checks.ngrams(words, text_checks.COPY_WORDS)}
-    rows = min(sum(shard.rows for shard in manifest.splits["train"]), config.diagnose.training_rows)
-    with phase("text: words of the training rows", rows) as tick:
-        training_text = text_checks.TrainingText.read(
-            config.data.path, manifest, detokenizer, wanted, rows, tick, **config.data.reading()
-        )
-    contexts = detokenizer.texts([prompt.context_T.tolist() for prompt in prompts[:SHOWN_SAMPLES]])
-    samples = [
-        {"context": context, "generated": text, "true": true_text}
-        for context, text, true_text in zip(contexts, texts, true_texts)
-    ]
-    figures: Figures = {"training_rows_read": training_text.rows, "training_words": len(training_text.words)}
-    for name, group in (("", own), ("true_", true)):
-        figures[f"{name}real_word_share"] = text_checks.real_word_share(group, training_text.words)
-        figures[f"{name}copied_share"] = text_checks.copied_share(group, training_text.found)
-    # A model that writes nothing but symbols writes no real words either.
-    figures["real_word_share"] = figures["real_word_share"] or 0.0
-    return figures | {"samples": samples}
 
 
 def judge(figures: Figures, config: DiTRun) -> list[Verdict]:
@@ -171,8 +133,7 @@ def judge(figures: Figures, config: DiTRun) -> list[Verdict]:
     at_scale = f" at guidance {figures['guidance_scale']:g}"
     verdicts += [
         at_most(7, "rms of latents" + at_scale, figures["latent_rms"], limits.max_latent_rms, ".2f"),
-        at_least(8, "distinct-2 / that of true text", figures["distinct_2_ratio"], limits.min_distinct_ratio, ".2f"),
-        at_least(8, "entropy / that of true text", figures["entropy_ratio"], limits.min_entropy_ratio, ".2f"),
+        *variety_verdicts(figures, limits),
     ]
     verdicts += [
         Verdict(
@@ -182,13 +143,7 @@ def judge(figures: Figures, config: DiTRun) -> list[Verdict]:
         )
         for row in figures["guidance_sweep"]
     ]
-    if "real_word_share" in figures:
-        own, true = figures["copied_share"], figures["true_copied_share"]
-        excess = own - true if own is not None and true is not None else None
-        verdicts += [
-            at_least(8, "real words", figures["real_word_share"], limits.min_real_word_share),
-            at_most(9, f"copied {text_checks.COPY_WORDS}-word runs above true text", excess, limits.max_copied_excess),
-        ]
+    verdicts += word_verdicts(figures, limits)
     return verdicts
 
 

@@ -1,4 +1,4 @@
-"""What a run of stage 2 writes at its held-out evaluations: continuations of the same contexts from the same noise every time.
+"""What a run writes at its held-out evaluations: continuations of the same contexts from the same noise every time.
 
 Shape letters: N target tokens of all prompts, Z latent dim.
 """
@@ -17,6 +17,7 @@ from modeling.continuation import decode_targets, sample_targets
 from modeling.times import EstimatePath
 from pretrain.stages.dit import DiTStage
 from pretrain.stages.rows import heldout_rows
+from pretrain.stages.token_stage import TokenStage
 
 if TYPE_CHECKING:
     from pretrain.session import Session
@@ -69,12 +70,26 @@ def sample(
 
 
 def continuations(session: "Session") -> list[dict[str, str]]:
+    """Of stage 2, a preview's steps at the diagnosis's guidance scale. Collective."""
+    stage = session.stage
+    assert isinstance(stage, DiTStage)
+    scale = stage.config.diagnose.guidance_scale
+    return written(session, lambda prompts: sample(stage, prompts, scale, NUM_STEPS, SOLVER).tokens)
+
+
+def token_continuations(session: "Session") -> list[dict[str, str]]:
+    """Of the baselines over tokens. Collective."""
+    stage = session.stage
+    assert isinstance(stage, TokenStage)
+    return written(session, lambda prompts: stage.generate(prompts, NUM_STEPS))
+
+
+def written(session: "Session", generate: Callable[[Sequence[Prompt]], list[list[int]]]) -> list[dict[str, str]]:
     """{"context", "generated", "true"} texts of the first held-out windows. Collective.
 
     Every rank generates all of them, because under ZeRO-3 it takes all of them to gather the weights.
     """
-    stage, config, count = session.stage, session.config, session.config.train.eval_samples
-    assert isinstance(stage, DiTStage)
+    config, count = session.config, session.config.train.eval_samples
     if not count:
         return []
     session.watchdog.beat(session.step, "evaluate")
@@ -82,8 +97,7 @@ def continuations(session: "Session") -> list[dict[str, str]]:
     prompts = prompts_of(batches, max_tokens=config.diagnose.sample_tokens)[:count]
     if not prompts:
         return []
-    scale = config.diagnose.guidance_scale
-    generated = session.engine.call(lambda: sample(stage, prompts, scale, NUM_STEPS, SOLVER)).tokens
+    generated = session.engine.call(lambda: generate(prompts))
     if not session.topology.is_main:
         return []
     detokenizer = Detokenizer(config.data.path, session.manifest)

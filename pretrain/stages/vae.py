@@ -6,7 +6,6 @@ Shape letters: T packed tokens, D width, Z latent dim, F teacher features.
 import torch
 from torch import Tensor
 
-from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import FeatureManifest, Manifest
 from data_pipeline.reading.batch import FILLER, PREFIX, SUFFIX, Batch
 from modeling import losses
@@ -17,6 +16,7 @@ from pretrain.checkpoint.storage import Checkpoint
 from pretrain.stages.base import Stage, StageOutput, ramp, row_noise, weighted
 from pretrain.stages.repa_target import RepaTarget, repa_target
 from pretrain.stages.vae_config import VAERun
+from pretrain.stages.vocabulary import vocab_size_of
 from pretrain.telemetry.flops import transformer_flops
 
 
@@ -31,12 +31,7 @@ class VAEStage(Stage):
         super().__init__()
         self.config = config
         shape = config.model.architecture()
-        shape.vocab_size = shape.vocab_size or manifest.tokenizer.vocab_size
-        if shape.vocab_size < manifest.tokenizer.vocab_size:
-            raise UserError(
-                f"model.vocab_size is {shape.vocab_size}, but {config.data.path} has tokens up to"
-                f" {manifest.tokenizer.vocab_size - 1}: expected at least {manifest.tokenizer.vocab_size}; 0 takes it from the data"
-            )
+        shape.vocab_size = vocab_size_of(shape.vocab_size, manifest, config.data.path)
         self.vae = TextVAE(shape)
         self.target: RepaTarget | None = repa_target(config, manifest, device)
         self.repa = RepaHead(shape.width, self.target.feature_dim) if self.target else None

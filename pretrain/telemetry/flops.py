@@ -17,10 +17,13 @@ PEAK_TFLOPS = {
 }  # fmt: skip
 
 
-def transformer_flops(weights: float, layers: int, width: int, lengths: Sequence[int], passes: int = 3) -> float:
-    """FLOPs of bidirectional Transformer layers over packed segments.
+def transformer_flops(
+    weights: float, layers: int, width: int, lengths: Sequence[int], passes: int = 3, causal: bool = False
+) -> float:
+    """FLOPs of Transformer layers over packed segments, bidirectional unless `causal`.
 
-    2 FLOPs per weight and token, and 2 x 2 x length^2 x width per layer and segment for q k^T and the sum of values.
+    2 FLOPs per weight and token, and 2 x 2 x length^2 x width per layer and segment for q k^T and the sum of values; half of that
+    if no token looks behind itself.
 
     Args:
         weights: of the matrices that every token passes through (no embedding table).
@@ -28,7 +31,7 @@ def transformer_flops(weights: float, layers: int, width: int, lengths: Sequence
         passes: 3 for forward and backward, 1 for a frozen model's forward.
     """
     tokens, squares = float(sum(lengths)), float(sum(length * length for length in lengths))
-    return passes * (2.0 * weights * tokens + 4.0 * layers * width * squares)
+    return passes * (2.0 * weights * tokens + (2.0 if causal else 4.0) * layers * width * squares)
 
 
 def peak_flops(device_name: str, precision: str, configured_tflops: float | None = None) -> float | None:

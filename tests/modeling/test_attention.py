@@ -20,24 +20,29 @@ LAYOUTS = {
 }
 
 
-def reference(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """One dense softmax over [T, T] with everything outside the block diagonal at minus infinity."""
+def reference(
+    q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, lengths: list[int], causal: bool
+) -> torch.Tensor:
+    """One dense softmax over [T, T] with everything outside the block diagonal, and if causal above the diagonal, at minus infinity."""
     ids_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q_THK.device)
     scores_HTT = torch.einsum("thk,shk->hts", q_THK, k_THK) / q_THK.shape[-1] ** 0.5
-    scores_HTT = scores_HTT.masked_fill(ids_T[:, None] != ids_T[None, :], -torch.inf)
+    hidden_TT = ids_T[:, None] != ids_T[None, :]
+    if causal:
+        hidden_TT |= torch.ones_like(hidden_TT).triu(1)
+    scores_HTT = scores_HTT.masked_fill(hidden_TT, -torch.inf)
     return torch.einsum("hts,shk->thk", scores_HTT.softmax(-1), v_THK)
 
 
 def compare(
-    lengths: list[int], implementation: str, dtype: torch.dtype, device: str, head_dim: int, atol: float
+    lengths: list[int], implementation: str, dtype: torch.dtype, device: str, head_dim: int, atol: float, causal: bool
 ) -> None:
     """Output and the three gradients against the reference on the same (rounded) inputs."""
     generator = torch.Generator().manual_seed(len(lengths))
     shape = (sum(lengths), 2, head_dim)
     given = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(3)]
     exact = [x.detach().double().requires_grad_() for x in given]
-    output = varlen_attention(*given, Segments.from_lengths(lengths, device), implementation)
-    expected = reference(*exact, lengths)
+    output = varlen_attention(*given, Segments.from_lengths(lengths, device, causal), implementation)
+    expected = reference(*exact, lengths, causal)
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=atol)
     slope = torch.randn(shape, generator=generator).to(device, dtype)
     found = torch.autograd.grad(output, given, slope)
@@ -46,20 +51,24 @@ def compare(
         torch.testing.assert_close(one.double(), other, rtol=0, atol=4 * atol)
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 5e-6)])
-def test_sdpa_equals_the_dense_reference(lengths: list[int], dtype: torch.dtype, atol: float) -> None:
-    compare(lengths, "sdpa", dtype, "cpu", 8, atol)
+def test_sdpa_equals_the_dense_reference(lengths: list[int], dtype: torch.dtype, atol: float, causal: bool) -> None:
+    compare(lengths, "sdpa", dtype, "cpu", 8, atol, causal)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("implementation", ["torch_varlen", "flash_attn", "sdpa"])
-def test_cuda_kernels_equal_the_dense_reference(implementation: str, head_dim: int, lengths: list[int]) -> None:
+def test_cuda_kernels_equal_the_dense_reference(
+    implementation: str, head_dim: int, lengths: list[int], causal: bool
+) -> None:
     if implementation not in attention.implementations("cuda", torch.bfloat16):
         pytest.skip(f"{implementation} does not run here")
-    compare(lengths, implementation, torch.bfloat16, "cuda", head_dim, 3e-2)
+    compare(lengths, implementation, torch.bfloat16, "cuda", head_dim, 3e-2, causal)
 
 
 @pytest.mark.parametrize("lengths", [*LAYOUTS.values(), [1024] * 4, [65] * 50, [127, 2] * 20], ids=str)

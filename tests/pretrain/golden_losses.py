@@ -19,11 +19,11 @@ from tests.pretrain import tiny_pipeline, tiny_run
 
 STEPS = 100
 FOLDER = Path(__file__).resolve().parents[1] / "golden"
-STAGES = ("vae", "dit")
+STAGES = ("vae", "dit", "ar", "mdlm")
 
 
 def values_of(stage: str, folder: Path) -> dict[str, Any]:
-    """Stage 1 with every term of its loss, REPA to a random teacher among them; stage 2 on the VAE that it leaves."""
+    """Stage 1 with every term of its loss, REPA to a random teacher among them; stage 2 on the VAE that it leaves; the baselines."""
     schedule: dict[str, Any] = {"steps": STEPS, "eval_every": 0, "checkpoint_every": STEPS}
     if stage == "vae":
         values = tiny_run.config_values(folder / "data", folder / "vae", **schedule)
@@ -33,6 +33,9 @@ def values_of(stage: str, folder: Path) -> dict[str, Any]:
         return values
     values = tiny_pipeline.dit_values(folder / "data", folder / "vae", folder / stage)
     values["train"] |= schedule
+    if stage != "dit":
+        del values["flow"]
+        values |= {"stage": stage, "model": {"width": 32, "num_layers": 2, "head_dim": 16}}
     return values
 
 

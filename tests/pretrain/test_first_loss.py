@@ -11,9 +11,11 @@ from modeling import flow, losses
 from modeling.attention import Segments
 from modeling.text_dit import TextDiT
 from modeling.text_vae import TextVAE
+from modeling.token_transformer import TokenTransformer
 from pretrain.config.load import load_config
 from pretrain.stages.dit import times_of
 from pretrain.stages.dit_config import DiTRun
+from pretrain.stages.token_config import TokenRun
 from pretrain.stages.vae_config import VAERun
 
 CONFIGS = {
@@ -74,3 +76,15 @@ def test_a_vae_starts_near_the_logarithm_of_its_vocabulary(name: str) -> None:
     assert not log_variance_TZ.any()
     kl = losses.kl_to_standard_normal(mean_TZ, log_variance_TZ).sum(-1).mean()
     torch.testing.assert_close(kl, 0.5 * mean_TZ.square().sum(-1).mean())
+
+
+@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if isinstance(config, TokenRun)])
+def test_a_baseline_starts_at_the_logarithm_of_its_vocabulary(name: str) -> None:
+    config = CONFIGS[name]
+    assert isinstance(config, TokenRun)
+    shape = smaller(config.model.architecture(), num_layers=1)
+    shape.vocab_size = 5000
+    model = TokenTransformer(shape)
+    tokens_T = torch.randint(shape.vocab_size, (TOKENS,))
+    nats_T = model.token_nats(model(tokens_T, segments()), tokens_T)
+    torch.testing.assert_close(nats_T, torch.full_like(nats_T, math.log(shape.vocab_size)))

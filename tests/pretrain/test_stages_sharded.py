@@ -1,34 +1,37 @@
-"""Both real stages in miniature: every sharding trains them as one plain PyTorch loop does."""
+"""The real stages in miniature: every sharding trains them as one plain PyTorch loop does."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.pretrain import tiny_run
+from tests.pretrain import tiny_pipeline, tiny_run
 from tests.pretrain.engine_launch import Result, largest_relative_difference, launch
 
 STEPS, ROWS = 3, 12
 RECOMPUTED = (1, 2)
 TOKENS_AT = (1, 3)
+BASELINES, BASELINE_ZERO_STAGES = ("ar", "mdlm"), (1, 3)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, runs and results."""
     folder = tmp_path_factory.mktemp("stages")
-    tiny_run.write_data(folder / "data")
+    tiny_pipeline.write_data(folder / "data")
     return folder
 
 
 def config_of(folder: Path, stage: str, run: str) -> dict[str, Any]:
-    """Stage 1 with truncation (two encodings a window) and REPA; stage 2 on the VAE that stage 1 left."""
+    """Stage 1 with truncation (two encodings a window) and REPA; stage 2 on the VAE that stage 1 left; the baselines over tokens."""
     config = tiny_run.config_values(folder / "data", folder / run)
     config["data"] |= {"rows_per_step": ROWS, "streams": 4}
     config["data"]["split"] = {"kind": "truncate" if stage == "vae" else "context"}
     if stage == "vae":
         return config
     del config["repa"]
+    if stage in BASELINES:
+        return config | {"stage": stage, "model": {"width": 32, "num_layers": 2, "head_dim": 16}}
     model = {"latent_dim": 4, "width": 32, "num_layers": 2, "head_dim": 16, "vae": str(folder / "vae")}
     return config | {"stage": "dit", "model": model, "flow": {"statistics_rows": 12}}
 
@@ -78,6 +81,12 @@ def jobs(folder: Path, world_size: int) -> list[dict[str, Any]]:
             config["train"]["activation_checkpointing"] = every
             job = {"zero_stage": 3, "accumulation": 1, "steps": STEPS}
             found.append({"name": f"{stage}-recomputed-{every}", "config": config} | job)
+    for stage in BASELINES:
+        for zero_stage in (*[None] * (world_size == 1), *BASELINE_ZERO_STAGES):
+            name = f"{stage}-plain" if zero_stage is None else f"{stage}-{zero_stage}"
+            config = config_of(folder, stage, f"run{world_size}-{name}")
+            job = {"zero_stage": zero_stage, "accumulation": 1, "steps": STEPS}
+            found.append({"name": name, "config": config} | job)
     return found
 
 
@@ -120,6 +129,14 @@ def test_muon_trains_a_real_stage_as_the_plain_loop(one_rank, two_ranks, zero_st
 def test_recomputed_blocks_change_nothing(one_rank, two_ranks, stage, every):
     for results in (one_rank, two_ranks):
         assert_equal(results[f"{stage}-recomputed-{every}"], one_rank[f"{stage}-plain"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", BASELINE_ZERO_STAGES)
+@pytest.mark.parametrize("stage", BASELINES)
+def test_the_baselines_train_as_the_plain_loop(one_rank, two_ranks, stage, zero_stage):
+    for results in (one_rank, two_ranks):
+        assert_equal(results[f"{stage}-{zero_stage}"], one_rank[f"{stage}-plain"])
 
 
 def assert_equal(found: Result, expected: Result) -> None:

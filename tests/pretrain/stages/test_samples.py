@@ -11,7 +11,7 @@ import torch
 
 from data_pipeline.format.manifest import Manifest
 from pretrain.config.load import load_config
-from pretrain.diagnose.dit import word_figures
+from pretrain.diagnose.texts import word_figures
 from pretrain.stages.dit_config import DiTRun
 from tests.pretrain import forked_ranks, tiny_pipeline, tiny_run
 from tests.pretrain.engine_states import saved_states

@@ -1,0 +1,73 @@
+"""The export of the causal baseline: a stock class of transformers, which needs none of our code."""
+
+import dataclasses
+import json
+
+from data_pipeline.core.errors import UserError
+from modeling.stock_language_model import stock_language_model
+from modeling.token_transformer import TokenTransformer
+from pretrain.checkpoint.read import load_weights, read_tensors
+from pretrain.export.parts import Exported, Source
+from pretrain.stages.token_config import ARRun
+
+CARD = """---
+library_name: transformers
+license: {license_id}
+tags:
+- text-generation
+---
+
+# {name}
+
+A causal language model of {millions:,.1f}M parameters, made beside TextLDM (arXiv 2605.07748) as what its latent diffusion is measured
+by. Every text begins with the end-of-text token:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")  # or the path of this folder
+ids = tokenizer(tokenizer.eos_token + "Once upon a time", return_tensors="pt", add_special_tokens=False).input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=64, do_sample=True)[0]))
+```
+
+Trained for {step:,} steps on data with fingerprint `{fingerprint}`, at most {max_window} tokens a text. It continues text like its
+training data, with their errors and biases.
+
+<details><summary>Model and optimizer</summary>
+
+```json
+{settings}
+```
+</details>
+"""
+
+
+def export(source: Source) -> Exported:
+    """A stage-ar run as GPT-NeoX. Raises: UserError."""
+    config = source.config
+    assert isinstance(config, ARRun)
+    if source.vae is not None or any(value is not None for value in dataclasses.astuple(source.sampling)):
+        raise UserError(
+            f"{source.run} is a run of stage ar, whose export has no flow and no VAE: drop --vae and the defaults of generate"
+        )
+    manifest, checkpoint = source.manifest, source.saved.checkpoint
+    tensors = read_tensors(checkpoint, source.weights)
+    shape = config.model.architecture()
+    shape.vocab_size = tensors["model.lm_head.weight"].shape[0]
+    model = TokenTransformer(shape)
+    load_weights(model, {name.removeprefix("model."): tensor for name, tensor in tensors.items()}, checkpoint)
+    start_id = manifest.tokenizer.eos_id
+    assert start_id is not None  # without one it could not have been trained
+    card = CARD.format(
+        name=source.name,
+        license_id=source.license_id,
+        millions=sum(p.numel() for p in model.parameters()) / 1e6,
+        step=source.saved.step,
+        fingerprint=manifest.fingerprint,
+        max_window=manifest.max_window,
+        settings=json.dumps(
+            {"model": dataclasses.asdict(config.model), "optimizer": config.optimizer.model_dump(mode="json")}, indent=1
+        ),
+    )
+    return Exported(stock_language_model(model, start_id, manifest.max_window), card)
