@@ -60,7 +60,7 @@ class ARStage(TokenStage):
         hidden_TD, _ = self._hidden(batch)
         ce_sum, _ = losses.linear_cross_entropy(hidden_TD, self.model.lm_head.weight, batch.tokens_T, weights_T)
         loss = ce_sum / (counts["targets"] + weight * counts["contexts"])
-        return StageOutput(loss, {"nats": torch.stack((ce_sum.detach(), weights_T.sum()))})
+        return StageOutput(loss, {"nats_per_token": torch.stack((ce_sum.detach(), weights_T.sum()))})
 
     def _hidden(self, batch: Batch) -> tuple[Tensor, Segments]:
         """Hidden states [T, D] that predict `tokens_T`, and the windows."""

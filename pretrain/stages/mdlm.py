@@ -49,7 +49,7 @@ class MDLMStage(TokenStage):
         hidden_TD = self.model(inputs_T, windows, is_target_T)
         ce_sum, _ = losses.linear_cross_entropy(hidden_TD, self.model.lm_head.weight, batch.tokens_T, masks.weights_T)
         return StageOutput(
-            ce_sum / counts["targets"], {"nats": torch.stack((ce_sum.detach(), is_target_T.float().sum()))}
+            ce_sum / counts["targets"], {"nats_per_token": torch.stack((ce_sum.detach(), is_target_T.float().sum()))}
         )
 
     def _windows(self, batch: Batch) -> tuple[Tensor, Segments]:

@@ -39,7 +39,7 @@ class TokenStage(Stage):
         """What `forward` gives in eval mode: the nats of the targets."""
         total = self.document_nats(batch, HELDOUT_DRAWS).sum()
         weight = total.new_tensor(float(batch.num_tokens(SUFFIX)))
-        return StageOutput(total.float() / counts["targets"], {"nats": torch.stack((total, weight))})
+        return StageOutput(total.float() / counts["targets"], {"nats_per_token": torch.stack((total, weight))})
 
     def forward_flops(self, batch: Batch, causal: bool) -> float:
         """Of a training step on the batch: 12 D^2 weights a layer and the LM head."""

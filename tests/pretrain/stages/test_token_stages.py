@@ -54,7 +54,7 @@ def test_an_evaluation_reports_nats_and_writes_texts(run: Path) -> None:
     draws = 4
     total = sum(float(stage.document_nats(batch, draws).sum()) for batch in rows)
     nats = total / sum(batch.num_tokens(SUFFIX) for batch in rows)
-    assert evaluation["eval/nats"] == pytest.approx(nats, rel=1e-5)
+    assert evaluation["eval/nats_per_token"] == pytest.approx(nats, rel=1e-5)
     assert 3.5 < nats < 4.7  # log 63 is 4.14, and the tokens are random
     assert {"context", "generated", "true"} <= samples[-1].keys()
     assert set(samples[-1]["generated"].split()) <= set(tiny_pipeline.WORDS)
