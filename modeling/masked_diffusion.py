@@ -56,7 +56,7 @@ def masked_inputs(tokens_T: torch.Tensor, is_masked_T: torch.Tensor, vocab_size:
 
 
 @torch.no_grad()
-def document_nats(
+def window_nats(
     model: TokenTransformer,
     tokens_T: torch.Tensor,
     is_target_T: torch.Tensor,

@@ -44,7 +44,7 @@ def measure(stage: TokenStage, device: torch.device) -> Figures:
     targets_M = torch.cat([batch.tokens_T.cpu()[batch.roles_T == SUFFIX] for batch in batches])
     rows = training(config, device, max(1, config.diagnose.rows // 2))
     with phase("nats of training rows", len(rows)) as tick:
-        training_N = torch.cat([_ticked(stage.document_nats(batch, NUM_DRAWS).cpu(), tick) for batch in rows])
+        training_N = torch.cat([_ticked(stage.window_nats(batch, NUM_DRAWS).cpu(), tick) for batch in rows])
     figures: Figures = {
         "nats_per_token": nats, "nats_per_token_error": error, "unigram_nats": unigram_nats(counts_V, targets_M),
         "context_nats": worth, "context_nats_error": worth_error, "target_tokens": int(chosen_N.sum()),
@@ -64,7 +64,7 @@ def target_tokens(batch: Batch) -> torch.Tensor:
 def both_contexts(stage: TokenStage, batch: Batch, tick: Callable[[], None]) -> tuple[torch.Tensor, torch.Tensor]:
     """Nats of each window's targets with its own context and with another document's, float64 [W] on the CPU."""
     foreign_T = exchange_contexts(batch, batch.tokens_T[:, None])[:, 0]
-    found = [stage.document_nats(shown, NUM_DRAWS).cpu() for shown in (batch, replace(batch, tokens_T=foreign_T))]
+    found = [stage.window_nats(shown, NUM_DRAWS).cpu() for shown in (batch, replace(batch, tokens_T=foreign_T))]
     tick()
     return found[0], found[1]
 

@@ -68,7 +68,7 @@ class ARStage(TokenStage):
         return self.model(causal_inputs(batch.tokens_T, windows, self.start_id), windows), windows
 
     @torch.no_grad()
-    def document_nats(self, batch: Batch, num_draws: int = 1) -> Tensor:
+    def window_nats(self, batch: Batch, num_draws: int = 1) -> Tensor:
         """Exact: nothing is drawn."""
         hidden_TD, windows = self._hidden(batch)
         is_target_T = (batch.roles_T == SUFFIX).to(hidden_TD.device)

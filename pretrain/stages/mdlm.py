@@ -13,7 +13,7 @@ from data_pipeline.reading.batch import SUFFIX, Batch
 from data_pipeline.reading.prompts import Prompt
 from modeling import losses
 from modeling.attention import Segments
-from modeling.masked_diffusion import document_nats, draw_masks, masked_inputs, sample_targets
+from modeling.masked_diffusion import window_nats, draw_masks, masked_inputs, sample_targets
 from modeling.token_transformer import TokenTransformer
 from pretrain.stages.base import StageOutput, row_noise
 from pretrain.stages.token_config import MDLMRun
@@ -58,11 +58,11 @@ class MDLMStage(TokenStage):
         is_target_T = (batch.roles_T == SUFFIX).to(device, non_blocking=True)
         return is_target_T, Segments.from_lengths(batch.window_lengths, device)
 
-    def document_nats(self, batch: Batch, num_draws: int) -> Tensor:
+    def window_nats(self, batch: Batch, num_draws: int) -> Tensor:
         """Of the bound, over `num_draws` numbers of masks."""
         is_target_T, windows = self._windows(batch)
         uniform_W = batch.window_uniforms_W2[:, 0]
-        return document_nats(
+        return window_nats(
             self.model, batch.tokens_T, is_target_T, windows, uniform_W, lambda i: _scores(batch, i), num_draws
         )
 

@@ -25,7 +25,7 @@ class TokenStage(Stage):
     config: TokenRun
     model: TokenTransformer
 
-    def document_nats(self, batch: Batch, num_draws: int) -> Tensor:
+    def window_nats(self, batch: Batch, num_draws: int) -> Tensor:
         """-log p of each window's targets given its context, or an unbiased estimate of a bound on it, float64 [W]; 0 without targets."""
         raise NotImplementedError
 
@@ -37,7 +37,7 @@ class TokenStage(Stage):
 
     def heldout(self, batch: Batch, counts: dict[str, int]) -> StageOutput:
         """What `forward` gives in eval mode: the nats of the targets."""
-        total = self.document_nats(batch, HELDOUT_DRAWS).sum()
+        total = self.window_nats(batch, HELDOUT_DRAWS).sum()
         weight = total.new_tensor(float(batch.num_tokens(SUFFIX)))
         return StageOutput(total.float() / counts["targets"], {"nats_per_token": torch.stack((total, weight))})
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modeling.attention import Segments
-from modeling.masked_diffusion import document_nats, draw_masks, ranks_in_windows, sample_targets
+from modeling.masked_diffusion import window_nats, draw_masks, ranks_in_windows, sample_targets
 from modeling.shapes import TokenTransformerConfig
 from modeling.token_transformer import TokenTransformer
 
@@ -51,7 +51,7 @@ def test_the_bound_of_the_true_conditionals_is_minus_log_p() -> None:
     total = 0.0
     for order in orders:
         scores_T = torch.tensor(order, dtype=torch.float32)
-        found_W = document_nats(model, document, targets_T, windows, torch.tensor([0.5]), lambda _: scores_T, N)  # type: ignore[arg-type]  # noqa: B023
+        found_W = window_nats(model, document, targets_T, windows, torch.tensor([0.5]), lambda _: scores_T, N)  # type: ignore[arg-type]  # noqa: B023
         total += float(found_W)
     assert total / len(orders) == pytest.approx(-math.log(joint()[tuple(document)]), rel=1e-6)
 
@@ -61,7 +61,7 @@ def test_the_estimate_is_unbiased() -> None:
     documents = torch.randint(0, V, (400, N), generator=generator)[0].repeat(400)  # one document, many draws
     windows, targets_T = Segments.from_lengths([N] * 400), torch.ones(400 * N, dtype=torch.bool)
     uniform_W = torch.rand(400, generator=generator, dtype=torch.float64)
-    found_W = document_nats(
+    found_W = window_nats(
         model, documents, targets_T, windows, uniform_W,  # type: ignore[arg-type]
         lambda _: torch.rand(400 * N, generator=generator), 2,
     )  # fmt: skip

@@ -52,7 +52,7 @@ def test_an_evaluation_reports_nats_and_writes_texts(run: Path) -> None:
     stage = loaded(run)
     rows = list(heldout_rows(stage.config, stage.config.train.eval_rows))
     draws = 4
-    total = sum(float(stage.document_nats(batch, draws).sum()) for batch in rows)
+    total = sum(float(stage.window_nats(batch, draws).sum()) for batch in rows)
     nats = total / sum(batch.num_tokens(SUFFIX) for batch in rows)
     assert evaluation["eval/nats_per_token"] == pytest.approx(nats, rel=1e-5)
     assert 3.5 < nats < 4.7  # log 63 is 4.14, and the tokens are random
@@ -72,8 +72,8 @@ def test_what_is_generated_has_the_targets_lengths_and_depends_on_the_seed(run: 
 
 def test_documents_do_not_depend_on_what_else_is_in_the_batch(run: Path) -> None:
     stage = loaded(run)
-    together = torch.cat([stage.document_nats(batch, 2) for batch in heldout_rows(stage.config, 6, micro_batch_rows=3)])
-    alone = torch.cat([stage.document_nats(batch, 2) for batch in heldout_rows(stage.config, 6, micro_batch_rows=1)])
+    together = torch.cat([stage.window_nats(batch, 2) for batch in heldout_rows(stage.config, 6, micro_batch_rows=3)])
+    alone = torch.cat([stage.window_nats(batch, 2) for batch in heldout_rows(stage.config, 6, micro_batch_rows=1)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
@@ -108,7 +108,7 @@ def test_an_export_gives_the_stages_probabilities(run: Path, tmp_path: Path, cap
         logits_LV = model(input_ids=torch.cat((torch.tensor([start]), tokens_L))[None]).logits[0, :-1]
         nats_L = torch.nn.functional.cross_entropy(logits_LV, tokens_L, reduction="none")
         found.append(float(nats_L[roles_L == SUFFIX].sum()))
-    expected_W = stage.document_nats(batch, 1)
+    expected_W = stage.window_nats(batch, 1)
     assert expected_W.tolist() == pytest.approx(found, abs=1e-3)
     assert [total > 0 for total in found] == (target_tokens(batch) > 0).tolist()
 
