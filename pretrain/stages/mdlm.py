@@ -13,7 +13,7 @@ from data_pipeline.reading.batch import SUFFIX, Batch
 from data_pipeline.reading.prompts import Prompt
 from modeling import losses
 from modeling.attention import Segments
-from modeling.masked_diffusion import window_nats, draw_masks, masked_inputs, sample_targets
+from modeling.masked_diffusion import draw_masks, masked_inputs, sample_targets, window_nats
 from modeling.token_transformer import TokenTransformer
 from pretrain.stages.base import StageOutput, row_noise
 from pretrain.stages.token_config import MDLMRun

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modeling.attention import Segments
-from modeling.masked_diffusion import window_nats, draw_masks, ranks_in_windows, sample_targets
+from modeling.masked_diffusion import draw_masks, ranks_in_windows, sample_targets, window_nats
 from modeling.shapes import TokenTransformerConfig
 from modeling.token_transformer import TokenTransformer
 
