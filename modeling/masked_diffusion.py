@@ -101,13 +101,11 @@ def sample_targets(
     tokens_T = torch.cat(pieces).to(device)
     is_target_T = tokens_T == mask
     windows = Segments.from_lengths([len(context) + n for context, n in zip(contexts, lengths)], device)
-    scores_T = torch.rand(len(tokens_T), generator=generator).to(device)
+    ranks_T = ranks_in_windows(is_target_T, windows, torch.rand(len(tokens_T), generator=generator).to(device))
+    num_targets_T = torch.tensor(list(lengths), device=device)[windows.ids_T]
     for step in reversed(range(num_steps)):
         hidden_TD = model(tokens_T, windows, is_target_T)
-        share_W = torch.full((len(windows.lengths),), step / num_steps)
-        stays_T = (
-            draw_masks(is_target_T, windows, share_W, scores_T).is_masked_T if step else torch.zeros_like(is_target_T)
-        )
+        stays_T = ranks_T < num_targets_T * step // num_steps
         places_M = ((tokens_T == mask) & ~stays_T).nonzero()[:, 0]
         tokens_T[places_M] = _drawn(model.lm_head(hidden_TD[places_M]).float(), generator)
         on_step()
