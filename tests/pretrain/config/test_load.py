@@ -32,7 +32,25 @@ def test_shipped_configs_parse_and_survive_being_written_and_read_again(name: st
 
 def test_the_whole_ladder_is_shipped() -> None:
     ladder = {"vae_base", "dit_b", "dit_l", "dit_xl", "dit_2b", "dit_7b", "quickstart_vae", "quickstart_dit"}
-    assert ladder <= set(SHIPPED)
+    assert ladder | {f"{name}_categorical" for name in ladder if name.startswith("dit_")} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("dit_b", 768), ("dit_l", 1024), ("dit_xl", 1280), ("dit_2b", 2560), ("dit_7b", 4096)]
+)
+def test_a_categorical_config_has_the_other_head_and_nothing_else(name: str, width: int) -> None:
+    plain, config = load_config(name), load_config(f"{name}_categorical")
+    assert isinstance(config, DiTRun)
+    assert isinstance(plain, DiTRun)
+    unlike = {"train": {"run"}, "about": True, "model": {"head"}, "flow": {"token_loss_weight"}}
+    assert config.model_dump(exclude=unlike) == plain.model_dump(exclude=unlike)
+    sizes = []
+    for shape in (plain.model.architecture(), config.model.architecture()):
+        shape.vocab_size = 151_936
+        with torch.device("meta"):
+            sizes.append(sum(p.numel() for p in TextDiT(shape).parameters()))
+    # Logits of every token, and the estimate of z beside the latents in the input.
+    assert sizes[1] - sizes[0] == 151_936 * width + 64 * width
 
 
 @pytest.mark.parametrize(
