@@ -76,7 +76,7 @@ class CategoricalHead(nn.Module):
     Logits of all tokens never exist (losses.py), so that V may be 151,936. What is known is computed in fp32, also under autocast: near
     t = 0 the density's logarithm is a difference of large numbers.
 
-    Buffers are those of `token_statistics`. `through_mean`: whether the velocity's loss reaches the logits; else they learn by the
+    Buffers are those of token_statistics.py. `through_mean`: whether the velocity's loss reaches the logits; else they learn by the
     cross-entropy alone, and the logits are computed once instead of twice.
     """
 

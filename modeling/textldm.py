@@ -167,8 +167,8 @@ class TextLDM(PreTrainedModel):
                 f"nll() needs as many targets as prompts, none of them empty, found {len(prompts)} prompts and targets of"
                 f" {[len(ids) for ids in targets][:5]} tokens"
             )
-        if not 0 < t0 < 0.9 or num_times < 3:
-            raise ValueError(f"t0 is {t0:g} and num_times {num_times}; expected a time in (0, 0.9) and at least 3")
+        if not 0 < t0 <= 0.95 or num_times < 3:
+            raise ValueError(f"t0 is {t0:g} and num_times {num_times}; expected a time in (0, 0.95] and at least 3")
         for prompt, target in zip(prompts, targets):
             self._check_lengths(len(prompt), len(target))
         self._check_ids([*prompts, *targets])

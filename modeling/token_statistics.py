@@ -23,13 +23,16 @@ def within_token_moments(
     return counts_V, means_VZ, within_MZ.T @ within_MZ / freedom
 
 
+def log_frequencies(counts_V: torch.Tensor) -> torch.Tensor:
+    """fp32 [V], the logarithms of tokens' shares of a text in which each occurs `UNSEEN_COUNT` times more often than counted."""
+    weights_V = counts_V.double() + UNSEEN_COUNT
+    return (weights_V / weights_V.sum()).log().float()
+
+
 def token_statistics(
-    latents_MZ: torch.Tensor,
-    tokens_M: torch.Tensor,
-    alone_VZ: torch.Tensor,
-    counts_V: torch.Tensor | None = None,
+    latents_MZ: torch.Tensor, tokens_M: torch.Tensor, alone_VZ: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """The buffers of a `CategoricalHead` by name, fp32; double precision inside.
+    """The buffers `means` and `within_variance` of a `CategoricalHead`, fp32; double precision inside.
 
     A token's mean is estimated from its occurrences and from its encoding alone, by Bayes' rule per channel: means scatter around the
     encodings (moved by what context does to tokens on average) with a variance r, a token's latents around its mean with d; n occurrences
@@ -38,7 +41,6 @@ def token_statistics(
     Args:
         latents_MZ, tokens_M: standardised latents of training text, and of which tokens they are.
         alone_VZ: the standardised encoding of every token as a text of one token.
-        counts_V: how often each token occurs in the training text; as in the sample when None.
     """
     latents_MZ, alone_VZ = latents_MZ.double(), alone_VZ.double()
     sampled_V, means_VZ, covariance_ZZ = within_token_moments(latents_MZ, tokens_M, len(alone_VZ))
@@ -50,10 +52,4 @@ def token_statistics(
     scatter_Z = (((means_VZ - moved_VZ).square() - within_Z / sampled_V1.clamp_min(1))[seen_V]).mean(0)
     trust_Z = within_Z / scatter_Z.clamp_min(MIN_VARIANCE)
     means_VZ = (sampled_V1 * means_VZ + trust_Z * moved_VZ) / (sampled_V1 + trust_Z)
-    weights_V = (sampled_V if counts_V is None else counts_V.double()) + UNSEEN_COUNT
-    statistics = {
-        "log_frequencies": (weights_V / weights_V.sum()).log(),
-        "means": means_VZ,
-        "within_variance": within_Z,
-    }
-    return {name: tensor.float().contiguous() for name, tensor in statistics.items()}
+    return {"means": means_VZ.float(), "within_variance": within_Z.float()}

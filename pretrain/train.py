@@ -107,7 +107,7 @@ def evaluate(session: Session) -> dict[str, float]:
             counts = {name: max(count, 1) for name, count in session.stage.token_counts(batch).items()}
             sums.add(session.engine.evaluate(batch.to(topology.device), counts).metrics)
         samples = session.samples()
-    metrics = reduce_metrics(sums.totals())
+    metrics = session.stage.summarised(reduce_metrics(sums.totals()))
     session.telemetry.evaluation(session.step, metrics, time.perf_counter() - started, samples)
     return metrics
 

@@ -12,13 +12,25 @@ from data_pipeline.reading.shard_pool import TokenRows
 
 
 def token_counts(
-    folder: str, manifest: Manifest, split: Literal["train", "heldout"] = "train", **options: Any
+    folder: str,
+    manifest: Manifest,
+    split: Literal["train", "heldout"] = "train",
+    max_rows: int | None = None,
+    **options: Any,
 ) -> Tensor:
-    """int64 [V] over all windows of a split, without the rows' filler; options: of `TokenRows`."""
+    """int64 [V] over all windows of a split, without the rows' filler.
+
+    max_rows: read the first shards alone, until they have given so many rows; documents go to shards by their hash, so these are a
+    random sample. options: of `TokenRows`.
+    """
     rows = TokenRows(folder, manifest, split, **options)
     counts_V = np.zeros(manifest.tokenizer.vocab_size, np.int64)
+    left = sum(shard.rows for shard in manifest.splits[split]) if max_rows is None else max_rows
     for index, shard in enumerate(manifest.splits[split]):
-        tokens_BR, lengths = rows.read(Span(0, index, 0, shard.rows))
+        tokens_BR, lengths = rows.read(Span(0, index, 0, min(shard.rows, left)))
+        left -= len(tokens_BR)
         for tokens_R, row_lengths in zip(tokens_BR, lengths, strict=True):
             counts_V += np.bincount(tokens_R[: row_lengths.sum()], minlength=len(counts_V))
+        if left <= 0:
+            break
     return torch.from_numpy(counts_V)

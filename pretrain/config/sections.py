@@ -116,12 +116,8 @@ class Diagnose(Section):
     """Noise in standard deviations under which 90 % of tokens still decode: the error that the flow may leave."""
     min_repa_excess: float = 0.2
     """REPA cosine minus that of shuffled positions; arbitrary pairs alone reach about 0.66 in real models."""
-    min_blind_floor_removed: float = 0.3
-    """Fraction of the blind floor, mean of four quarters. A reproduction that failed had removed 0.007."""
     min_estimate_accuracy: Share = 0.9
     """Target tokens that the one-step estimate decodes at t = 0.05: the last steps of sampling must not do harm."""
-    min_context_gap: float = 0.0
-    """Flow loss with a foreign context minus with the true one, in every quarter of t but the last (nearly all noise)."""
     max_length_ratio: PositiveFloat = 1.5
     """Flow loss of the worst target length over the mean; a length that training never saw stands out."""
     max_latent_rms: PositiveFloat = 1.5

@@ -20,6 +20,7 @@ from modeling import flow
 from modeling.attention import Segments
 from modeling.floors import NAMES as FLOOR_NAMES
 from modeling.floors import Floors, measure_floors
+from modeling.likelihood import Bound, DocumentNats, least_bound, per_token
 from modeling.text_vae import TextVAE
 from pretrain.stages.base import Stage, row_noise
 from pretrain.stages.dit import QUARTERS, DiTStage
@@ -32,7 +33,6 @@ TIMES = (0.05, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 LENGTH_EDGES = (16, 32, 64, 128, 256, 512, 1024)
 MIN_LENGTH_TOKENS = 64
 """Fewer target tokens than this say nothing about a length."""
-FLOOR_SAMPLES = 2048
 # Averages of 0/1 over tokens: this many give them to half a percent or one.
 BASIN_TOKENS, ESTIMATE_TOKENS = 8192, 4096
 
@@ -46,13 +46,13 @@ def _no_tick() -> None:
 
 @torch.no_grad()
 def heldout_metrics(stage: Stage, batches: Sequence[Batch], tick: Tick = _no_tick) -> dict[str, float]:
-    """The stage's own metrics, averaged over the batches."""
+    """What the stage tells of the batches."""
     sums = MetricSums()
     for batch in batches:
         counts = {name: max(count, 1) for name, count in stage.token_counts(batch).items()}
         sums.add(stage(batch, counts).metrics)
         tick()
-    return {name: total / weight for name, (total, weight) in sums.totals().items() if weight}
+    return stage.summarised({name: total / weight for name, (total, weight) in sums.totals().items() if weight})
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ class Posterior:
         """Check 1 for a VAE: the floors of its latents, each channel with mean 0 and variance 1."""
         means_MZ = self.means_MZ.double()
         standardised_MZ = (means_MZ - means_MZ.mean(0)) / means_MZ.std(0).clamp_min(MIN_STD)
-        order_M = torch.randperm(len(means_MZ), generator=torch.Generator().manual_seed(0))
-        return measure_floors(standardised_MZ[order_M].float(), self.tokens_M[order_M], num_samples=FLOOR_SAMPLES)
+        return measure_floors(standardised_MZ, self.tokens_M)
 
 
 def by_quarter(floors: Floors) -> dict[str, list[float]]:
     """Each floor's mean over each quarter of t: name -> four numbers."""
-    return {name: getattr(floors, f"{name}_G").view(QUARTERS, -1).mean(1).tolist() for name in FLOOR_NAMES}
+    times_G = (torch.arange(32, dtype=torch.float64) + 0.5) / 32
+    return {name: values_G.view(QUARTERS, -1).mean(1).tolist() for name, values_G in floors.at(times_G).items()}
 
 
 @torch.no_grad()
@@ -192,14 +192,8 @@ class FlowFigures:
 
     @property
     def floors_removed(self) -> dict[str, list[float]]:
-        """Check 1: the fraction of each floor that the model has removed; below the unigram floor language begins."""
+        """Check 1: the fraction of each floor that the model has removed."""
         return floors_removed(self.losses, self.floors)
-
-    @property
-    def floors_removed_error(self) -> list[float]:
-        """Standard error of those fractions over batches, the floors taken as known (of the unigram floor, the largest)."""
-        errors = [_standard_error(self.true, None, f"flow_q{q + 1}") for q in range(QUARTERS)]
-        return [error / floor for error, floor in zip(errors, self.floors["unigram"])]
 
     @property
     def context_gap(self) -> list[float]:
@@ -238,6 +232,36 @@ def flow_figures(stage: DiTStage, batches: Sequence[Batch], tick: Tick = _no_tic
         foreign.append(_summed([other for _, other in pairs]))
         tick()
     return FlowFigures(true, foreign, by_length)
+
+
+@dataclass(frozen=True)
+class NatsFigures:
+    """The bound on the likelihood of the held-out windows, with true and with foreign contexts, at the same times and noise."""
+
+    true: DocumentNats
+    foreign: DocumentNats
+
+    @cached_property
+    def bound(self) -> Bound:
+        """Check 1."""
+        return least_bound(self.true)
+
+    @property
+    def context_worth(self) -> tuple[float, float]:
+        """Check 5: nats a token that another document's context costs, at the t0 of the true ones, and the standard error."""
+        gaps_N = (self.foreign.bounds_NG - self.true.bounds_NG)[:, self.true.best]
+        return per_token(gaps_N, self.true.tokens_N)
+
+
+def nats_figures(stage: DiTStage, batches: Sequence[Batch], tick: Tick = _no_tick) -> NatsFigures:
+    """Measure the bound of all windows with a target."""
+    true, foreign = [], []
+    for batch in batches:
+        if batch.num_tokens(SUFFIX):
+            true.append(stage.document_nats(batch))
+            foreign.append(stage.document_nats(batch, context_TZ=exchange_contexts(batch, stage.latents(batch))))
+        tick()
+    return NatsFigures(DocumentNats.joined(true), DocumentNats.joined(foreign))
 
 
 def floors_removed(losses: Sequence[float], floors: dict[str, list[float]]) -> dict[str, list[float]]:

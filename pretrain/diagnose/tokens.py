@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from matplotlib.axes import Axes
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest
@@ -14,9 +13,10 @@ from data_pipeline.reading.prompts import prompts_of
 from modeling.likelihood import per_token, unigram_nats
 from pretrain.diagnose.diagnosis import Diagnosis, heldout, phase, say, training
 from pretrain.diagnose.model_checks import exchange_contexts
-from pretrain.diagnose.page import FOREIGN, MODEL, TRUE, Panel
+from pretrain.diagnose.nats import draw_nats, nats_verdicts
+from pretrain.diagnose.page import Panel
 from pretrain.diagnose.texts import variety_figures, variety_verdicts, word_figures, word_verdicts
-from pretrain.diagnose.verdicts import Figures, Verdict, above, at_most
+from pretrain.diagnose.verdicts import Figures, Verdict
 from pretrain.stages.token_config import TokenRun
 from pretrain.stages.token_stage import TokenStage
 
@@ -86,25 +86,13 @@ def text_figures(stage: TokenStage, manifest: Manifest, batches: Sequence[Batch]
 def judge(figures: Figures, config: TokenRun) -> list[Verdict]:
     """Does it know language, and does it read the context? Two standard errors must lie between it and what does not."""
     limits = config.diagnose
-    bound = figures["nats_per_token"] + 2 * figures["nats_per_token_error"]
     verdicts = [
-        Verdict(1, "nats per token", f"{figures['nats_per_token']:.4f} +- {figures['nats_per_token_error']:.4f}"),
-        at_most(1, "nats per token + 2 errors, below the unigram's", bound, figures["unigram_nats"]),
-        above(5, "nats that the context is worth", figures["context_nats"], 2 * figures["context_nats_error"]),
+        *nats_verdicts(figures),
         Verdict(9, "nats per token on training rows", f"{figures['training_nats']:.4f}"),
     ]
     if "entropy_ratio" not in figures:
         return [*verdicts, Verdict(8, "generated text", "not measured")]
     return [*verdicts, *variety_verdicts(figures, limits), *word_verdicts(figures, limits)]
-
-
-def draw_nats(axes: Axes, figures: Figures) -> None:
-    """Check 1 and 5: what the model knows, beside what knows no neighbours and what is given another's context."""
-    nats, worth = figures["nats_per_token"], figures["context_nats"]
-    bars = {"unigram": figures["unigram_nats"], "foreign context": nats + worth, "held out": nats}
-    bars["training rows"] = figures["training_nats"]
-    axes.bar(list(bars), list(bars.values()), 0.6, color=[FOREIGN, FOREIGN, MODEL, TRUE])
-    axes.set_title("1, 5  nats per token")
 
 
 def panels(figures: Figures) -> list[Panel]:

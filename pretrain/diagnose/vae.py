@@ -69,7 +69,7 @@ def judge(figures: Figures, config: VAERun) -> list[Verdict]:
     """The latent space, its floors, and the training rows beside the held-out ones."""
     return [
         *space_verdicts(figures, config.diagnose, expects_teacher=config.repa.weight > 0),
-        Verdict(1, "unigram floor of the latents, by t", quarters(figures["unigram_floor"])),
+        Verdict(1, "covariance floor of the latents, by t", quarters(figures["covariance_floor"])),
         Verdict(1, "variance within tokens", f"{figures['within_token_variance']:.3f}"),
         Verdict(9, "token accuracy on training rows", f"{figures['training_token_accuracy']:.4f}"),
     ]

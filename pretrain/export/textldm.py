@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from pretrain.stages.dit_config import DiTRun
 from pretrain.stages.frozen_vae import load_vae, vae_fingerprint
 
 ENTRY = "textldm.py"
+LAST_T0 = 0.95
 
 
 def export(source: Source) -> Exported:
@@ -35,10 +37,10 @@ def export(source: Source) -> Exported:
     model_config = TextLDMConfig(
         vae=dataclasses.asdict(frozen.config),
         dit=dataclasses.asdict(shape),
-        times=dataclasses.asdict(with_even_times(times, source.run)),
         max_window=source.manifest.max_window,
         eos_token_id=source.manifest.tokenizer.eos_id,
         auto_map={"AutoConfig": "textldm.TextLDMConfig", "AutoModel": "textldm.TextLDM"},
+        **diagnosed(times, source.run),
         **source.sampling.settings(config.diagnose),
     )
     tensors = read_tensors(source.saved.checkpoint, source.weights)
@@ -66,15 +68,22 @@ def frozen_vae_of(source: Source, config: DiTRun) -> TextVAE:
     return frozen
 
 
-def with_even_times(times: TimeDistribution, run: Path) -> TimeDistribution:
-    """With the times that the run's diagnosis measured for the even grid, if there is one. Raises: UserError."""
+def diagnosed(times: TimeDistribution, run: Path) -> dict[str, Any]:
+    """Fields of a `TextLDMConfig`: the times, with those of the even grid if the run's diagnosis has measured them, and its t0.
+
+    Raises: UserError.
+    """
     path = run / "diagnosis.json"
     if not path.is_file():
-        return times
+        return {"times": dataclasses.asdict(times)}
     try:
-        return dataclasses.replace(times, path=tuple(json.loads(path.read_text()).get("even_times", ())))
+        found = json.loads(path.read_text())
+        times = dataclasses.replace(times, path=tuple(found.get("even_times", ())))
+        # A model that knows nothing has its least bound at t = 1, from where there is no integral.
+        t0 = {"likelihood_t0": min(float(found["nats_t0"]), LAST_T0)} if "nats_t0" in found else {}
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not what textldm diagnose writes ({error}): run it on {run} again") from None
+    return {"times": dataclasses.asdict(times)} | t0
 
 
 def take_statistics(vae: TextVAE, tensors: dict[str, Tensor], path: Checkpoint) -> None:

@@ -231,7 +231,7 @@ class Plan:
             ),
             Step(
                 f"diagnose-dit{suffix}",
-                "does it use language? (flow loss against its floors)",
+                "does it know language? (nats per token against the unigram's)",
                 # Judged by its words: of four times the text, whose share then has an error of 2 % instead of 4.
                 _command("diagnose", run=self.dit, **{"set": "diagnose.sample_tokens=4096"} if self.long else {}),
                 self.dit / "diagnosis.json",
@@ -256,7 +256,7 @@ class Plan:
             ),
             Step(
                 f"report{suffix}",
-                "draw the losses with their floors, and a text on its way from noise to words",
+                "draw the losses and nats per token, and a text on its way from noise to words",
                 _command("report", run=self.dit, vae_run=self.vae, trajectory=trajectory, output=self.pictures),
                 self.pictures / "losses.png",
             ),

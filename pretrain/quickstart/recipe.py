@@ -109,12 +109,11 @@ def summary(plan: Plan, ledger: Ledger, steps: Sequence[Step]) -> dict[str, Any]
     for name in ("vae_token_accuracy", "repa_cosine_excess"):
         figures[name] = vae[name]
     for name in (
-        "blind_floor_removed",
-        "blind_floor_removed_mean",
-        "covariance_floor_removed",
-        "unigram_floor_removed",
-        "strict_unigram_floor_removed",
-        "context_gap",
+        "nats_per_token",
+        "nats_per_token_error",
+        "nats_t0",
+        "unigram_nats",
+        "context_nats",
         "real_word_share",
     ):
         figures[name] = dit[name]
@@ -195,7 +194,7 @@ def report(plan: Plan, figures: dict[str, Any]) -> None:
     print("\nIn", plan.output)
     for written, what in (
         (path, "these figures, with commit, versions and machine"),
-        (plan.pictures / "losses.png", "losses of both stages, with the floors"),
+        (plan.pictures / "losses.png", "losses of both stages, and nats per token"),
         (plan.pictures / "denoising.png", "one text on its way from noise to words"),
         (plan.export, "the model: AutoModel.from_pretrained(folder, trust_remote_code=True)"),
     ):

@@ -2,7 +2,8 @@
 
     textldm report --run runs/dit_xl --trajectory trajectory.json --output runs/dit_xl
 
-losses.png: the training losses of both stages, and the held-out flow loss per quarter of t with the floors drawn in.
+losses.png: the training losses of both stages, the held-out nats per token beside the unigram's, and the held-out flow loss per quarter
+of t with its floors.
 denoising.png: one sample's text at several t, from the list of {"t", "text"} that `textldm generate --trajectory` writes.
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from data_pipeline.core.errors import UserError, cli
-from pretrain.diagnose.page import FLOOR_COLORS, INK, MODEL, STYLE, TRUE, plt
+from pretrain.diagnose.page import FLOOR_COLORS, FOREIGN, INK, MODEL, STYLE, TRUE, plt
 from pretrain.telemetry.sinks import read_metrics
 
 LOSSES_NAME, DENOISING_NAME = "losses.png", "denoising.png"
@@ -41,7 +42,8 @@ def draw_losses(run: Path, vae_run: Path | None, path: Path) -> None:
         if vae:
             _draw_reconstruction(figure.add_subplot(grid[0, 0]), *vae)
             _draw_shares(figure.add_subplot(grid[0, 1]), *vae)
-        _draw_flow(figure.add_subplot(grid[0, 2:] if vae else grid[0, :]), *dit)
+        _draw_flow(figure.add_subplot(grid[0, 2] if vae else grid[0, :2]), *dit)
+        _draw_nats(figure.add_subplot(grid[0, 3] if vae else grid[0, 2:]), *dit)
         for quarter in range(4):
             _draw_quarter(figure.add_subplot(grid[1, quarter]), *dit, quarter)
         figure.savefig(path, dpi=130)
@@ -106,6 +108,14 @@ def _draw_flow(axes: Any, steps: Lines, evaluations: Lines) -> None:
         top = sorted(values)[-max(1, len(values) // 50)]
         axes.set_ylim(min(values) * 0.95, top * 1.03)
     axes.set_title("Stage 2: flow loss per channel, over all t")
+    axes.set_xlabel("step")
+    axes.legend()
+
+
+def _draw_nats(axes: Any, steps: Lines, evaluations: Lines) -> None:
+    axes.plot(*series(evaluations, "eval/nats"), "o-", color=MODEL, ms=3, lw=1.5, label="held-out bound")
+    axes.plot(*series(evaluations, "eval/unigram_nats"), color=FOREIGN, lw=1.2, label="unigram")
+    axes.set_title("Stage 2: nats per token")
     axes.set_xlabel("step")
     axes.legend()
 

@@ -64,6 +64,10 @@ class Stage(nn.Module):
         """The micro-batch's part of the step's loss. In eval mode nothing is random."""
         raise NotImplementedError
 
+    def summarised(self, means: dict[str, float]) -> dict[str, float]:
+        """What an evaluation tells of the metrics' means over all its rows."""
+        return means
+
     def load_trained(self, tensors: dict[str, Tensor], source: Checkpoint) -> None:
         """Take all parameters and buffers of a checkpoint, outside training. Raises: UserError naming `source`."""
         load_weights(self, tensors, source)

@@ -30,7 +30,9 @@ QUARTERS = 4
 TIME_NOISE, POSTERIOR_NOISE, LIKELIHOOD_NOISE = 1, 2, 1024
 """Purposes of keyed noise beside the flow's own: the spread of times over a window's tokens, draws from the VAE's posterior, and from
 here on the times of the bound on the likelihood."""
-TIMES = time_grid()
+TIMES, HELDOUT_TIMES = time_grid(), time_grid(10, 0.35)
+"""Of the bound on the likelihood: all of them, and the few that held-out evaluations during training can afford."""
+BOUND_PREFIX = "nats_at_"
 
 
 def times_of(settings: Flow, latent_dim: int) -> TimeDistribution:
@@ -71,10 +73,11 @@ class FlowErrors:
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """Where a DiT works: the frozen VAE, and what predictors without language reach on its latents."""
+    """Where a DiT works: the frozen VAE, what predictors without language reach on its latents, and the tokens' frequencies."""
 
     vae: TextVAE
     floors: Floors
+    log_frequencies_V: Tensor
 
 
 class DiTStage(Stage):
@@ -89,7 +92,7 @@ class DiTStage(Stage):
         vae = load_vae(config.model.vae, manifest, config.model.latent_dim).to(device)
         statistics = LatentStatistics.load(config.run_folder / LATENTS_NAME)
         statistics.apply(vae)
-        self.space = LatentSpace(vae, statistics.floors.to(device))
+        self.space = LatentSpace(vae, statistics.floors.to(device), statistics.log_frequencies_V.to(device))
         shape = config.model.architecture()
         shape.vocab_size = vae.config.vocab_size
         self.dit = TextDiT(shape)
@@ -146,7 +149,26 @@ class DiTStage(Stage):
         found = [result.metrics() for result in results]
         metrics = {name: torch.stack([pairs[name] for pairs in found]).sum(0) for name in found[0]}
         total = torch.stack([result.loss(0.0) for result in results]).mean()
-        return StageOutput(total / counts["targets"], metrics)
+        return StageOutput(total / counts["targets"], metrics | self._nats(batch))
+
+    def _nats(self, batch: Batch) -> dict[str, Tensor]:
+        """The bound at each of `HELDOUT_TIMES` but the last two, between which nothing is decided, and the unigram's nats."""
+        device = batch.tokens_T.device
+        documents, tokens_M = self.document_nats(batch, HELDOUT_TIMES), self.targets_of(batch).tokens_M
+        sums_G, weight = documents.bounds_NG.sum(0), float(documents.tokens_N.sum())
+        unigram = -self.space.log_frequencies_V[tokens_M].sum()
+        pairs = {f"{BOUND_PREFIX}{t:.2f}": total for t, total in zip(HELDOUT_TIMES[:-2], sums_G)}
+        pairs["unigram_nats"] = unigram
+        return {name: torch.tensor([float(total), weight], device=device) for name, total in pairs.items()}
+
+    def summarised(self, means: dict[str, float]) -> dict[str, float]:
+        """With the least of the bounds, and its t0, in their place. It is chosen on the rows that it is told of, among few."""
+        bounds = {name: value for name, value in means.items() if name.startswith(BOUND_PREFIX)}
+        rest = {name: value for name, value in means.items() if name not in bounds}
+        if not bounds:
+            return rest
+        best = min(bounds, key=lambda name: bounds[name])
+        return rest | {"nats": bounds[best], "nats_t0": float(best.removeprefix(BOUND_PREFIX))}
 
     def heldout_flow(self, batch: Batch, latents_TZ: Tensor, context_TZ: Tensor, quarter: int) -> "FlowErrors":
         """Errors with every window at one time of a quarter of [0, 1], uniformly, always with a context."""

@@ -1,4 +1,4 @@
-"""What a DiT must know of its VAE's latents before it is built: mean and deviation, the floors of its loss, a categorical head's tokens.
+"""What a DiT must know of its VAE's latents before it is built: mean and deviation, the floors of its loss, how often tokens occur.
 
 Measured once on the run's first rows and its own splits, and kept in the run folder: they belong to the VAE *and* to the way in which
 targets are cut.
@@ -21,15 +21,16 @@ from torch import Tensor
 from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import SUFFIX, Batch
+from data_pipeline.reading.counts import token_counts
 from modeling.attention import Segments
-from modeling.floors import NAMES, Floors, measure_floors
+from modeling.floors import Floors, measure_floors
 from modeling.heads import CategoricalHead
 from modeling.text_vae import TextVAE
-from modeling.token_statistics import token_statistics
+from modeling.token_statistics import log_frequencies, token_statistics
 from pretrain.checkpoint.find import checkpoint_of, saved_steps
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.stages.frozen_vae import load_vae, posterior_mean
-from pretrain.stages.rows import heldout_rows, training_batches
+from pretrain.stages.rows import training_batches
 
 if TYPE_CHECKING:
     from pretrain.stages.dit_config import DiTRun
@@ -37,18 +38,22 @@ if TYPE_CHECKING:
 LATENTS_NAME = "latents.safetensors"
 TOKENS_PREFIX = "tokens."
 MIN_STD = 1e-4
-FLOOR_SAMPLES = 8192
+COUNTED_TOKENS = 1 << 28
+"""Of the training text, for the frequencies: a minute or two where there are more, and all of them where there are not."""
 ALONE_TOKENS = 8192
 """Tokens that are encoded at a time, each by itself."""
 
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Mean and deviation per channel fp32 [Z], the floors, and for a categorical head what it knows of tokens, by name."""
+    """Mean and deviation per channel fp32 [Z], the floors, the logarithm of each token's frequency in the training text fp32 [V], and for
+    a categorical head what else it knows of tokens, by name.
+    """
 
     mean_Z: Tensor
     std_Z: Tensor
     floors: Floors
+    log_frequencies_V: Tensor
     tokens: dict[str, Tensor] = field(default_factory=dict)
 
     def apply(self, vae: TextVAE) -> None:
@@ -59,12 +64,12 @@ class LatentStatistics:
     def apply_tokens(self, head: CategoricalHead) -> None:
         """Set what a DiT's categorical head knows of tokens."""
         for name, buffer in head.named_buffers():
-            buffer.copy_(self.tokens[name])
+            buffer.copy_(self.log_frequencies_V if name == "log_frequencies" else self.tokens[name])
 
     def save(self, path: Path, key: str) -> None:
         """Write them as a whole; `key` says what they depend on (`statistics_key`)."""
-        tensors = {f"{name}_G": getattr(self.floors, f"{name}_G") for name in ("times", *NAMES)}
-        tensors |= {"latents_mean": self.mean_Z, "latents_std": self.std_Z}
+        tensors = {"latents_mean": self.mean_Z, "latents_std": self.std_Z, "log_frequencies": self.log_frequencies_V}
+        tensors |= {"eigenvalues": self.floors.eigenvalues_Z}
         tensors |= {"within_token_variance": torch.tensor(self.floors.within_token_variance, dtype=torch.float64)}
         tensors |= {f"{TOKENS_PREFIX}{name}": tensor for name, tensor in self.tokens.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,14 +93,13 @@ class LatentStatistics:
                 f"{path} was measured for another VAE (has it been trained on?) or other data than model.vae, data and"
                 " flow.statistics_rows name now, and the run's checkpoints belong to it: set them back, or start over with --fresh"
             )
-        grids = {f"{name}_G": tensors[f"{name}_G"] for name in ("times", *NAMES)}
         tokens = {
             name.removeprefix(TOKENS_PREFIX): tensor
             for name, tensor in tensors.items()
             if name.startswith(TOKENS_PREFIX)
         }
-        floors = Floors(**grids, within_token_variance=float(tensors["within_token_variance"]))
-        return cls(tensors["latents_mean"], tensors["latents_std"], floors, tokens)
+        floors = Floors(tensors["eigenvalues"], float(tensors["within_token_variance"]))
+        return cls(tensors["latents_mean"], tensors["latents_std"], floors, tensors["log_frequencies"], tokens)
 
 
 def measure(config: "DiTRun", manifest: Manifest, device: torch.device) -> None:
@@ -118,23 +122,20 @@ def measure(config: "DiTRun", manifest: Manifest, device: torch.device) -> None:
 
 
 def statistics_of(vae: TextVAE, config: "DiTRun", manifest: Manifest, device: torch.device) -> LatentStatistics:
-    """Measured on the run's first rows; sets the VAE's too. The floors are fitted to training rows and measured on held-out ones."""
+    """Measured on the run's first rows, frequencies on more of the training text; sets the VAE's too."""
     latents_MZ, tokens_M = target_latents(vae, training_batches(config, config.flow.statistics_rows), device)
     standardised_MZ = set_statistics(vae, latents_MZ)
-    if manifest.splits["heldout"]:
-        rows = min(config.train.eval_rows, max(config.flow.statistics_rows // 4, 1))
-        held_NZ, held_tokens_N = target_latents(vae, heldout_rows(config, rows), device)
-        stride = max(len(held_NZ) // FLOOR_SAMPLES, 1)
-        held_NZ, held_tokens_N = standardised(vae, held_NZ[::stride]), held_tokens_N[::stride]
-        floors = measure_floors(
-            torch.cat((standardised_MZ, held_NZ)), torch.cat((tokens_M, held_tokens_N)), num_samples=len(held_NZ)
-        )
-    else:
-        floors = measure_floors(standardised_MZ, tokens_M)
+    found = token_counts(
+        config.data.path, manifest, max_rows=COUNTED_TOKENS // manifest.row_tokens, **config.data.reading()
+    )
+    # The VAE's vocabulary may be padded beyond the tokenizer's.
+    counts_V = torch.zeros(vae.config.vocab_size, dtype=torch.int64)
+    counts_V[: len(found)] = found
     tokens = {}
     if config.model.head == "categorical":
         tokens = token_statistics(standardised_MZ, tokens_M, standardised(vae, encoded_alone(vae, device)))
-    return LatentStatistics(vae.latents_mean.cpu(), vae.latents_std.cpu(), floors, tokens)
+    floors = measure_floors(standardised_MZ, tokens_M)
+    return LatentStatistics(vae.latents_mean.cpu(), vae.latents_std.cpu(), floors, log_frequencies(counts_V), tokens)
 
 
 def statistics_key(config: "DiTRun", manifest: Manifest) -> str:

@@ -7,22 +7,22 @@ import pytest
 import torch
 
 from modeling import flow
-from modeling.floors import TokenMixture
 from modeling.solvers import integrate
 from modeling.times import TimeDistribution
+from tests.modeling.mixture import Mixture
 
 double = {"dtype": torch.float64}
 
 
-def mixture(dims: int = 3) -> TokenMixture:
+def mixture(dims: int = 3) -> Mixture:
     """Four Gaussians, diagonal."""
     generator = torch.Generator().manual_seed(0)
     weights_C = torch.tensor([0.1, 0.2, 0.3, 0.4], **double)
     means_CZ = 1.5 * torch.randn(4, dims, generator=generator, **double)
-    return TokenMixture(weights_C.log(), means_CZ, 0.05 + 0.3 * torch.rand(4, dims, generator=generator, **double))
+    return Mixture(weights_C.log(), means_CZ, 0.05 + 0.3 * torch.rand(4, dims, generator=generator, **double))
 
 
-def log_density(of: TokenMixture, noisy_MZ: torch.Tensor, time: float) -> torch.Tensor:
+def log_density(of: Mixture, noisy_MZ: torch.Tensor, time: float) -> torch.Tensor:
     """log p_t(z_t): z_t of a Gaussian token is Gaussian, with mean (1-t) m and variance (1-t)^2 c + t^2."""
     variances_CZ = (1 - time) ** 2 * of.variances_CZ + time**2
     gaps_MCZ = noisy_MZ[:, None] - (1 - time) * of.means_CZ
@@ -30,8 +30,8 @@ def log_density(of: TokenMixture, noisy_MZ: torch.Tensor, time: float) -> torch.
     return (of.log_weights_C + logs_MC).logsumexp(-1)
 
 
-def velocity(of: TokenMixture, noisy_MZ: torch.Tensor, time: float) -> torch.Tensor:
-    """E[v* | z_t] through the denoiser of floors.py."""
+def velocity(of: Mixture, noisy_MZ: torch.Tensor, time: float) -> torch.Tensor:
+    """E[v* | z_t] through its denoiser."""
     return (noisy_MZ - of.denoise(noisy_MZ, time)) / time
 
 

@@ -8,7 +8,7 @@ from modeling import flow
 from modeling.heads import CategoricalHead
 from modeling.layers import initialize
 from modeling.likelihood import Denoised, document_nats, least_bound, time_grid
-from modeling.token_statistics import token_statistics
+from modeling.token_statistics import log_frequencies, token_statistics
 
 WIDTH, LATENT, VOCAB, TOKENS = 8, 3, 5, 60
 FREQUENCIES_V = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04], dtype=torch.float64)
@@ -132,12 +132,13 @@ def test_without_context_the_bound_is_the_entropy_of_the_frequencies() -> None:
     assert found.curve[4:] == pytest.approx([entropy] * 20, rel=0.02)
 
 
-def test_rows_of_the_head_are_read_where_it_stands_alone() -> None:
-    """As fitted by `token_statistics`, it finds the tokens of latents that it has never seen."""
+def test_what_it_knows_of_tokens_is_found_again_in_their_latents() -> None:
     head, generator = make_head(0.0), torch.Generator().manual_seed(4)
     tokens_M = torch.multinomial(FREQUENCIES_V, 20_000, replacement=True, generator=generator)
     latents_MZ = head.means[tokens_M] + WITHIN_Z.sqrt() * torch.randn(20_000, LATENT, generator=generator)
     fitted = CategoricalHead(WIDTH, LATENT, VOCAB)
-    for name, tensor in token_statistics(latents_MZ, tokens_M, torch.zeros(VOCAB, LATENT)).items():
-        fitted.get_buffer(name).copy_(tensor)
-        torch.testing.assert_close(fitted.get_buffer(name), head.get_buffer(name), rtol=0.05, atol=0.03)
+    statistics = token_statistics(latents_MZ, tokens_M, torch.zeros(VOCAB, LATENT))
+    statistics["log_frequencies"] = log_frequencies(torch.bincount(tokens_M))
+    assert statistics.keys() == dict(fitted.named_buffers()).keys()
+    for name, tensor in statistics.items():
+        torch.testing.assert_close(tensor, head.get_buffer(name), rtol=0.05, atol=0.03)

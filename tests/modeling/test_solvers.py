@@ -11,11 +11,11 @@ import torch
 from torch.distributions import Normal
 
 from modeling import flow
-from modeling.floors import TokenMixture
 from modeling.solvers import SOLVERS, Solver, find_solver, integrate, solver_names
 from modeling.textldm import TextLDM, TextLDMConfig
 from modeling.times import TimeDistribution
 from pretrain.config.sections import Diagnose
+from tests.modeling.mixture import Mixture
 
 MEAN, STD = 0.7, 0.4
 
@@ -88,7 +88,7 @@ def test_multistep_is_exact_where_the_estimate_is_linear_in_time() -> None:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_endpoint_has_the_distribution_of_the_data(solver: str) -> None:
-    of = TokenMixture(
+    of = Mixture(
         torch.tensor([0.3, 0.7], dtype=torch.float64).log(),
         torch.tensor([[-1.2], [0.6]], dtype=torch.float64),
         torch.tensor([[0.05], [0.2]], dtype=torch.float64),

@@ -10,6 +10,7 @@ from torch import Tensor
 from data_pipeline.reading.batch import PREFIX, SUFFIX, Batch
 from modeling.attention import Segments
 from modeling.floors import Floors
+from modeling.likelihood import DocumentNats
 from pretrain.diagnose import model_checks
 from pretrain.stages.dit import FlowErrors
 from tests.data_pipeline.made_batches import ROW_TOKENS, make_batch
@@ -29,8 +30,7 @@ class StubStage:
         time_T = ((batch.window_uniforms_W2[:, 0] + quarter) / 4).float()[ids_T]
         distance_T = ((latents_TZ - context_TZ) ** 2).sum(-1) * (batch.roles_T == PREFIX)
         distance_W = torch.zeros(len(batch.window_lengths)).index_add(0, ids_T, distance_T)
-        grid_G = (torch.arange(32, dtype=torch.float64) + 0.5) / 32
-        floors = Floors(grid_G, *(torch.full((32,), value, dtype=torch.float64) for value in (2.0, 1.0, 0.5, 0.5)), 0.1)
+        floors = Floors(torch.tensor([0.5, 1.5]), 0.1)
         error_T = 0.1 * time_T + self.reads_context * distance_W[ids_T]
         return FlowErrors(error_T, (batch.roles_T == SUFFIX).float(), time_T, floors)
 
@@ -68,14 +68,40 @@ def test_context_gap_is_zero_for_a_stage_that_ignores_context_and_positive_for_o
 
 
 def test_floors_removed_is_one_minus_loss_over_floor() -> None:
-    floors = {"blind": [2.0, 1.0], "unigram": [1.0, 0.5]}
+    floors = {"blind": [2.0, 1.0], "covariance": [1.0, 0.5]}
     removed = model_checks.floors_removed([0.5, 1.0], floors)
-    assert removed == {"blind": [0.75, 0.0], "unigram": [0.5, -1.0]}
+    assert removed == {"blind": [0.75, 0.0], "covariance": [0.5, -1.0]}
     figures = model_checks.flow_figures(StubStage(0.0), BATCHES)  # type: ignore[arg-type]
-    assert figures.floors["covariance"] == pytest.approx([1.0] * 4)
     for quarter, loss in enumerate(figures.losses):
         assert 0.1 * quarter / 4 <= loss <= 0.1 * (quarter + 1) / 4  # every window at a time of its quarter
-        assert figures.floors_removed["unigram"][quarter] == pytest.approx(1 - loss / 0.5)
+        blind, covariance = (figures.floors[name][quarter] for name in ("blind", "covariance"))
+        assert 1.2 < blind < 2 > blind > covariance
+        assert figures.floors_removed["covariance"][quarter] == pytest.approx(1 - loss / covariance)
+
+
+@dataclass
+class LikelyStage(StubStage):
+    """Whose bound is 2 nats a token at t0 = 0.3, less at 0.6, and more by what its context lies away."""
+
+    def document_nats(self, batch: Batch, context_TZ: Tensor | None = None) -> DocumentNats:
+        lengths = [n for n, role in zip(batch.segment_lengths, batch.segment_roles) if role == SUFFIX]
+        tokens_N = torch.tensor(lengths)
+        away = 0.0 if context_TZ is None else float((context_TZ - self.latents(batch)).abs().mean())
+        nats_NG = tokens_N[:, None] * torch.tensor([2.0, 1.5, 3.0], dtype=torch.float64) + self.reads_context * away
+        return DocumentNats((0.3, 0.6, 1.0), torch.zeros_like(nats_NG), nats_NG, tokens_N)
+
+
+def test_nats_are_those_of_all_windows_and_the_contexts_worth_is_a_paired_difference() -> None:
+    batches = [*BATCHES, make_batch([])]
+    deaf = model_checks.nats_figures(LikelyStage(0.0), batches)  # type: ignore[arg-type]
+    assert (deaf.bound.nats, deaf.bound.t0) == pytest.approx((1.5, 0.6))
+    assert deaf.bound.tokens == sum(batch.num_tokens(SUFFIX) for batch in batches)
+    assert deaf.context_worth == pytest.approx((0.0, 0.0))
+    reading = model_checks.nats_figures(LikelyStage(1.0), batches)  # type: ignore[arg-type]
+    assert reading.bound.nats == pytest.approx(1.5)
+    worth, error = reading.context_worth
+    assert worth > 0
+    assert 0 < error < worth
 
 
 def test_flow_figures_skip_batches_without_targets() -> None:

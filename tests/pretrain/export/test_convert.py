@@ -201,15 +201,18 @@ def test_generate_does_by_default_what_the_diagnosis_did() -> None:
 def test_the_even_grid_is_the_one_that_the_diagnosis_measured(trained: Trained, tmp_path: Path) -> None:
     run = tmp_path / "dit"
     shutil.copytree(trained.dit, run)
-    (run / "diagnosis.json").write_text(json.dumps({"even_times": [1.0, 0.8, 0.7, 0.0]}))
+    (run / "diagnosis.json").write_text(json.dumps({"even_times": [1.0, 0.8, 0.7, 0.0], "nats_t0": 0.43}))
     assert main(["--run", str(run), "--output", str(tmp_path / "export")]) == 0
     seen: list[float] = []
     model = TextLDM.from_pretrained(tmp_path / "export")
+    assert model.config.likelihood_t0 == 0.43
     model.generate(PROMPTS, NEW_TOKENS, 6, grid="even", on_step=lambda step, t, tokens: seen.append(t))
     assert seen == pytest.approx([1.0, 0.9, 0.8, 0.75, 0.7, 0.35])
 
 
-@pytest.mark.parametrize("found", ['{"even_times": [1.0, 0.2, 0.6, 0.0]}', '{"even_times": 3}', "[]", '{"even_ti'])
+@pytest.mark.parametrize(
+    "found", ['{"even_times": [1.0, 0.2, 0.6, 0.0]}', '{"even_times": 3}', '{"nats_t0": "late"}', "[]", '{"even_ti']
+)
 def test_a_diagnosis_that_is_none_is_one_message(
     trained: Trained, tmp_path: Path, found: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

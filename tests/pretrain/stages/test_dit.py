@@ -9,11 +9,12 @@ import torch
 from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import SUFFIX, Batch
+from data_pipeline.reading.counts import token_counts
 from modeling.attention import Segments
 from modeling.likelihood import unigram_nats
 from pretrain.config.load import load_config
 from pretrain.stages.build import build_stage, measure
-from pretrain.stages.dit import DiTStage
+from pretrain.stages.dit import HELDOUT_TIMES, DiTStage
 from pretrain.stages.rows import heldout_rows
 from tests.pretrain import tiny_pipeline
 
@@ -69,9 +70,14 @@ def test_the_bound_of_a_batch_is_of_its_windows_with_targets(trained, tmp_path: 
     ).all()
     if head == "categorical":  # an untrained network says nothing: the sample's frequencies, whatever the context
         assert torch.equal(with_foreign.bounds_NG, found.bounds_NG)
-        counts_V = stage.dit.head.log_frequencies.exp() * 1e6
+        counts_V = token_counts(str(trained.data), Manifest.load(trained.data))
         expected = unigram_nats(counts_V, batch.tokens_T[batch.roles_T == SUFFIX])
         assert found.curve[-1] == pytest.approx(expected, rel=1e-4)
+        told = stage.summarised({name: float(x[0] / x[1]) for name, x in stage(batch, {"targets": 1}).metrics.items()})
+        assert told["unigram_nats"] == pytest.approx(expected, rel=1e-4)
+        assert told["nats"] == pytest.approx(min(stage.document_nats(batch, HELDOUT_TIMES).curve[:-2]), rel=1e-4)
+        assert f"{told['nats_t0']:.2f}" in {f"{t:.2f}" for t in HELDOUT_TIMES}
+        assert not any(name.startswith("nats_at") for name in told)
 
 
 def test_a_categorical_head_that_nothing_would_train_is_refused(trained, tmp_path: Path) -> None:

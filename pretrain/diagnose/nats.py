@@ -1,0 +1,40 @@
+"""Nats a token: the verdicts by which every stage that gives probabilities to text is judged, and how they are drawn."""
+
+from matplotlib.axes import Axes
+
+from pretrain.diagnose.page import FOREIGN, MODEL, TRUE
+from pretrain.diagnose.verdicts import Figures, Verdict, above, at_most
+
+
+def nats_verdicts(figures: Figures) -> list[Verdict]:
+    """Does it know language (check 1), and does it read the context (5)? Two standard errors must lie between it and what does not."""
+    nats, error = figures["nats_per_token"], figures["nats_per_token_error"]
+    return [
+        Verdict(1, "nats per token", f"{nats:.4f} +- {error:.4f}"),
+        at_most(1, "nats per token + 2 errors, below the unigram's", nats + 2 * error, figures["unigram_nats"]),
+        above(5, "nats that the context is worth", figures["context_nats"], 2 * figures["context_nats_error"]),
+    ]
+
+
+def draw_nats(axes: Axes, figures: Figures) -> None:
+    """Checks 1 and 5: what the model knows, beside what knows no neighbours and what is given another's context."""
+    nats, worth = figures["nats_per_token"], figures["context_nats"]
+    bars = {"unigram": figures["unigram_nats"], "foreign context": nats + worth, "held out": nats}
+    bars["training rows"] = figures["training_nats"]
+    axes.bar(list(bars), list(bars.values()), 0.6, color=[FOREIGN, FOREIGN, MODEL, TRUE])
+    axes.set_title("1, 5  nats per token")
+
+
+def draw_bound(axes: Axes, figures: Figures) -> None:
+    """Checks 1 and 5: the bound at every t0, of which the least counts."""
+    nats, unigram = figures["nats_per_token"], figures["unigram_nats"]
+    axes.plot(figures["nats_times"], figures["nats_curve"], "o-", color=MODEL, ms=3, label="bound at t0")
+    axes.axhline(unigram, color=FOREIGN, lw=1.2, label="unigram")
+    axes.axhline(nats + figures["context_nats"], color=FOREIGN, lw=1, ls=":", label="foreign context")
+    # Near t0 = 0 a bound may be anything: the picture is of what lies around the least and the unigram's.
+    lowest, highest = min(nats, unigram), max(nats, unigram)
+    margin = 0.3 * (highest - lowest) + 0.05
+    axes.set_ylim(lowest - margin, highest + 2 * margin)
+    axes.set_xlabel("t0")
+    axes.set_title("1, 5  nats per token")
+    axes.legend(loc="upper left")
