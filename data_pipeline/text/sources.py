@@ -108,7 +108,7 @@ def _named_source(spec: str, text_field: str, split: str | None) -> Source:
 
 _EXPECTED = (
     ".jsonl, .json, .txt, .csv (compressed or not), .parquet or .arrow, a folder of them, a Hugging Face dataset "
-    "(owner/name:configuration@revision, the last two if need be) or 'installed'"
+    "(owner/name:configuration@revision, the last two if need be), 'bible' or 'installed'"
 )
 
 

@@ -45,7 +45,7 @@ class LoadedTokenizer:
     info: TokenizerInfo
     definition: bytes  # tokenizer.json
     config: dict[str, Any]  # tokenizer_config.json
-    spelt: tuple[str, ...] = ()  # tokens of a role (document end, unknown, ...) that the backend would take text for
+    spelt: tuple[str, ...] = ()  # special tokens, and the document's end, that the backend would take text for
 
     def save(self, folder: Path) -> None:
         """Write a folder that AutoTokenizer.from_pretrained and `load_tokenizer` read."""
@@ -113,19 +113,15 @@ def _spelt(fields: dict[str, Any], special: Iterable[str], eos: str | None) -> t
 
     `encode_special_tokens` keeps the backend from looking for added tokens that are marked special. But Unigram, WordPiece and
     WordLevel find any entry of their vocabulary in the text, BPE any that its merges build (tokenizers converted from SentencePiece
-    have `</s>` among both), and a document's end may be an added token that is not marked special.
+    have `</s>` among both), and a document's end may be an added token that is not marked special. A single character stays what it
+    is: nothing else could encode it.
     """
     model = fields["model"]
-    unknown = model.get("unk_token") or (
-        model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else None
-    )
-    roles = {token for token in (*special, eos, unknown) if token}
     vocabulary = model["vocab"] if isinstance(model["vocab"], dict) else {token for token, _ in model["vocab"]}
-    found = {token for token in roles if token in vocabulary}
+    found = {token for token in (*special, eos) if token and len(token) > 1 and token in vocabulary}
     if found and "merges" in model and not model.get("ignore_merges"):
         prefix = model.get("continuing_subword_prefix") or ""
-        built = {_merged(merge, prefix) for merge in model["merges"]}
-        found = {token for token in found if token in built or len(token) == 1}
+        found &= {_merged(merge, prefix) for merge in model["merges"]}
     plain = {token["content"] for token in fields.get("added_tokens") or () if not token.get("special")}
     return tuple(sorted(found | (plain & {eos})))
 

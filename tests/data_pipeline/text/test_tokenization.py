@@ -147,6 +147,13 @@ def test_the_ends_of_shared_tokenizers_need_no_second_vocabulary(shared: Path) -
         assert encoder(loaded) is loaded.backend
 
 
+def test_an_end_that_is_a_character_is_left_to_the_refusal(tmp_path: Path) -> None:
+    """Of characters: without its name the character would be lost, and silently. encode.py refuses ends within documents."""
+    backend = Tokenizer(models.BPE(vocab={name: id_ for id_, name in enumerate("$abc ")}, merges=[]))
+    loaded = write(tmp_path, backend, eos_token="$")
+    assert encoder(loaded).encode("a $ b").ids == [1, 4, 0, 4, 2]
+
+
 def test_merges_are_not_dropped_at_random(tmp_path: Path) -> None:
     backend = encoder(write(tmp_path, sentencepiece_bpe(dropout=0.5)))
     assert len({tuple(backend.encode("the the the the", add_special_tokens=False).ids) for _ in range(30)}) == 1
