@@ -24,7 +24,8 @@ from data_pipeline.core.environment import launch
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.core.mistakes import check_config
 from data_pipeline.core.settings import Section
-from data_pipeline.core.storage import local_folder
+from data_pipeline.core.storage import is_url, local_folder
+from data_pipeline.features.cache import CODEC_NAME
 from data_pipeline.features.check import check_cache
 from data_pipeline.features.codec_choice import Target
 from data_pipeline.features.job import CodecOptions, FeatureJob
@@ -107,15 +108,25 @@ def with_config(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**given | {k: v for k, v in found.items() if given[k] is None and v is not None})
 
 
+def cache_folder(args: argparse.Namespace) -> str:
+    """The cache's folder: as given, else beside the data by the teacher's name, else the only one there. Raises: UserError."""
+    if args.output is not None:
+        return args.output
+    if args.teacher is not None:
+        return f"{args.data}/features-{Path(args.teacher).name}"
+    found = [] if is_url(args.data) else sorted(path.parent for path in Path(args.data).glob(f"*/{CODEC_NAME}"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise UserError(f"{args.data} holds the feature caches: {names}; name one with --features, or its --teacher")
+    return str(found[0])
+
+
 def job_from(args: argparse.Namespace, device: torch.device) -> FeatureJob:
     """Load everything that the command line names."""
-    for name in ("data", "teacher"):
-        if getattr(args, name) is None:
-            raise UserError(f"--{name} is missing, and no --config names it")
     orders: Sequence[int] = range(4) if args.ngram_order is None else range(args.ngram_order + 1)
     return FeatureJob.open(
         data=args.data,
-        output=local_folder(args.output or f"{args.data}/features-{Path(args.teacher).name}"),
+        output=local_folder(cache_folder(args)),
         teacher=args.teacher,
         revision=args.revision,
         layer=-3 if args.layer is None else args.layer,
@@ -137,14 +148,15 @@ def job_from(args: argparse.Namespace, device: torch.device) -> FeatureJob:
 def main(argv: list[str] | None = None) -> int | None:
     """Entry point."""
     args = with_config(make_parser().parse_args(argv))
+    for name in ("data",) if args.command == "check" else ("data", "teacher"):
+        if getattr(args, name) is None:
+            raise UserError(f"--{name} is missing, and no --config names it")
     ranks = launch(os.environ)
     share_cores(ranks.local_world_size)
     device = device_of(args.device, ranks.local_rank)
     if args.command == "check":
-        for name in ("data", "output"):
-            if getattr(args, name) is None:
-                raise UserError(f"--{name.replace('output', 'features')} is missing, and no --config names it")
-        print(check_cache(args.data, args.output, args.teacher, device, args.rows, args.token_budget, args.seed))
+        features = cache_folder(args)
+        print(check_cache(args.data, features, args.teacher, device, args.rows, args.token_budget, args.seed))
         return 0
     job = job_from(args, device)
     codec = job.codec_for(ranks.rank, ranks.world_size, args.timeout, args.report_only)

@@ -1,5 +1,6 @@
 """Does a feature cache hold what the teacher says? Cached against freshly computed features, on random rows."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from torch.nn.functional import cosine_similarity
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.keys import generator
-from data_pipeline.features.cache import FeatureCache, load_cache, tile
+from data_pipeline.core.storage import read_bytes
+from data_pipeline.features.cache import JOB_NAME, TEACHER_PATH, FeatureCache, load_cache, tile
 from data_pipeline.features.teacher import Teacher
 from data_pipeline.features.teacher_fit import check_fit
 from data_pipeline.features.teacher_loading import load_teacher
@@ -101,6 +103,17 @@ def compare(
     return Agreement(len(cosine_T), float(cosine_T.mean()), float(first_percentile), rows)
 
 
+def _teacher_of(features: str | Path, name: str) -> str:
+    """The teacher of a cache, by the path that it had then if it was local. Raises: UserError where it is no longer."""
+    try:
+        path = json.loads(read_bytes(str(features), JOB_NAME)).get(TEACHER_PATH)
+    except (OSError, ValueError, AttributeError):  # only the manifest is needed to read a cache
+        path = None
+    if path is not None and not Path(path).is_dir():
+        raise UserError(f"{features} was made with the teacher in {path}, which is not there: name it with --teacher")
+    return path or name
+
+
 def check_cache(
     data: str,
     features: str | Path,
@@ -110,16 +123,16 @@ def check_cache(
     token_budget: int = 16384,
     seed: int = 0,
 ) -> Agreement:
-    """Compare a cache with its teacher (by default the one it names).
+    """Compare a cache with its teacher, by default the one it was made with, all of which runs here, whatever was left out there.
 
     Raises UserError when a row does not hold its features, or when the cosine falls below what the cache's manifest promises.
     """
     tokens = Manifest.load(data)
     cache = load_cache(features, tokens)
     made_by, promised = cache.manifest.teacher, cache.manifest.statistics["mean_cosine"]
-    loaded = load_teacher(
-        teacher or made_by["name"], made_by["layer"], made_by["revision"], made_by["dtype"], token_budget
-    ).to(device)
+    name = teacher or _teacher_of(features, made_by["name"])
+    loaded = load_teacher(name, made_by["layer"], made_by["revision"], made_by["dtype"], token_budget, whole=True)
+    loaded.to(device)
     check_fit(loaded, data, tokens)
     agreement = compare(data, tokens, cache, loaded, num_rows, seed)
     if agreement.worst.shortfall > TOLERATED_SHORTFALL:

@@ -68,7 +68,7 @@ def find_hidden_state(model: nn.Module, layer: int, vocab_size: int, whole: bool
     reached: set[nn.Module] = set()
     with _hooks(model.modules(), lambda module, *_: reached.add(module), before=True):
         HiddenState(model, layer, source, len(layers))(tokens_WL)
-    num_layers = sum(bool(reached & set(member.modules())) for member in layers)
+    num_layers = sum(_ran(member, reached) for member in layers)
     proof_WL = probe_tokens(vocab_size, "proof")
     expected_WLF = whole_state(model, proof_WL, layer)
     parts = list(_not_reached(model, reached))
@@ -144,12 +144,19 @@ def _not_reached(parent: nn.Module, reached: set[nn.Module], prefix: str = "") -
     for name, module in parent.named_children():
         inner = f"{prefix}{name}."
         if isinstance(module, nn.ModuleList):
-            kept = max((i + 1 for i, member in enumerate(module) if reached & set(member.modules())), default=0)
+            kept = max((i + 1 for i, member in enumerate(module) if _ran(member, reached)), default=0)
             yield from (_Part(module, str(i), module[i], f"{inner}{i}.") for i in range(kept, len(module)))
         elif reached & set(module.modules()):
             yield from _not_reached(module, reached, inner)
         else:
             yield _Part(parent, name, module, inner)
+
+
+def _ran(member: nn.Module, reached: set[nn.Module]) -> bool:
+    """Whether a member of a list ran. Not by what is in it: members may share an activation."""
+    if isinstance(member, nn.ModuleList | nn.ModuleDict):  # these never run themselves
+        return any(_ran(part, reached) for part in member.children())
+    return member in reached
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:

@@ -19,7 +19,7 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.core.keys import generator
 from data_pipeline.core.storage import remove_unfinished, write_text
 from data_pipeline.features import codec_choice
-from data_pipeline.features.cache import CODEC_NAME, feature_members, member_infos, tile
+from data_pipeline.features.cache import CODEC_NAME, JOB_NAME, TEACHER_PATH, feature_members, member_infos, tile
 from data_pipeline.features.codec import Codec, load_codec
 from data_pipeline.features.codec_choice import FeatureSample, Fidelity, Target
 from data_pipeline.features.teacher import Teacher
@@ -30,7 +30,6 @@ from data_pipeline.format.shards import shard_bytes, write_shard
 from data_pipeline.reading.order import Span
 from data_pipeline.reading.shard_pool import TokenRows
 
-JOB_NAME = "job.json"
 # Rows are read and encoded in pieces of about this many tokens; a constant, since it decides which windows are batched
 # together and thereby the last bits of the features: a resumed run must write the same bytes.
 CHUNK_TOKENS = 65536
@@ -177,7 +176,12 @@ class FeatureJob:
         for name in (CODEC_NAME, JOB_NAME):
             remove_unfinished(self.output, name)
         codec.save(self.output / CODEC_NAME)
-        job = self.identity | {"codec_fingerprint": codec.fingerprint(), "fidelity": asdict(fidelity)}
+        place = Path(self.teacher.name)
+        job = self.identity | {
+            "codec_fingerprint": codec.fingerprint(),
+            "fidelity": asdict(fidelity),
+            TEACHER_PATH: str(place.resolve()) if place.is_dir() else None,
+        }
         write_text(self.output / JOB_NAME, json.dumps(job, indent=2, sort_keys=True))
 
     def cache_bytes(self, codec: Codec) -> int:
