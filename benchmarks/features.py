@@ -30,7 +30,8 @@ from data_pipeline.core.devices import device_of
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.features.codec_choice import Target, choose, measure
 from data_pipeline.features.job import CodecOptions, FeatureJob
-from data_pipeline.prepare.__main__ import PrepareOptions, prepare
+from data_pipeline.prepare.options import PrepareOptions
+from data_pipeline.prepare.passes import prepare
 from pretrain.quickstart.plan import ROW_TOKENS, WINDOW_TOKENS, Plan
 
 QUICKSTART = ROOT / "runs/quickstart"

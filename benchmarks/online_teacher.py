@@ -23,7 +23,8 @@ from benchmarks.plain_run import PlainRun, vae_config
 from data_pipeline.core.keys import key
 from data_pipeline.features.job import CodecOptions, FeatureJob
 from data_pipeline.format.manifest import Manifest
-from data_pipeline.prepare.__main__ import PrepareOptions, prepare
+from data_pipeline.prepare.options import PrepareOptions
+from data_pipeline.prepare.passes import prepare
 from data_pipeline.text.sources import open_source
 from pretrain.telemetry.flops import transformer_flops
 

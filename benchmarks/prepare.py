@@ -25,7 +25,8 @@ from typing import Any
 from benchmarks.measuring import SHARED, existing, interleaved, print_figures
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.format.manifest import Manifest
-from data_pipeline.prepare.__main__ import PrepareOptions, prepare
+from data_pipeline.prepare.options import PrepareOptions
+from data_pipeline.prepare.passes import prepare
 from data_pipeline.text.sources import open_source
 from data_pipeline.text.tokenization import encoder, load_tokenizer
 

@@ -11,7 +11,8 @@ from benchmarks import features, measuring
 from benchmarks import prepare as prepare_benchmark
 from benchmarks.online_teacher import TEACHER_LAYERS, teacher_flops
 from data_pipeline.features.make_teacher import Recipe, make_teacher
-from data_pipeline.prepare.__main__ import PrepareOptions, prepare
+from data_pipeline.prepare.options import PrepareOptions
+from data_pipeline.prepare.passes import prepare
 from data_pipeline.text.tokenization import train_tokenizer
 
 

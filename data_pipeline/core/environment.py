@@ -25,7 +25,7 @@ class Launch:
     local_world_size: int = 1
 
     def variables(self) -> dict[str, str]:
-        """As deepspeed and torch read them."""
+        """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE, as deepspeed and torch read them."""
         numbers = {
             "RANK": self.rank,
             "WORLD_SIZE": self.world_size,
@@ -107,7 +107,7 @@ def _tasks_on_this_node(environ: Mapping[str, str]) -> int:
 
 
 def _first_slurm_host(environ: Mapping[str, str]) -> str:
-    """Of the step's nodes, which Slurm writes as "login,gpu[007-010]". Raises: UserError where nobody can unfold them."""
+    """The first of the step's nodes, which Slurm writes as "login,gpu[007-010]". Raises: UserError where scontrol fails."""
     name = "SLURM_STEP_NODELIST" if environ.get("SLURM_STEP_NODELIST") else "SLURM_JOB_NODELIST"
     nodes = environ.get(name, "")
     if re.fullmatch(r"[\w.-]+", nodes):

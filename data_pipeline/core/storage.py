@@ -105,7 +105,7 @@ class ShardFiles:
         return path
 
     def is_evicted(self, path: Path) -> bool:
-        """Whether a cached file is gone again."""
+        """Whether a file of the cache has been removed again."""
         return is_url(self._folder) and not path.exists()
 
     def discard(self, path: Path) -> bool:

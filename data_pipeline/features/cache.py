@@ -91,7 +91,7 @@ def feature_members(codec: Codec, row_tokens: int) -> tuple[Member, ...]:
 
 
 def member_infos(codec: Codec, row_tokens: int) -> dict[Literal["features", "scales"], MemberInfo]:
-    """The same, as the manifest has them."""
+    """`feature_members` as entries of a manifest: dtype and shape by name."""
     return {
         "features": MemberInfo(dtype="uint8", shape=[row_tokens, codec.num_code_bytes]),
         "scales": MemberInfo(dtype="uint8", shape=[row_tokens]),
@@ -99,7 +99,7 @@ def member_infos(codec: Codec, row_tokens: int) -> dict[Literal["features", "sca
 
 
 def tile(windows: Sequence[np.ndarray], row_tokens: int) -> tuple[list[int], list[bool]]:
-    """Window lengths that cover all rows, the unfilled tails as windows of their own, and which of them are real."""
+    """Lengths of consecutive windows that cover all rows, each row's unfilled tail being one too, and False for the tails."""
     lengths: list[int] = []
     wanted: list[bool] = []
     for row in windows:

@@ -27,9 +27,11 @@ TOLERATED_SHORTFALL = 0.003
 
 @dataclass(frozen=True)
 class RowAgreement:
-    """Mean cosine of one row's cached features, and the best that its codec can do: that of its fresh features, encoded and
-    decoded now. A row that holds other features is told by the difference; the cosine alone hardly tells, as n-gram means
-    and the mean direction make up most of a decoded feature whatever is stored.
+    """One row's mean cosine between freshly computed features and the cached ones (`mean_cosine`), and between the fresh ones
+    and themselves after encoding and decoding (`attainable`, the best that the codec can do).
+
+    Their difference tells a row that holds other features. The cosine alone hardly does: n-gram means and the mean direction make
+    up most of a decoded feature, whatever is stored.
     """
 
     shard: str
@@ -39,7 +41,7 @@ class RowAgreement:
 
     @property
     def shortfall(self) -> float:
-        """What is missing to the attainable cosine; near 0 for a right row."""
+        """Attainable minus mean cosine; near 0 for a right row."""
         return self.attainable - self.mean_cosine
 
     def __str__(self) -> str:
@@ -61,7 +63,7 @@ class Agreement:
 
     @property
     def worst(self) -> RowAgreement:
-        """The row that falls furthest behind what its codec can do."""
+        """The row with the largest shortfall."""
         return max(self.rows, key=lambda row: row.shortfall)
 
     def __str__(self) -> str:

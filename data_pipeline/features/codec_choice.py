@@ -75,15 +75,15 @@ class Fidelity:
     """Share of the variance about the mean direction that is kept. Directions of a language model's states have much in
     common, so a cosine near 1 can hide that little of what differs is left."""
     standard_error: float
-    """Of the mean cosine."""
+    """Standard error of the mean cosine over tokens."""
     bytes_per_token: float
     bf16_ratio: float
     """bytes_per_token over that of plain bfloat16."""
     codec_bytes: int
-    """Of the codec itself, paid once for the whole data set."""
+    """Size of the codec itself, paid once for the whole data set."""
 
     def reaches(self, target: Target) -> bool:
-        """Whether it keeps the target, in the cosine by more than chance: two standard errors."""
+        """Whether it reaches both shares of the target, the cosine by two standard errors more."""
         return self.mean_cosine - 2 * self.standard_error >= target.mean_cosine and self.explained >= target.explained
 
     def total_bytes(self, num_tokens: int) -> float:
@@ -172,7 +172,10 @@ def allocate(variance_F: torch.Tensor, num_bytes: int) -> list[int]:
 
 
 def _fill_bytes(at_least: dict[int, int], num_bytes: int, num_components: int) -> list[int]:
-    """Levels from how many components have at least so many, whole bytes each and `num_bytes` at most."""
+    """Levels of each component, falling: each group of equal levels fills whole bytes, `num_bytes` in all at most.
+
+    at_least: number of levels -> how many components shall have at least so many.
+    """
     allocated: list[int] = []
     left = num_bytes
     for levels in sorted(at_least, reverse=True):
@@ -278,7 +281,7 @@ def fit(
 
 
 def exact(sample: FeatureSample, dtype: torch.dtype) -> tuple[ExactCodec, Fidelity]:
-    """The codec that keeps everything, in the teacher's own number format."""
+    """The codec that stores hidden states unchanged in `dtype`, the teacher's number format, and its fidelity."""
     codec = ExactCodec(sample.features_TF.shape[1], dtype)
     return codec, measure(codec, sample.at_most(MEASURED_TOKENS), "exact")
 

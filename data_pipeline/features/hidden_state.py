@@ -110,8 +110,9 @@ def probe_tokens(vocab_size: int, purpose: str) -> torch.Tensor:
 
 def agree(found_WLF: torch.Tensor, expected_WLF: torch.Tensor) -> bool:
     """Whether two ways to compute a state gave the same at every token, up to rounding."""
-    error_WL = (found_WLF.float() - expected_WLF.float()).norm(dim=-1) / expected_WLF.float().norm(dim=-1)
-    return bool((error_WL <= TOLERATED_ROUNDINGS * torch.finfo(expected_WLF.dtype).eps).all())  # false of a NaN
+    error_WL = (found_WLF.float() - expected_WLF.float()).norm(dim=-1)
+    tolerance = TOLERATED_ROUNDINGS * torch.finfo(expected_WLF.dtype).eps
+    return bool((error_WL <= tolerance * expected_WLF.float().norm(dim=-1)).all())  # not where there is a NaN
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,9 @@ class _Part:
 
 
 def _not_reached(parent: nn.Module, reached: set[nn.Module], prefix: str = "") -> Iterator[_Part]:
-    """What a pass did not get to: modules, and of a list of modules the last ones.
+    """Modules that a pass did not run, and the members of a list of modules behind the last one that ran.
 
-    Within the members of a list all is kept: which of a layer's experts run depends on the tokens.
+    Nothing within a member of a list is yielded: which of a layer's experts run depends on the tokens.
     """
     for name, module in parent.named_children():
         inner = f"{prefix}{name}."
@@ -153,7 +154,7 @@ def _not_reached(parent: nn.Module, reached: set[nn.Module], prefix: str = "") -
 
 
 def _ran(member: nn.Module, reached: set[nn.Module]) -> bool:
-    """Whether a member of a list ran. Not by what is in it: members may share an activation."""
+    """Whether a member of a list of modules ran itself. Not by what is in it: members may share an activation."""
     if isinstance(member, nn.ModuleList | nn.ModuleDict):  # these never run themselves
         return any(_ran(part, reached) for part in member.children())
     return member in reached

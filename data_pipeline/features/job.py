@@ -82,7 +82,7 @@ class FeatureJob:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the bytes of the cache, apart from the kind of machine."""
+        """What decides the bytes of the cache (but for rounding on other machines); another job's folder differs in it."""
         return {
             "tokens_fingerprint": self.tokens.fingerprint,
             "teacher": self.teacher.describe() | {"tokenizer_sha256": self.tokens.tokenizer.sha256},

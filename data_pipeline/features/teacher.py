@@ -24,8 +24,8 @@ class Teacher:
     """A causal LM: tokens in, hidden states of one layer out. T packed tokens, W windows padded to L, F features."""
 
     state: HiddenState
-    """What is computed: `state.layer` is an index into transformers' `hidden_states`, 0 the embeddings, -1 behind the last layer and
-    the final norm."""
+    """Computes the hidden state `state.layer`, an index into transformers' `hidden_states`: 0 is the embeddings, -1 the output of the
+    final norm."""
     name: str
     revision: str | None
     feature_dim: int

@@ -100,16 +100,16 @@ def shard_bytes(members: Sequence[Member], num_rows: int) -> int:
 
 
 class ShardIndex(NamedTuple):
-    """Where a shard's arrays lie, known once all of its headers were checked."""
+    """Byte positions of a shard's arrays, made by a check of all of its headers."""
 
     file: tuple[int, int, int]
     """Device, inode and modification time (ns) of the file that was checked."""
     stride: int
-    """Bytes of a row where all rows take the same; else 0."""
+    """Bytes from one row to the next; 0 where rows differ in size."""
     places: dict[str, np.ndarray]
-    """Per member the offset of each row's data; of the first row's alone where rows are evenly spaced."""
+    """Per member the offset of the array of every row, int64 [rows]; with a stride only that of the first row, int64 [1]."""
     ragged: dict[str, tuple[np.ndarray, np.ndarray]]
-    """Per member with a free dimension a copy of the elements of all rows in turn, and where each row's end (`_ends`)."""
+    """Per member with a free dimension: its elements in all rows, concatenated, and the `_ends` of the rows among them."""
 
 
 class Shard:
@@ -166,9 +166,7 @@ class Shard:
         return np.stack(rows).reshape(len(rows), *shape) if rows else np.zeros((0, *shape), member.dtype)
 
     def ragged(self, name: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Arrays with a free first dimension of rows [start, stop): all their elements in turn, and the number in each
-        row.
-        """
+        """Arrays with a free first dimension of rows [start, stop): their elements, concatenated, and the number of each row."""
         values, ends = self.index.ragged[name]
         return values[ends[start] : ends[stop]], ends[start + 1 : stop + 1] - ends[start:stop]
 
@@ -187,8 +185,8 @@ class Shard:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}): {self._remedy}") from None
 
     def _even_index(self, members: Sequence[Member]) -> ShardIndex | None:
-        """What `_index` finds, of a shard that is right and whose rows all take as many bytes, tens of times faster; None
-        otherwise: then `_index` says what is wrong, or takes the rows one by one.
+        """The index of a shard whose rows all take the same number of bytes, by comparing all headers at once, tens of times
+        faster than `_index`. None if rows differ in size or anything is wrong: `_index` then goes row by row and names it.
         """
         stride = self._first_row_bytes(members)
         end = self.rows * stride
@@ -229,7 +227,7 @@ class Shard:
         return offset
 
     def _index(self, members: Sequence[Member]) -> ShardIndex:
-        """The index after checking every header, one by one."""
+        """The index, by checking the headers one by one. Raises: UserError that names the first wrong one."""
         offset = 0
         found: dict[str, tuple[list[int], list[int]]] = {member.name: ([], []) for member in members}
         for row in range(self.rows):
@@ -280,7 +278,7 @@ class Shard:
         return size
 
     def _explain(self, offset: int, row: int, member: Member, size: int) -> str:
-        """Message for a tar header that is not the expected one."""
+        """Message for a tar header that is not the expected one of the row's member."""
         header, expected = self._buffer[offset : offset + _BLOCK], _member_name(row, member.name)
         name = header[:100].rstrip(b"\0").decode("ascii", "backslashreplace")
         offence = (
@@ -292,7 +290,7 @@ class Shard:
 
 
 def _ends(counts: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Where each row's elements end among all in turn, with a 0 before the first."""
+    """Cumulative counts with a leading 0, int64 [rows + 1]: row r's elements are [ends[r], ends[r + 1])."""
     return np.concatenate([[0], np.cumsum(counts)])
 
 

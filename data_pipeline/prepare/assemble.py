@@ -122,7 +122,7 @@ def count_rows(task: AssembleTask) -> int:
 
 
 def group_path(work: Path, group: Group) -> Path:
-    """Where a group's result is kept; its presence says that its shards are finished."""
+    """Path of a group's result. The file exists once the group's shards are finished."""
     return work / "groups" / f"{group.split}-{group.low:016x}-{group.high:016x}.json"
 
 
@@ -141,7 +141,7 @@ def _divide(split: str, low: int, high: int, number: int, num_shards: int) -> li
 
 
 def _suffices(groups: list[Group], chunks: list[Path], row_tokens: int, num_rows: Callable[[Group], int]) -> bool:
-    """Whether each of several groups has a row for each of its shards; one alone is what there is."""
+    """Whether every group has at least one row for each of its shards; a single group always passes."""
     if len(groups) == 1:
         return True
     tokens = np.diff(tokens_below(chunks, [group.low for group in groups] + [groups[-1].high])).tolist()

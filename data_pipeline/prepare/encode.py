@@ -88,7 +88,7 @@ def encode_bundle(task: EncodeTask, progress: Callable[[int, int], None]) -> Bun
 
 
 def result_path(work: Path, index: int) -> Path:
-    """Where a bundle's result is kept."""
+    """Path of a bundle's result. The file exists once the bundle is encoded."""
     return work / "units" / f"{index:06d}.json"
 
 

@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from data_pipeline.core.errors import UserError, cli
+from data_pipeline.core.storage import atomic_folder
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.text.tokenization import LoadedTokenizer, load_prepared_tokenizer
 from modeling.solvers import solver_names
@@ -101,19 +102,13 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def write(exported: Exported, tokenizer: LoadedTokenizer, output: Path) -> None:
     """Everything into a folder beside `output`, which then takes its place."""
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        exported.model.save_pretrained(partial)
+    with atomic_folder(output) as folder:
+        exported.model.save_pretrained(folder)
         for file in exported.code:
-            shutil.copyfile(file, partial / file.name)
-        tokenizer.save(partial)
-        (partial / "README.md").write_text(exported.card, encoding="utf-8")
+            shutil.copyfile(file, folder / file.name)
+        tokenizer.save(folder)
+        (folder / "README.md").write_text(exported.card, encoding="utf-8")
         make_room(output)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_output(output: Path, overwrite: bool) -> None:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+from data_pipeline.core.storage import write_text
+
 FOLDER = "heartbeats"
 
 
@@ -26,10 +28,7 @@ class Heartbeat:
 
     def write(self, run: Path) -> None:
         """Replace the rank's file as a whole. Raises: OSError."""
-        path = heartbeat_file(run, self.rank)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        temporary.replace(path)
+        write_text(heartbeat_file(run, self.rank), json.dumps(asdict(self)), durable=False)
 
     @classmethod
     def read(cls, path: Path) -> Self | None:

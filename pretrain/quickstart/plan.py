@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.storage import write_text
 
 RANKS = 2
 ROW_TOKENS = 512
@@ -70,10 +71,7 @@ class Ledger:
 
     def save(self) -> None:
         """Write the file, atomically."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.entries, indent=1))
-        partial.replace(self.path)
+        write_text(self.path, json.dumps(self.entries, indent=1))
 
 
 @dataclass(frozen=True)

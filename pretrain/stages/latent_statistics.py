@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.storage import atomic_write
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import SUFFIX, Batch
 from data_pipeline.reading.counts import token_counts
@@ -72,10 +73,12 @@ class LatentStatistics:
         tensors |= {"eigenvalues": self.floors.eigenvalues_Z}
         tensors |= {"within_token_variance": torch.tensor(self.floors.within_token_variance, dtype=torch.float64)}
         tensors |= {f"{TOKENS_PREFIX}{name}": tensor for name, tensor in self.tokens.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"key": key})
-        partial.replace(path)
+        with atomic_write(path) as file:
+            file.write(
+                safetensors_bytes(
+                    {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"key": key}
+                )
+            )
 
     @classmethod
     def load(cls, path: Path, key: str | None = None) -> Self:

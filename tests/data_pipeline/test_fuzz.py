@@ -23,7 +23,7 @@ from data_pipeline.features.cache import feature_members, load_cache, member_inf
 from data_pipeline.features.codec import ExactCodec
 from data_pipeline.format.manifest import FeatureManifest, Manifest, fingerprint
 from data_pipeline.format.shards import write_shard
-from data_pipeline.prepare.inspect import verify
+from data_pipeline.prepare.verify import verify
 from data_pipeline.reading.batch import Split
 from data_pipeline.reading.loader import TrainLoader
 from data_pipeline.reading.order import Span

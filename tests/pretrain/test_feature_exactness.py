@@ -11,7 +11,8 @@ from transformers import Qwen3Config, Qwen3Model
 
 from data_pipeline import cache_features
 from data_pipeline.format.manifest import Manifest
-from data_pipeline.prepare.__main__ import PrepareOptions, prepare
+from data_pipeline.prepare.options import PrepareOptions
+from data_pipeline.prepare.passes import prepare
 from data_pipeline.reading.batch import Batch, Split
 from data_pipeline.reading.loader import TrainLoader, heldout_batches
 from data_pipeline.text.tokenization import train_tokenizer

@@ -8,7 +8,7 @@ from torch import nn
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.features import hidden_state
-from data_pipeline.features.hidden_state import HiddenState, find_hidden_state, whole_state
+from data_pipeline.features.hidden_state import HiddenState, agree, find_hidden_state, whole_state
 
 VOCAB_SIZE, WIDTH, LAYERS = 50, 8, 6
 
@@ -179,6 +179,16 @@ def test_states_that_are_not_there_are_refused():
     model.forward = lambda **_: SimpleNamespace(hidden_states=[torch.zeros(4, 2, 3, 5)])  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"hidden states are \[4, 2, 3, 5\]"):
         find_hidden_state(model, 0, VOCAB_SIZE)
+
+
+def test_states_agree_up_to_rounding_at_every_token():
+    expected_WLF = torch.randn(2, 5, WIDTH)
+    expected_WLF[0, 3] = 0  # such as padding
+    assert agree(expected_WLF * (1 + 3e-7), expected_WLF)
+    for wrong in (1.0, float("nan")):
+        found_WLF = expected_WLF.clone()
+        found_WLF[1, 2, 0] += wrong
+        assert not agree(found_WLF, expected_WLF)
 
 
 def test_a_state_of_nan_proves_nothing():

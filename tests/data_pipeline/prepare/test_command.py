@@ -24,9 +24,9 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest
-from data_pipeline.prepare import __main__ as prepare
-from data_pipeline.prepare import assemble, encode, spill
-from data_pipeline.prepare.__main__ import PrepareOptions, main
+from data_pipeline.prepare import assemble, encode, passes, spill
+from data_pipeline.prepare.__main__ import main
+from data_pipeline.prepare.options import PrepareOptions
 from data_pipeline.reading.batch import FILLER, Split
 from data_pipeline.reading.loader import TrainLoader
 from data_pipeline.reading.order import Span
@@ -63,7 +63,7 @@ def options(place: Path, output: Path, **changes: object) -> PrepareOptions:
 
 
 def run(place: Path, output: Path, **changes: object) -> Manifest:
-    manifest = prepare.prepare(options(place, output, **changes))
+    manifest = passes.prepare(options(place, output, **changes))
     assert manifest is not None
     return manifest
 
@@ -128,7 +128,7 @@ def test_split_is_by_text_alone(place: Path, expected: dict, tmp_path: Path) -> 
         str(tmp_path / "few.jsonl"), str(place / "tokenizer"), tmp_path / "out", row_tokens=128, max_document_length=64,
         min_document_length=5, heldout_fraction=0.05, shards=2,
     )  # fmt: skip
-    manifest = prepare.prepare(changed)
+    manifest = passes.prepare(changed)
     assert manifest is not None
     few = {tuple(window) for window in windows_of(tmp_path / "out", manifest, "heldout")}
     assert few < {
@@ -164,12 +164,12 @@ def test_parts_and_merge_equal_one_run(
     place: Path, expected: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "UNIT_BYTES", 20_000)
-    assert prepare.prepare(options(place, tmp_path), part=(1, 3)) is None
+    assert passes.prepare(options(place, tmp_path), part=(1, 3)) is None
     with pytest.raises(UserError, match="not encoded yet"):
-        prepare.prepare(options(place, tmp_path), merge=True)
+        passes.prepare(options(place, tmp_path), merge=True)
     for index in (2, 0):
-        prepare.prepare(options(place, tmp_path), part=(index, 3))
-    prepare.prepare(options(place, tmp_path), merge=True)
+        passes.prepare(options(place, tmp_path), part=(index, 3))
+    passes.prepare(options(place, tmp_path), merge=True)
     assert contents(tmp_path) == expected
 
 
@@ -177,7 +177,7 @@ def test_a_tokenizer_of_whole_words(place: Path, tmp_path: Path) -> None:
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate([*WORDS, "?", "."])}, unk_token="?"))
     backend.pre_tokenizer = Whitespace()
     backend.save(str(tmp_path / "tokenizer.json"))
-    manifest = prepare.prepare(
+    manifest = passes.prepare(
         replace(options(place, tmp_path / "out", workers=2), tokenizer=str(tmp_path / "tokenizer.json"))
     )
     assert manifest is not None
@@ -196,7 +196,7 @@ def test_a_finished_folder_stays_as_it_is(place: Path, tmp_path: Path, capsys: p
         run(place, tmp_path, seed=1)
     with pytest.raises(UserError, match="--shards was 48, now 4"):
         run(place, tmp_path, shards=4)
-    manifest = prepare.prepare(options(place, tmp_path, shards=4), fresh=True)
+    manifest = passes.prepare(options(place, tmp_path, shards=4), fresh=True)
     assert manifest is not None
     assert len(list(tmp_path.glob("train-*.tar"))) == 4
 
@@ -207,20 +207,20 @@ def test_a_finished_folder_knows_its_source_from_another_of_the_same_name(place:
         lines = [json.dumps({"text": text, "title": text}) + "\n" for text in TEXTS[:count]]
         (tmp_path / name / "train.jsonl").write_text("".join(lines))
     first = replace(options(place, tmp_path / "out"), source=str(tmp_path / "a" / "train.jsonl"))
-    manifest = prepare.prepare(first)
-    assert prepare.prepare(first) == manifest
+    manifest = passes.prepare(first)
+    assert passes.prepare(first) == manifest
     shutil.copytree(tmp_path / "a", tmp_path / "copied")
-    assert prepare.prepare(replace(first, source=str(tmp_path / "copied" / "train.jsonl"))) == manifest
+    assert passes.prepare(replace(first, source=str(tmp_path / "copied" / "train.jsonl"))) == manifest
     with pytest.raises(UserError, match=r"--source .*names and sizes.* was .*, now"):
-        prepare.prepare(replace(first, source=str(tmp_path / "b" / "train.jsonl")))
+        passes.prepare(replace(first, source=str(tmp_path / "b" / "train.jsonl")))
     with pytest.raises(UserError, match="--text-field was 'text', now 'title'"):
-        prepare.prepare(replace(first, text_field="title"))
+        passes.prepare(replace(first, text_field="title"))
     # A folder of an earlier version records neither.
     path = tmp_path / "out" / "manifest.json"
     fields = json.loads(path.read_text())
     del fields["text_field"], fields["source_files"]
     path.write_text(json.dumps(fields))
-    earlier = prepare.prepare(replace(first, text_field="title"))
+    earlier = passes.prepare(replace(first, text_field="title"))
     assert earlier is not None
     assert manifest is not None
     assert earlier.fingerprint == manifest.fingerprint
@@ -229,7 +229,7 @@ def test_a_finished_folder_knows_its_source_from_another_of_the_same_name(place:
 def test_changed_arguments_and_sources_are_refused_on_resume(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "source", tmp_path / "source")
     shutil.copytree(place / "tokenizer", tmp_path / "tokenizer")
-    prepare.prepare(options(tmp_path, tmp_path / "out"), part=(0, 2))
+    passes.prepare(options(tmp_path, tmp_path / "out"), part=(0, 2))
     with pytest.raises(UserError, match="--row-tokens was 256, now 512"):
         run(tmp_path, tmp_path / "out", row_tokens=512)
     with (tmp_path / "source" / "b.jsonl").open("a") as file:
@@ -256,7 +256,7 @@ def test_kill_at_any_moment_then_the_same_bytes(place: Path, expected: dict, tmp
     rng = np.random.default_rng(4)
     for _ in range(4):
         process = subprocess.Popen(command(place, tmp_path), env=environment, stderr=subprocess.DEVNULL)
-        time.sleep(float(rng.uniform(0.3, 3.5)))
+        time.sleep(float(rng.uniform(0.3, 5)))
         process.send_signal(signal.SIGKILL)
         process.wait()
     subprocess.run(command(place, tmp_path), env=environment, check=True, stderr=subprocess.DEVNULL)
@@ -265,13 +265,13 @@ def test_kill_at_any_moment_then_the_same_bytes(place: Path, expected: dict, tmp
 
 def test_finished_work_is_not_repeated(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "UNIT_BYTES", 300_000)
-    prepare.prepare(options(place, tmp_path), part=(0, 2))
+    passes.prepare(options(place, tmp_path), part=(0, 2))
     for name in (".manifest.json.abc.tmp", ".train-00000.tar.abc.tmp"):  # of a killed run
         (tmp_path / name).write_text("half")
     encoded: list[int] = []
-    original = prepare.encode_bundle
+    original = passes.encode_bundle
     monkeypatch.setattr(
-        prepare, "encode_bundle", lambda task, report: encoded.append(task.index) or original(task, report)
+        passes, "encode_bundle", lambda task, report: encoded.append(task.index) or original(task, report)
     )
     run(place, tmp_path)
     assert encoded == list(range(1, len(sources.open_source(str(place / "source")).bundles), 2))
@@ -322,9 +322,9 @@ def test_a_small_disk_that_is_really_full(
     assert not list(small_disk.rglob("*.tmp"))
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     encoded: list[int] = []
-    original = prepare.encode_bundle
+    original = passes.encode_bundle
     monkeypatch.setattr(
-        prepare, "encode_bundle", lambda task, report: encoded.append(task.index) or original(task, report)
+        passes, "encode_bundle", lambda task, report: encoded.append(task.index) or original(task, report)
     )
     run(place, small_disk)
     done = {int(path.stem) for path in finished if path.suffix == ".json" and path.parent.name == "units"}
@@ -427,7 +427,7 @@ def test_many_small_files_cost_what_one_costs(place: Path, tmp_path: Path, monke
             counted(patch, spill.Chunk, "__init__", counts[name])
             counted(patch, encode, "_encode", counts[name])
             counted(patch, encode, "write_text", counts[name])
-            manifest = prepare.prepare(replace(options(place, tmp_path / f"out-{name}"), source=str(tmp_path / name)))
+            manifest = passes.prepare(replace(options(place, tmp_path / f"out-{name}"), source=str(tmp_path / name)))
         assert manifest is not None
         counts[name]["train"] = int(manifest.fingerprint, 16)
     assert counts["many"].pop("train") == counts["one"].pop("train")
@@ -451,8 +451,8 @@ def test_a_source_that_holds_its_output_is_continued(
 ) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:100]))
     inside = replace(options(place, tmp_path / "out"), source=str(tmp_path))
-    manifest = prepare.prepare(inside)
-    assert prepare.prepare(inside) == manifest
+    manifest = passes.prepare(inside)
+    assert passes.prepare(inside) == manifest
     assert "reads 1 .jsonl; leaves out" in capsys.readouterr().out
 
 
@@ -539,7 +539,7 @@ def test_real_text_fills_rows(shared: Path, tmp_path: Path) -> None:
     for name, tokenizer, row_tokens in (("openwebtext", "qwen", 4096), ("tinystories", "gpt2", 1024)):
         lines = (shared / "corpora" / f"{name}.jsonl").read_text().splitlines()
         (tmp_path / "text.jsonl").write_text("\n".join(lines[: len(lines) // 2]))
-        manifest = prepare.prepare(
+        manifest = passes.prepare(
             PrepareOptions(
                 str(tmp_path / "text.jsonl"),
                 str(shared / "tokenizers" / tokenizer),

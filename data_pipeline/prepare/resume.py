@@ -1,6 +1,4 @@
-"""The work folder of prepare: what was asked for, so that a killed run continues only with the same arguments and
-source.
-"""
+"""Going on after a kill: the work folder says what was asked for, and other arguments or another source are refused."""
 
 import json
 import shutil
@@ -22,7 +20,7 @@ SOURCE_FILES = "--source (hash of its files' names and sizes)"
 
 
 def finished_arguments(manifest: Manifest) -> dict[str, Any]:
-    """What a finished folder was prepared with, as far as it records it, by the names of the command line."""
+    """Arguments of the command line, by name, that a finished folder was prepared with; those that its manifest records."""
     earlier = {
         "--source": manifest.source,
         SOURCE_FILES: manifest.source_files,
