@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 # Children are forked from a server that has imported what takes seconds to import, so that kills meet work, not start-up.
 _CONTEXT = get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["data_pipeline.prepare.__main__", "data_pipeline.cache_features"])
+_CONTEXT.set_forkserver_preload(["data_pipeline.prepare.__main__", "data_pipeline.cache_features", "webdataset.writer"])
 _POLL_S = 0.003  # looking at the folder takes as much again, on cores that the command wants
 _TIMEOUT_S = 120
 

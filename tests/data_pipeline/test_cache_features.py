@@ -15,6 +15,7 @@ from transformers import Qwen3Config, Qwen3Model
 
 from data_pipeline.cache_features import main
 from data_pipeline.core.errors import UserError
+from data_pipeline.features import hidden_state
 from data_pipeline.features.cache import feature_members, load_cache, tile
 from data_pipeline.features.check import compare
 from data_pipeline.features.job import format_bytes
@@ -291,6 +292,42 @@ def test_check_finds_a_single_row_with_the_features_of_another(data, teacher, ca
     printed = capsys.readouterr().err
     assert "in 1 of 177 rows: row 7 of train-00002.tar: mean cosine" in printed
     assert "weights are the same" in printed
+
+
+def test_check_finds_the_features_of_another_model_that_the_same_code_made(
+    data, teacher, tmp_path, monkeypatch, capsys
+):
+    """As if a cut had gone wrong and its proof too: whoever checks runs the whole model, so it shows."""
+    find = hidden_state._find_source
+    with monkeypatch.context() as patch:
+        patch.setattr(hidden_state, "_find_source", lambda model, *rest: (model.layers[1], find(model, *rest)[1]))
+        patch.setattr(hidden_state, "_agrees", lambda *_: True)
+        assert main(command(data, teacher, tmp_path / "wrong", "--exact")) == 0
+        assert main(["check", "--data", str(data), "--features", str(tmp_path / "wrong"), "--device", "cpu"]) == 2
+    assert "does not hold the features of" in capsys.readouterr().err
+
+
+def test_check_finds_the_only_cache_and_its_teacher(data, teacher, cached, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("data", "teacher"):
+        shutil.copytree({"data": data, "teacher": teacher}[name], name)
+    check = ["check", "--data", "data", "--rows", "3", "--device", "cpu"]
+    assert main(check) == 2
+    assert "data holds the feature caches: none; name one with --features" in capsys.readouterr().err
+    assert main(["--data", "data", "--teacher", "teacher", "--device", "cpu", *FAST]) == 0
+    assert (tmp_path / "data/features-teacher/manifest.json").exists()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    check[2] = "../data"
+    assert main(check) == 0
+    assert main([*check, "--teacher", str(tmp_path / "teacher")]) == 0
+    capsys.readouterr()
+    shutil.move(tmp_path / "teacher", tmp_path / "moved")
+    assert main(check) == 2
+    assert f"made with the teacher in {tmp_path / 'teacher'}, which is not there" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "data/features-teacher", tmp_path / "data/another")
+    assert main(check) == 2
+    assert "holds the feature caches: another, features-teacher" in capsys.readouterr().err
 
 
 def test_mismatches_are_refused_when_opened(data, cached, tmp_path):
