@@ -14,6 +14,7 @@ medians of runs one after the other, so only on a quiet machine.
 
 import argparse
 import itertools
+import json
 import math
 import statistics
 import sys
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 from benchmarks.measuring import ROOT, existing, phase, print_figures
 from data_pipeline.core.errors import UserError, cli
 from pretrain import train
+from pretrain.engine.optimizer_settings import optimizer_settings
 from pretrain.telemetry.sinks import read_metrics
 
 FIGURES = ("eval/nats_per_token", "eval/flow")
@@ -53,6 +55,13 @@ def trained(config: Path, folder: Path, steps: int, settings: Sequence[str]) -> 
     return Trained(last[name], statistics.median(line["step_s"] for line in read_metrics(folder)))
 
 
+def section(config: Path, kind: str) -> str:
+    """The configuration's optimizer section as a setting, for another kind: the keys that this one has."""
+    values = json.loads(config.read_text(encoding="utf-8"))["optimizer"]
+    known = optimizer_settings(kind).model_fields
+    return "optimizer=" + json.dumps({key: value for key, value in values.items() if key in known} | {"kind": kind})
+
+
 def steps_ratio(target: float, by_share: dict[float, float]) -> float | None:
     """The share at which the figure comes down to `target`; see the module's text."""
     shares = sorted(by_share)
@@ -68,12 +77,12 @@ def steps_ratio(target: float, by_share: dict[float, float]) -> float | None:
 def measure(config: Path, folder: Path, steps: int, shares: Sequence[float], muon: Sequence[str]) -> dict[str, Any]:
     """The figures; runs go to `folder`."""
     with phase(f"AdamW, {steps} steps"):
-        adamw = trained(config, folder / "adamw", steps, ["optimizer.kind=adamw"])
+        adamw = trained(config, folder / "adamw", steps, [section(config, "adamw")])
     found: dict[float, Trained] = {}
     for share in shares:
         with phase(f"Muon, {round(share * steps)} steps"):
             run = folder / f"muon-{share:g}"
-            found[share] = trained(config, run, round(share * steps), ["optimizer.kind=muon", *muon])
+            found[share] = trained(config, run, round(share * steps), [section(config, "muon"), *muon])
         print(f"AdamW {adamw.figure:.4f}, Muon at {share:g} of the steps {found[share].figure:.4f}", flush=True)
     return {
         "steps_ratio": steps_ratio(adamw.figure, {share: run.figure for share, run in found.items()}),

@@ -11,6 +11,9 @@ from tests.pretrain import tiny_pipeline
 
 def test_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, _, dit = tiny_pipeline.train_both(tmp_path)
+    values = json.loads((dit / "config.json").read_text())
+    values["optimizer"] |= {"kind": "muon", "matrix_lr": 0.01}
+    (dit / "config.json").write_text(json.dumps(values))
     assert muon.main(["--run", str(dit), "--steps", "4", "--shares", "0.5", "1"]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["steps"] == 4
