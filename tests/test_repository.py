@@ -16,8 +16,8 @@ FLOORS = {
     "modeling": [
         ["attention", "flow", "losses", "shapes", "times", "token_statistics"],
         ["floors", "layers", "solvers"],
-        ["heads", "repa", "text_vae"],
-        ["text_dit"],
+        ["heads", "repa", "text_vae", "token_transformer"],
+        ["text_dit", "masked_diffusion", "stock_language_model"],
         ["guidance"],
         ["continuation"],
         ["likelihood"],
