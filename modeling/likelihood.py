@@ -296,7 +296,12 @@ def per_token(nats_N: torch.Tensor, tokens_N: torch.Tensor) -> tuple[float, floa
     return mean, math.sqrt(variance) / total
 
 
-def unigram_nats(counts_V: torch.Tensor, tokens_T: torch.Tensor) -> float:
-    """Nats a token of a model that knows nothing but how often each token occurred; a token never seen counts as half a time."""
+def frequency_nats(counts_V: torch.Tensor) -> torch.Tensor:
+    """Float64 [V]: the nats of each token to who knows nothing but how often it occurred; one never seen counts as half a time."""
     weights_V = counts_V.double() + 0.5
-    return -float((weights_V / weights_V.sum()).log()[tokens_T].mean())
+    return -(weights_V / weights_V.sum()).log()
+
+
+def unigram_nats(counts_V: torch.Tensor, tokens_T: torch.Tensor) -> float:
+    """Nats a token of tokens under their frequencies alone."""
+    return float(frequency_nats(counts_V)[tokens_T].mean())

@@ -105,7 +105,7 @@ def compare(
     return Agreement(len(cosine_T), float(cosine_T.mean()), float(first_percentile), rows)
 
 
-def _teacher_of(features: str | Path, name: str) -> str:
+def teacher_of(features: str | Path, name: str) -> str:
     """The teacher of a cache, by the path that it had then if it was local. Raises: UserError where it is no longer."""
     try:
         path = json.loads(read_bytes(str(features), JOB_NAME)).get(TEACHER_PATH)
@@ -132,7 +132,7 @@ def check_cache(
     tokens = Manifest.load(data)
     cache = load_cache(features, tokens)
     made_by, promised = cache.manifest.teacher, cache.manifest.statistics["mean_cosine"]
-    name = teacher or _teacher_of(features, made_by["name"])
+    name = teacher or teacher_of(features, made_by["name"])
     loaded = load_teacher(name, made_by["layer"], made_by["revision"], made_by["dtype"], token_budget, whole=True)
     loaded.to(device)
     check_fit(loaded, data, tokens)

@@ -10,7 +10,7 @@ from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import SUFFIX, Batch
 from data_pipeline.reading.counts import token_counts
 from data_pipeline.reading.prompts import prompts_of
-from modeling.likelihood import unigram_nats
+from modeling.likelihood import frequency_nats, unigram_nats
 from modeling.times import EstimatePath
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.manifest import read_manifest
@@ -18,6 +18,7 @@ from pretrain.diagnose import model_checks, panels, text_checks
 from pretrain.diagnose.diagnosis import Diagnosis, heldout, phase, say, training
 from pretrain.diagnose.nats import draw_bound, nats_verdicts
 from pretrain.diagnose.page import Panel
+from pretrain.diagnose.teacher import teacher_figures
 from pretrain.diagnose.texts import variety_figures, variety_verdicts, word_figures, word_verdicts
 from pretrain.diagnose.vae import space_figures, space_verdicts
 from pretrain.diagnose.verdicts import Figures, Verdict, at_least, at_most, quarters
@@ -34,8 +35,10 @@ SWEEP_STEPS = 16
 
 def measure(stage: DiTStage, device: torch.device) -> Figures:
     """All checks, those on its VAE included."""
-    figures, _ = space_figures(stage_of_vae(stage, device), device, set_statistics=False)
-    return {"vae_run": stage.config.model.vae} | figures | flow_figures(stage, device) | text_figures(stage, device)
+    vae_stage = stage_of_vae(stage, device)
+    figures, _ = space_figures(vae_stage, device, set_statistics=False)
+    figures = {"vae_run": stage.config.model.vae} | figures | flow_figures(stage, vae_stage.config, device)
+    return figures | text_figures(stage, device)
 
 
 def stage_of_vae(stage: DiTStage, device: torch.device) -> VAEStage:
@@ -60,8 +63,8 @@ def stage_of_vae(stage: DiTStage, device: torch.device) -> VAEStage:
     return vae_stage
 
 
-def flow_figures(stage: DiTStage, device: torch.device) -> Figures:
-    """Checks 1, 3, 5 and 6 on the DiT, and its loss on training rows (check 9)."""
+def flow_figures(stage: DiTStage, vae: VAERun, device: torch.device) -> Figures:
+    """Checks 1, 3, 5 and 6 on the DiT, its loss on training rows (check 9), and what the VAE's teacher knows of the same targets."""
     batches = heldout(stage.config, device)
     with phase("DiT: flow loss, true and foreign contexts", len(batches)) as tick:
         flow = model_checks.flow_figures(stage, batches, tick)
@@ -70,7 +73,7 @@ def flow_figures(stage: DiTStage, device: torch.device) -> Figures:
     figures: Figures = {"flow_loss": flow.losses, "flow_loss_foreign_context": flow.foreign_losses}
     for name, values in flow.floors.items():
         figures |= {f"{name}_floor": values, f"{name}_floor_removed": flow.floors_removed[name]}
-    figures |= likelihood_figures(stage, batches)
+    figures |= likelihood_figures(stage, vae, batches)
     figures |= {"context_gap": flow.context_gap, "context_gap_error": flow.context_gap_error}
     figures["loss_by_target_length"] = flow.loss_by_length
     figures["within_token_variance"] = stage.floors.within_token_variance
@@ -84,8 +87,8 @@ def flow_figures(stage: DiTStage, device: torch.device) -> Figures:
     return figures
 
 
-def likelihood_figures(stage: DiTStage, batches: Sequence[Batch]) -> Figures:
-    """Checks 1 and 5 in nats a token: the bound and its parts, what knows only frequencies, and the context's worth."""
+def likelihood_figures(stage: DiTStage, vae: VAERun, batches: Sequence[Batch]) -> Figures:
+    """Checks 1 and 5 in nats a token: the bound and its parts, what knows only frequencies, the teacher, and the context's worth."""
     with phase("DiT: nats per token, true and foreign contexts", len(batches)) as tick:
         found = model_checks.nats_figures(stage, batches, tick)
     with phase("tokens of the training split"):
@@ -93,12 +96,13 @@ def likelihood_figures(stage: DiTStage, batches: Sequence[Batch]) -> Figures:
         counts_V = token_counts(data.path, Manifest.load(data.path), **data.reading())
     targets_M = torch.cat([batch.tokens_T.cpu()[batch.roles_T == SUFFIX] for batch in batches])
     bound, (worth, worth_error) = found.bound, found.context_worth
-    return {
+    figures = {
         "nats_per_token": bound.nats, "nats_per_token_error": bound.error, "nats_t0": bound.t0,
         "nats_cross_entropy": bound.cross_entropy, "nats_flow": bound.flow, "target_tokens": bound.tokens,
         "nats_times": list(found.true.times), "nats_curve": found.true.curve,
         "unigram_nats": unigram_nats(counts_V, targets_M), "context_nats": worth, "context_nats_error": worth_error,
     }  # fmt: skip
+    return figures | teacher_figures(vae, data.path, batches, frequency_nats(counts_V))
 
 
 def text_figures(stage: DiTStage, device: torch.device) -> Figures:

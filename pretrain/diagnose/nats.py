@@ -9,8 +9,10 @@ from pretrain.diagnose.verdicts import Figures, Verdict, above, at_most
 def nats_verdicts(figures: Figures) -> list[Verdict]:
     """Does it know language (check 1), and does it read the context (5)? Two standard errors must lie between it and what does not."""
     nats, error = figures["nats_per_token"], figures["nats_per_token_error"]
+    teacher = figures.get("teacher_nats")
     return [
         Verdict(1, "nats per token", f"{nats:.4f} +- {error:.4f}"),
+        *([Verdict(1, "the teacher's nats per token", f"{teacher:.4f}")] if teacher is not None else []),
         at_most(1, "nats per token + 2 errors, below the unigram's", nats + 2 * error, figures["unigram_nats"]),
         above(5, "nats that the context is worth", figures["context_nats"], 2 * figures["context_nats_error"]),
     ]
@@ -30,9 +32,12 @@ def draw_bound(axes: Axes, figures: Figures) -> None:
     nats, unigram = figures["nats_per_token"], figures["unigram_nats"]
     axes.plot(figures["nats_times"], figures["nats_curve"], "o-", color=MODEL, ms=3, label="bound at t0")
     axes.axhline(unigram, color=FOREIGN, lw=1.2, label="unigram")
+    if (teacher := figures.get("teacher_nats")) is not None:
+        axes.axhline(teacher, color=TRUE, lw=1.2, label="teacher")
     axes.axhline(nats + figures["context_nats"], color=FOREIGN, lw=1, ls=":", label="foreign context")
     # Near t0 = 0 a bound may be anything: the picture is of what lies around the least and the unigram's.
-    lowest, highest = min(nats, unigram), max(nats, unigram)
+    compared = [nats, unigram, figures.get("teacher_nats", nats)]
+    lowest, highest = min(compared), max(compared)
     margin = 0.3 * (highest - lowest) + 0.05
     axes.set_ylim(lowest - margin, highest + 2 * margin)
     axes.set_xlabel("t0")

@@ -13,6 +13,7 @@ import platform
 import resource
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -98,7 +99,9 @@ def dit_steps(plan: Plan, seconds_before: float, diagnosis_s: float) -> int:
 
 
 def summary(plan: Plan, ledger: Ledger, steps: Sequence[Step]) -> dict[str, Any]:
-    """The recipe's figures, as summary.json holds them."""
+    """The recipe's figures, as summary.json holds them; tokens and their speed are the DiT's."""
+    from pretrain.telemetry.sinks import read_metrics
+
     vae = json.loads((plan.vae / "diagnosis.json").read_text())
     dit = json.loads((plan.dit / "diagnosis.json").read_text())
     entries = [ledger.entries[step.name] for step in steps]
@@ -117,6 +120,11 @@ def summary(plan: Plan, ledger: Ledger, steps: Sequence[Step]) -> dict[str, Any]
         "real_word_share",
     ):
         figures[name] = dit[name]
+    # Left out where the teacher could not be had again as a causal language model; the diagnosis has said why.
+    figures["teacher_nats"] = dit.get("teacher_nats")
+    lines = read_metrics(plan.dit)
+    figures["tokens_per_second"] = round(statistics.median(line["tokens_per_s"] for line in lines), 1)
+    figures["tokens_seen"] = round(lines[-1]["step"] * lines[-1]["step_s"] * lines[-1]["tokens_per_s"])
     figures["step_seconds"] = {step.name: round(ledger.entries[step.name]["seconds"], 1) for step in steps}
     figures["long"] = plan.long
     figures["commit"] = _commit()

@@ -196,6 +196,9 @@ def test_the_whole_recipe_on_a_handful_of_documents(tmp_path, monkeypatch, capfd
     figures = json.loads((output / "summary.json").read_text())
     assert 0 < figures["nats_per_token"] < 1.5 * figures["unigram_nats"]
     assert {"nats_per_token_error", "nats_t0", "context_nats"} <= figures.keys()
+    assert 0 < figures["teacher_nats"] < 1.5 * figures["unigram_nats"]
+    assert figures["tokens_seen"] == 3 * 1024
+    assert figures["tokens_per_second"] > 0
     assert 0 <= figures["vae_token_accuracy"] <= 1
     assert figures["peak_memory_gib"] > 0.1
     assert figures["recipe_seconds"] == pytest.approx(sum(figures["step_seconds"].values()), abs=1)
