@@ -26,9 +26,10 @@ from data_pipeline.core.errors import UserError, cli
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import SUFFIX
 from data_pipeline.reading.counts import token_counts
-from modeling.likelihood import DocumentNats, least_bound, per_token, unigram_nats
+from modeling.likelihood import per_token, unigram_nats
 from pretrain import train
 from pretrain.checkpoint.find import checkpoint_of
+from pretrain.diagnose.model_checks import nats_figures
 from pretrain.diagnose.tokens import NUM_DRAWS, target_tokens
 from pretrain.runs.folder import config_of
 from pretrain.stages.build import load_stage
@@ -86,7 +87,7 @@ def nats_of(run: Path, rows: int) -> tuple[float, float, int]:
     batches = [batch for batch in heldout_rows(config, rows) if batch.num_tokens(SUFFIX)]
     parameters = sum(p.numel() for p in stage.parameters())
     if isinstance(stage, DiTStage):
-        bound = least_bound(DocumentNats.joined([stage.document_nats(batch) for batch in batches]))
+        bound = nats_figures(stage, batches).bound
         return bound.nats, bound.error, parameters
     assert isinstance(stage, TokenStage)
     tokens_N = torch.cat([target_tokens(batch) for batch in batches])

@@ -8,6 +8,10 @@ The first part is the cross-entropy of any decoder that is a distribution. The s
 of -dSNR/dt E|z - z_hat|^2 (VDM, arXiv 2107.00630; Plaid, 2305.18619), written in velocities: z_hat - z = t (v* - v_hat). Nothing is left at
 t = 1, which is pure noise; no noise of the encoder and no cut-off at t = 0 come in. The least over a grid of t0 counts.
 
+Tokens need not go together: the chain rule holds along every path on which each token's time falls from 1 to t0, with the sum over tokens
+of the same integral, each over its own times. A model that was trained with times spread over a window's tokens is measured along such
+paths, on which some tokens are decided before their neighbours (`spread_nats`).
+
 Sums are float64. Shape letters: T packed tokens, N documents (windows), G times of the grid, Z latent dim, V vocabulary.
 """
 
@@ -61,6 +65,13 @@ def quadrature(times: Sequence[float]) -> torch.Tensor:
     return torch.cat((from_end_GG, torch.zeros(1, num, dtype=torch.float64)))
 
 
+LAST_T0 = 0.95
+"""The last t0 that may be asked for by itself: at 1, where a model that knows nothing has its least bound, there is no integral."""
+SPREAD_LEVELS, LAST_LEVEL = 32, 6.0
+"""Of the integral along paths with a time of its own for each token: how many levels of noise, and the logit of the last, beyond which
+lie less than 0.001 nats."""
+
+
 class Denoised(NamedTuple):
     """What a model makes of noisy latents: a velocity fp32 [T, Z], and the nats of every true token, [T], which count at targets alone."""
 
@@ -68,23 +79,23 @@ class Denoised(NamedTuple):
     nats_T: torch.Tensor
 
 
-Denoiser = Callable[[torch.Tensor, float], Denoised]
-"""Called with (z_t [T, Z], t)."""
+Denoiser = Callable[[torch.Tensor, torch.Tensor], Denoised]
+"""Called with (z_t [T, Z], the tokens' times [T])."""
 
 
 @dataclass(frozen=True)
 class DocumentNats:
-    """What was measured of each document, on the CPU; times are those of a rising grid that ends at 1.
+    """What was measured of each document, on the CPU.
 
     Attributes:
-        times: G of them.
-        errors_NG: squared error of the velocity, summed over channels and target tokens.
+        times: G of them; each is a t0.
+        flow_parts_NG: the integral from each time to 1, in nats a document.
         cross_entropies_NG: nats of the true tokens given z_t and the context, summed over target tokens.
         tokens_N: number of target tokens, > 0.
     """
 
     times: tuple[float, ...]
-    errors_NG: torch.Tensor
+    flow_parts_NG: torch.Tensor
     cross_entropies_NG: torch.Tensor
     tokens_N: torch.Tensor
 
@@ -93,21 +104,17 @@ class DocumentNats:
         """All documents of several measurements on one grid."""
         if not parts or any(part.times != parts[0].times for part in parts):
             raise ValueError(f"expected measurements on one grid of times, found {len({p.times for p in parts})} grids")
-        columns = zip(*((part.errors_NG, part.cross_entropies_NG, part.tokens_N) for part in parts))
+        columns = zip(*((part.flow_parts_NG, part.cross_entropies_NG, part.tokens_N) for part in parts))
         return cls(parts[0].times, *(torch.cat(column) for column in columns))
 
     def __getitem__(self, chosen: slice | torch.Tensor) -> "DocumentNats":
         """Some of the documents."""
-        return DocumentNats(self.times, self.errors_NG[chosen], self.cross_entropies_NG[chosen], self.tokens_N[chosen])
+        return DocumentNats(
+            self.times, self.flow_parts_NG[chosen], self.cross_entropies_NG[chosen], self.tokens_N[chosen]
+        )
 
     def __len__(self) -> int:
         return len(self.tokens_N)
-
-    @functools.cached_property
-    def flow_parts_NG(self) -> torch.Tensor:
-        """The integral from each time to 1, in nats a document."""
-        times_G = torch.tensor(self.times, dtype=torch.float64)
-        return ((1 - times_G) / times_G * self.errors_NG) @ quadrature(self.times).T
 
     @functools.cached_property
     def bounds_NG(self) -> torch.Tensor:
@@ -154,7 +161,7 @@ def document_nats(
     is_target_T: torch.Tensor,
     times: tuple[float, ...],
 ) -> DocumentNats:
-    """Measure a batch of documents at every time; those without a target token are left out.
+    """Measure a batch of documents at every time of a rising grid that ends at 1; those without a target token are left out.
 
     Args:
         denoise: the model, with the context in it; called once a time with all positions noised.
@@ -162,22 +169,76 @@ def document_nats(
         noise_of: standard normal noise [T, Z] of the i-th time. Of another key for each it makes the sum over times less noisy.
         documents_T: int64 [T], each token's document, from 0; is_target_T: bool [T], what counts.
     """
-    num = int(documents_T.max()) + 1
-    places_T, documents_T = is_target_T.nonzero()[:, 0], documents_T[is_target_T]
+    at_times = [torch.full(documents_T.shape, t, dtype=torch.float64, device=data_TZ.device) for t in times]
+    errors_GT, cross_entropies_GT = _measured(denoise, data_TZ, noise_of, at_times)
+    times_G = torch.tensor(times, dtype=torch.float64, device=data_TZ.device)
+    weights_GG = quadrature(times).to(times_G) * ((1 - times_G) / times_G)
+    return _by_document(times, weights_GG @ errors_GT, cross_entropies_GT, documents_T, is_target_T)
 
-    def summed(values_T: torch.Tensor) -> torch.Tensor:
-        values_T = values_T[places_T].double()
-        return values_T.new_zeros(num).index_add(0, documents_T, values_T).cpu()
 
+@torch.no_grad()
+def spread_nats(
+    denoise: Denoiser,
+    data_TZ: torch.Tensor,
+    noise_of: Callable[[int], torch.Tensor],
+    documents_T: torch.Tensor,
+    is_target_T: torch.Tensor,
+    t0: float,
+    offsets_T: torch.Tensor,
+    num_levels: int = SPREAD_LEVELS,
+) -> DocumentNats:
+    """Measure a batch of documents along a path on which every token has a time of its own, down to t0: one column.
+
+    At level s the logit of a token's time is s + its offset, and never below t0's. As dt = t (1 - t) ds, the integral over its own times is
+    that of (1 - t)^2 Z L ds over the levels at which it has not arrived; a plain sum over evenly spaced levels, which random offsets of a
+    deviation above their distance make unbiased (its error falls as exp(-2 (pi deviation / distance)^2)).
+
+    Args:
+        offsets_T: of the logit of each token's time, e.g. normal with the deviation `time_spread` of training.
+        others: as for `document_nats`; noise_of gets the number of the level, and last that of t0, `num_levels`.
+    """
+    offsets_T = offsets_T.double()
+    first, widest = math.log(t0 / (1 - t0)), float(offsets_T[is_target_T].abs().max()) if is_target_T.any() else 0.0
+    distance = (LAST_LEVEL + 2 * widest - first) / num_levels
+    levels = [first - widest + (k + 0.5) * distance for k in range(num_levels)]
+    logits_GT = torch.stack([level + offsets_T for level in levels])
+    at_times = [*logits_GT.clamp_min(first).sigmoid(), torch.full_like(offsets_T, t0)]
+    errors_GT, cross_entropies_GT = _measured(denoise, data_TZ, noise_of, at_times)
+    on_the_way_GT = distance * (logits_GT > first) * (1 - logits_GT.sigmoid()).square()
+    flow_T = (on_the_way_GT * errors_GT[:-1]).sum(0)
+    return _by_document((t0,), flow_T[None], cross_entropies_GT[-1:], documents_T, is_target_T)
+
+
+def _measured(
+    denoise: Denoiser, data_TZ: torch.Tensor, noise_of: Callable[[int], torch.Tensor], at_times: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared errors of the velocity, summed over channels, and nats of the true tokens, both float64 [G, T]."""
     errors, cross_entropies = [], []
-    for i, t in enumerate(times):
+    for i, time_T in enumerate(at_times):
         noise_TZ = noise_of(i)
-        velocity_TZ, nats_T = denoise(flow.interpolate(data_TZ, noise_TZ, t), t)
-        errors.append(summed((velocity_TZ - flow.velocity(data_TZ, noise_TZ)).double().square().sum(-1)))
-        cross_entropies.append(summed(nats_T))
+        time_T = time_T.to(data_TZ.dtype)
+        velocity_TZ, nats_T = denoise(flow.interpolate(data_TZ, noise_TZ, time_T[:, None]), time_T)
+        errors.append((velocity_TZ - flow.velocity(data_TZ, noise_TZ)).double().square().sum(-1))
+        cross_entropies.append(nats_T.double())
+    return torch.stack(errors), torch.stack(cross_entropies)
+
+
+def _by_document(
+    times: tuple[float, ...],
+    flow_GT: torch.Tensor,
+    cross_entropies_GT: torch.Tensor,
+    documents_T: torch.Tensor,
+    is_target_T: torch.Tensor,
+) -> DocumentNats:
+    """Sums over each document's targets, where there are any."""
+    num = int(documents_T.max()) + 1
+    documents_T = documents_T[is_target_T]
+
+    def summed(values_GT: torch.Tensor) -> torch.Tensor:
+        return values_GT.new_zeros(num, len(times)).index_add(0, documents_T, values_GT[:, is_target_T].T).cpu()
+
     tokens_N = torch.bincount(documents_T, minlength=num).cpu()
-    found = DocumentNats(times, torch.stack(errors, 1), torch.stack(cross_entropies, 1), tokens_N)
-    return found[tokens_N > 0]
+    return DocumentNats(times, summed(flow_GT), summed(cross_entropies_GT), tokens_N)[tokens_N > 0]
 
 
 def denoiser(
@@ -199,9 +260,8 @@ def denoiser(
     is_target_T[targets.places_M] = True
     shown_TZ = context_TZ * ~is_target_T[:, None]
 
-    def denoise(noisy_TZ: torch.Tensor, t: float) -> Denoised:
+    def denoise(noisy_TZ: torch.Tensor, time_T: torch.Tensor) -> Denoised:
         inputs_TZ = torch.where(is_target_T[:, None], noisy_TZ, shown_TZ)
-        time_T = torch.full((len(inputs_TZ),), t, device=inputs_TZ.device)
         estimate_TZ = None
         if dit.config.self_conditioning:
             first_TZ = dit(inputs_TZ, is_target_T, time_T, windows, targets=targets).velocity_TZ
@@ -233,13 +293,15 @@ def target_nats(
     contexts: Sequence[torch.Tensor],
     targets: Sequence[torch.Tensor],
     noise: Sequence[torch.Tensor],
-    times: tuple[float, ...],
+    t0: float,
+    offsets: Sequence[torch.Tensor] | None = None,
 ) -> DocumentNats:
-    """Measure targets given their contexts, each encoded by itself.
+    """Measure targets given their contexts, each encoded by itself: the bound at t0, in the first column.
 
     Args:
         contexts, targets: int64 tokens of each document; a context may be empty.
-        noise: of each document, [G, its target's tokens, Z].
+        noise: of each document, [G, its target's tokens, Z]; G times from t0 on.
+        offsets: for a path on which each token has a time of its own, [its target's tokens] of each document.
     """
     device = vae.latents_mean.device
     encoded = zip(encode_each(vae, contexts), encode_each(vae, targets))
@@ -256,7 +318,12 @@ def target_nats(
         return noise_TZ
 
     denoise = denoiser(vae, dit, latents_TZ, named, windows, segments)
-    return document_nats(denoise, latents_TZ, noise_of, windows.ids_T, is_target_T, times)
+    num_times, given = len(noise[0]), (latents_TZ, noise_of, windows.ids_T, is_target_T)
+    if offsets is None:
+        return document_nats(denoise, *given, time_grid(num_times, t0))
+    offsets_T = torch.zeros(len(latents_TZ), device=device)
+    offsets_T[named.places_M] = torch.cat(list(offsets)).to(offsets_T)
+    return spread_nats(denoise, *given, t0, offsets_T, num_times - 1)
 
 
 def bound_at(documents: DocumentNats, index: int) -> Bound:
@@ -270,17 +337,22 @@ def bound_at(documents: DocumentNats, index: int) -> Bound:
 def least_bound(documents: DocumentNats) -> Bound:
     """The bound at the best t0 of each half of the documents (every second one), reported on the other half: no document chooses its own.
 
-    Both halves' bounds hold, so their sum does. With one document, at the grid's last time.
+    With one document, at the grid's last time.
     """
     if len(documents) < 2:
         return bound_at(documents, len(documents.times) - 1)
     halves = documents[0::2], documents[1::2]
-    found = [bound_at(half, other.best) for half, other in zip(halves, halves[::-1])]
-    nats_N = torch.cat([half.bounds_NG[:, other.best] for half, other in zip(halves, halves[::-1])])
-    nats, error = per_token(nats_N, torch.cat([half.tokens_N for half in halves]))
+    return together([(half, other.best) for half, other in zip(halves, halves[::-1])])
+
+
+def together(parts: Sequence[tuple[DocumentNats, int]]) -> Bound:
+    """The bound over several sets of documents, each at the time of its own that its index names: all hold, so their sum does."""
+    found = [bound_at(documents, index) for documents, index in parts]
+    nats_N = torch.cat([documents.bounds_NG[:, index] for documents, index in parts])
+    nats, error = per_token(nats_N, torch.cat([documents.tokens_N for documents, _ in parts]))
     tokens = sum(b.tokens for b in found)
     ce = sum(b.cross_entropy * b.tokens for b in found) / tokens
-    return Bound(nats, error, sum(b.t0 for b in found) / 2, ce, nats - ce, tokens, len(documents))
+    return Bound(nats, error, sum(b.t0 for b in found) / len(found), ce, nats - ce, tokens, len(nats_N))
 
 
 def per_token(nats_N: torch.Tensor, tokens_N: torch.Tensor) -> tuple[float, float]:

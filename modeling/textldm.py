@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .continuation import decode_targets, sample_targets
-from .likelihood import target_nats, time_grid
+from .likelihood import LAST_T0, target_nats
 from .solvers import Solver
 from .text_dit import TextDiT, TextDiTConfig
 from .text_vae import TextVAE, TextVAEConfig
@@ -30,6 +30,7 @@ class TextLDMConfig(PretrainedConfig):
         num_steps, guidance_scale, solver, grid: defaults of `generate` (the paper: 50 Euler steps, scale 7, the training times).
         token_temperature: likewise; other than 1 with the categorical head alone (guidance.GuidedVelocity).
         likelihood_t0: default of `nll`, the time at which the diagnosis found the least bound.
+        time_spread: deviation of the logits of the tokens' times within a window, in training and in `nll`; 0: all have one time.
         max_window: longest window, context and continuation together, in tokens.
     """
 
@@ -46,6 +47,7 @@ class TextLDMConfig(PretrainedConfig):
         grid: str = "training",
         token_temperature: float = 1.0,
         likelihood_t0: float = 0.6,
+        time_spread: float = 0.0,
         max_window: int = 1024,
         **kwargs: Any,
     ):
@@ -54,7 +56,8 @@ class TextLDMConfig(PretrainedConfig):
         self.times = times or dataclasses.asdict(TimeDistribution())
         self.times["path"] = list(self.times.get("path", ()))  # as JSON gives it back
         self.num_steps, self.guidance_scale, self.solver, self.grid = num_steps, guidance_scale, solver, grid
-        self.token_temperature, self.likelihood_t0, self.max_window = token_temperature, likelihood_t0, max_window
+        self.token_temperature, self.max_window = token_temperature, max_window
+        self.likelihood_t0, self.time_spread = likelihood_t0, time_spread
         super().__init__(**kwargs)
 
 
@@ -146,7 +149,7 @@ class TextLDM(PreTrainedModel):
         input_ids: Sequence[torch.Tensor | Sequence[int]],
         target_ids: Sequence[torch.Tensor | Sequence[int]],
         t0: float | None = None,
-        num_times: int = 24,
+        num_times: int = 32,
         seed: int = 0,
     ) -> torch.Tensor:
         """Upper bounds on -log p(target | prompt, its length), in nats a document: divide by its tokens for nats a token.
@@ -167,17 +170,22 @@ class TextLDM(PreTrainedModel):
                 f"nll() needs as many targets as prompts, none of them empty, found {len(prompts)} prompts and targets of"
                 f" {[len(ids) for ids in targets][:5]} tokens"
             )
-        if not 0 < t0 <= 0.95 or num_times < 3:
-            raise ValueError(f"t0 is {t0:g} and num_times {num_times}; expected a time in (0, 0.95] and at least 3")
+        if not 0 < t0 <= LAST_T0 or num_times < 3:
+            raise ValueError(
+                f"t0 is {t0:g} and num_times {num_times}; expected a time in (0, {LAST_T0:g}] and at least 3"
+            )
         for prompt, target in zip(prompts, targets):
             self._check_lengths(len(prompt), len(target))
         self._check_ids([*prompts, *targets])
         noise = [
-            torch.stack([self._noise(seed, i * num_times + k, len(target)) for k in range(num_times)])
+            torch.stack([self._noise(seed, i * (num_times + 1) + k, len(target)) for k in range(num_times)])
             for i, target in enumerate(targets)
         ]
-        found = target_nats(self.vae, self.dit, prompts, targets, noise, time_grid(num_times, t0))
-        return found.bounds_NG[:, 0]
+        offsets = None
+        if spread := self.config.time_spread:
+            drawn = [self._noise(seed, (i + 1) * (num_times + 1) - 1, len(target)) for i, target in enumerate(targets)]
+            offsets = [spread * noise_TZ[:, 0] for noise_TZ in drawn]
+        return target_nats(self.vae, self.dit, prompts, targets, noise, t0, offsets).bounds_NG[:, 0]
 
     def _check(
         self,

@@ -99,7 +99,7 @@ def likelihood_figures(stage: DiTStage, vae: VAERun, batches: Sequence[Batch]) -
     figures = {
         "nats_per_token": bound.nats, "nats_per_token_error": bound.error, "nats_t0": bound.t0,
         "nats_cross_entropy": bound.cross_entropy, "nats_flow": bound.flow, "target_tokens": bound.tokens,
-        "nats_times": list(found.true.times), "nats_curve": found.true.curve,
+        "nats_times": list(found.together.times), "nats_curve": found.together.curve,
         "unigram_nats": unigram_nats(counts_V, targets_M), "context_nats": worth, "context_nats_error": worth_error,
     }  # fmt: skip
     return figures | teacher_figures(vae, data.path, batches, frequency_nats(counts_V))

@@ -20,7 +20,7 @@ from modeling import flow
 from modeling.attention import Segments
 from modeling.floors import NAMES as FLOOR_NAMES
 from modeling.floors import Floors, measure_floors
-from modeling.likelihood import Bound, DocumentNats, least_bound, per_token
+from modeling.likelihood import LAST_T0, Bound, DocumentNats, least_bound, per_token, together
 from modeling.text_vae import TextVAE
 from pretrain.stages.base import Stage, row_noise
 from pretrain.stages.dit import QUARTERS, DiTStage
@@ -238,30 +238,45 @@ def flow_figures(stage: DiTStage, batches: Sequence[Batch], tick: Tick = _no_tic
 class NatsFigures:
     """The bound on the likelihood of the held-out windows, with true and with foreign contexts, at the same times and noise."""
 
-    true: DocumentNats
-    foreign: DocumentNats
-
-    @cached_property
-    def bound(self) -> Bound:
-        """Check 1."""
-        return least_bound(self.true)
-
-    @property
-    def context_worth(self) -> tuple[float, float]:
-        """Check 5: nats a token that another document's context costs, at the t0 of the true ones, and the standard error."""
-        gaps_N = (self.foreign.bounds_NG - self.true.bounds_NG)[:, self.true.best]
-        return per_token(gaps_N, self.true.tokens_N)
+    together: DocumentNats
+    """With one time for all tokens of a window, true contexts, at every t0."""
+    bound: Bound
+    """Check 1."""
+    context_worth: tuple[float, float]
+    """Check 5: nats a token that another document's context costs, at the t0 of the true ones, and the standard error."""
 
 
 def nats_figures(stage: DiTStage, batches: Sequence[Batch], tick: Tick = _no_tick) -> NatsFigures:
-    """Measure the bound of all windows with a target."""
-    true, foreign = [], []
-    for batch in batches:
-        if batch.num_tokens(SUFFIX):
-            true.append(stage.document_nats(batch))
-            foreign.append(stage.document_nats(batch, context_TZ=exchange_contexts(batch, stage.latents(batch))))
-        tick()
-    return NatsFigures(DocumentNats.joined(true), DocumentNats.joined(foreign))
+    """Measure the bound of all windows with a target, as the model was trained: with tokens' times together, or spread.
+
+    Spread, every t0 is a measurement of its own: the batches of even numbers take the one that is best for the odd ones with times
+    together, and the other way round.
+    """
+    batches = [batch for batch in batches if batch.num_tokens(SUFFIX)]
+
+    def measured(measure: Callable[..., DocumentNats]) -> tuple[list[DocumentNats], list[DocumentNats]]:
+        """With true and with foreign contexts."""
+        true, foreign = [], []
+        for number, batch in enumerate(batches):
+            true.append(measure(number, batch, None))
+            foreign.append(measure(number, batch, exchange_contexts(batch, stage.latents(batch))))
+            tick()
+        return true, foreign
+
+    spread = stage.config.flow.time_spread and len(batches) > 1
+    if not spread:
+        found = measured(lambda _, batch, context_TZ: stage.document_nats(batch, context_TZ=context_TZ))
+        true, foreign = (DocumentNats.joined(parts) for parts in found)
+        gaps_N = (foreign.bounds_NG - true.bounds_NG)[:, true.best]
+        return NatsFigures(true, least_bound(true), per_token(gaps_N, true.tokens_N))
+    alone = [stage.document_nats(batch) for batch in batches]
+    t0s = [alone[0].times[DocumentNats.joined(alone[parity::2]).best] for parity in (1, 0)]
+    t0s = [min(t0, LAST_T0) for t0 in t0s]
+    parts = measured(lambda number, batch, context_TZ: stage.spread_nats(batch, t0s[number % 2], context_TZ))
+    true_parts, foreign_parts = parts
+    gaps_N = torch.cat([(f.bounds_NG - t.bounds_NG)[:, 0] for t, f in zip(true_parts, foreign_parts)])
+    worth = per_token(gaps_N, torch.cat([t.tokens_N for t in true_parts]))
+    return NatsFigures(DocumentNats.joined(alone), together([(part, 0) for part in true_parts]), worth)
 
 
 def floors_removed(losses: Sequence[float], floors: dict[str, list[float]]) -> dict[str, list[float]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import modeling
 from data_pipeline.core.errors import UserError
+from modeling.likelihood import LAST_T0
 from modeling.text_vae import TextVAE
 from modeling.textldm import TextLDM, TextLDMConfig
 from modeling.times import TimeDistribution
@@ -23,7 +24,6 @@ from pretrain.stages.dit_config import DiTRun
 from pretrain.stages.frozen_vae import load_vae, vae_fingerprint
 
 ENTRY = "textldm.py"
-LAST_T0 = 0.95
 
 
 def export(source: Source) -> Exported:
@@ -39,6 +39,7 @@ def export(source: Source) -> Exported:
         dit=dataclasses.asdict(shape),
         max_window=source.manifest.max_window,
         eos_token_id=source.manifest.tokenizer.eos_id,
+        time_spread=config.flow.time_spread,
         auto_map={"AutoConfig": "textldm.TextLDMConfig", "AutoModel": "textldm.TextLDM"},
         **diagnosed(times, source.run),
         **source.sampling.settings(config.diagnose),

@@ -3,6 +3,7 @@
 Shape letters: T packed tokens, D width, Z latent dim, W windows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from modeling.attention import Segments
 from modeling.floors import NAMES as FLOOR_NAMES
 from modeling.floors import Floors
 from modeling.heads import CategoricalHead, TokenHead, TokenTargets, VelocityHead
-from modeling.likelihood import DocumentNats, denoiser, document_nats, time_grid
+from modeling.likelihood import Denoiser, DocumentNats, denoiser, document_nats, spread_nats, time_grid
 from modeling.text_dit import TextDiT
 from modeling.text_vae import TextVAE
 from modeling.times import TimeDistribution, move_logit, shift_for_dimension
@@ -235,6 +236,18 @@ class DiTStage(Stage):
 
         context_TZ: from where the contexts are taken, [T, Z]; their own when None.
         """
+        return document_nats(*self._measured_documents(batch, context_TZ), times)
+
+    @torch.no_grad()
+    def spread_nats(self, batch: Batch, t0: float, context_TZ: Tensor | None = None) -> DocumentNats:
+        """The same along a path on which each token has a time of its own, spread as in training, down to t0."""
+        offsets_T = self.config.flow.time_spread * row_noise(batch, 1, purpose=TIME_NOISE)[:, 0]
+        return spread_nats(*self._measured_documents(batch, context_TZ), t0, offsets_T)
+
+    def _measured_documents(
+        self, batch: Batch, context_TZ: Tensor | None
+    ) -> tuple[Denoiser, Tensor, Callable[[int], Tensor], Tensor, Tensor]:
+        """What likelihood.py asks for: model, latents, noise, and which tokens are whose targets."""
         latents_TZ, device = self.latents(batch), batch.tokens_T.device
         windows, segments = (Segments.from_lengths(x, device) for x in (batch.window_lengths, batch.segment_lengths))
         roles_T = batch.roles_T.to(device, non_blocking=True)
@@ -244,7 +257,7 @@ class DiTStage(Stage):
             return row_noise(batch, latents_TZ.shape[1], purpose=LIKELIHOOD_NOISE + index)
 
         denoise = denoiser(self.vae, self.dit, shown_TZ, self.targets_of(batch), windows, segments)
-        return document_nats(denoise, latents_TZ, noise_of, windows.ids_T, roles_T == SUFFIX, times)
+        return denoise, latents_TZ, noise_of, windows.ids_T, roles_T == SUFFIX
 
     def _noised(
         self, batch: Batch, latents_TZ: Tensor, context_TZ: Tensor, time_W: Tensor, keep_context_W: Tensor

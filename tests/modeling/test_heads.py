@@ -119,8 +119,8 @@ def test_without_context_the_bound_is_the_entropy_of_the_frequencies() -> None:
     clean_TZ = head.means[tokens_T] + 1e-2 * torch.randn(num, LATENT, generator=generator)
     places_T, hidden_TD = torch.arange(num), torch.zeros(num, WIDTH)
 
-    def denoise(noisy_TZ: torch.Tensor, t: float) -> Denoised:
-        found = head(hidden_TD, noisy_TZ, torch.full((num, 1), t), places_T, tokens_T)
+    def denoise(noisy_TZ: torch.Tensor, time_T: torch.Tensor) -> Denoised:
+        found = head(hidden_TD, noisy_TZ, time_T[:, None], places_T, tokens_T)
         return Denoised(found.velocity_TZ, found.token_ce_M)
 
     def noise_of(index: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from modeling.likelihood import (
     least_bound,
     per_token,
     quadrature,
+    spread_nats,
     time_grid,
     unigram_nats,
 )
@@ -38,8 +39,9 @@ def language(num: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def optimal(means_VZ: torch.Tensor, frequencies_V: torch.Tensor, tokens_T: torch.Tensor):  # type: ignore[no-untyped-def]
     """Bayes' denoiser of point masses at the means, and its belief in the true token."""
 
-    def denoise(noisy_TZ: torch.Tensor, t: float) -> Denoised:
-        gaps_TV = (noisy_TZ[:, None] - (1 - t) * means_VZ).square().sum(-1)
+    def denoise(noisy_TZ: torch.Tensor, time_T: torch.Tensor) -> Denoised:
+        t = time_T[:, None]
+        gaps_TV = (noisy_TZ[:, None] - (1 - t[..., None]) * means_VZ).square().sum(-1)
         logits_TV = frequencies_V.log() - gaps_TV / (2 * t * t)
         velocity_TZ = (noisy_TZ - logits_TV.softmax(-1) @ means_VZ) / t
         return Denoised(velocity_TZ, torch.nn.functional.cross_entropy(logits_TV, tokens_T, reduction="none"))
@@ -75,6 +77,40 @@ def test_the_bound_of_the_optimal_denoiser_is_the_entropy_at_every_t0() -> None:
     fixed = bound_at(found, 10)
     assert fixed.flow == pytest.approx(float(found.flow_parts_NG[:, 10].sum()) / 60_000)
     assert (bound.tokens, bound.documents) == (60_000, 600)
+
+
+def pairs(num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A language of documents of two tokens that depend on each other: the logarithms of their frequencies [V, V], and tokens [T]."""
+    logits_VV = (1.5 * draw(TOKENS, TOKENS, seed=8)).flatten().log_softmax(0)
+    drawn = torch.multinomial(logits_VV.exp(), num, replacement=True, generator=torch.Generator().manual_seed(0))
+    return logits_VV.view(TOKENS, TOKENS), torch.stack((drawn // TOKENS, drawn % TOKENS), 1).flatten()
+
+
+@pytest.mark.parametrize("t0", [0.2, 0.5, 0.8])
+def test_whatever_times_its_tokens_take_the_optimal_denoisers_bound_is_the_entropy(t0: float) -> None:
+    """Also of tokens that tell of each other, some of them clean while their neighbours are noise; and one time for all is one way."""
+    num = 10_000
+    (log_VV, tokens_T), means_VZ = pairs(num // 2), 1.5 * means()
+    data_TZ, documents_T, everything_T = means_VZ[tokens_T], torch.arange(num) // 2, torch.ones(num, dtype=torch.bool)
+
+    def denoise(noisy_TZ: torch.Tensor, time_T: torch.Tensor) -> Denoised:
+        t = time_T[:, None]
+        seen_TV = -(noisy_TZ[:, None] - (1 - t[..., None]) * means_VZ).square().sum(-1) / (2 * t * t)
+        joint_NVV = log_VV + seen_TV[0::2, :, None] + seen_TV[1::2, None, :]
+        logits_TV = torch.stack((joint_NVV.logsumexp(2), joint_NVV.logsumexp(1)), 1).flatten(0, 1)
+        velocity_TZ = (noisy_TZ - logits_TV.softmax(-1) @ means_VZ) / t
+        return Denoised(velocity_TZ, torch.nn.functional.cross_entropy(logits_TV, tokens_T, reduction="none"))
+
+    given = (denoise, data_TZ, lambda i: draw(num, LATENT, seed=i), documents_T, everything_T)
+    sampled = -float(log_VV[tokens_T[0::2], tokens_T[1::2]].mean()) / 2
+    # What each token says by itself is left in the cross-entropy at t0, which knows of the pair only what both noisy tokens tell.
+    alone = document_nats(*given, time_grid(24, t0)).curve[0]
+    for deviation in (0.0, 2.0):
+        found = spread_nats(*given, t0, deviation * draw(num, seed=9), num_levels=64)
+        assert found.curve == pytest.approx([alone], rel=0.02)
+        assert alone > sampled * 0.98
+        if t0 == 0.2:
+            assert found.curve == pytest.approx([sampled], rel=0.02)
 
 
 def test_any_other_model_lies_above_the_entropy() -> None:
@@ -118,7 +154,8 @@ def test_the_flow_part_of_gaussian_data_is_its_information() -> None:
     eigenvalues_Z, num = torch.tensor([0.05, 0.4, 1.0, 2.55], **double), 40_000
     data_TZ = draw(num, LATENT, seed=3) * eigenvalues_Z.sqrt()
 
-    def denoise(noisy_TZ: torch.Tensor, t: float) -> Denoised:
+    def denoise(noisy_TZ: torch.Tensor, time_T: torch.Tensor) -> Denoised:
+        t = time_T[:, None]
         slope_Z = (t - (1 - t) * eigenvalues_Z) / ((1 - t) ** 2 * eigenvalues_Z + t**2)
         return Denoised(slope_Z * noisy_TZ, torch.zeros(num, **double))
 
@@ -164,10 +201,15 @@ def test_contexts_are_not_counted_and_documents_keep_apart() -> None:
         denoise, means_VZ[tokens_T], lambda i: noise_TZ, torch.arange(60) // 20, is_target_T, (0.3, 0.6, 1.0)
     )
     assert found.tokens_N.tolist() == [12, 12]
-    velocity_TZ, ce_T = denoise(flow.interpolate(means_VZ[tokens_T], noise_TZ, 0.6), 0.6)
+    velocity_TZ, ce_T = denoise(flow.interpolate(means_VZ[tokens_T], noise_TZ, 0.6), torch.full((60,), 0.6, **double))
     error_T = (velocity_TZ - flow.velocity(means_VZ[tokens_T], noise_TZ)).square().sum(-1)
+    # Straight from 0.6 to 1, where (1 - t) / t is 0: the last piece of the quadrature, with the slope of all three times in it.
+    weights_G = quadrature((0.3, 0.6, 1.0))[1] * torch.tensor([0.7 / 0.3, 0.4 / 0.6, 0.0], **double)
+    early_TZ, _ = denoise(flow.interpolate(means_VZ[tokens_T], noise_TZ, 0.3), torch.full((60,), 0.3, **double))
+    early_T = (early_TZ - flow.velocity(means_VZ[tokens_T], noise_TZ)).square().sum(-1)
+    flow_T = weights_G[0] * early_T + weights_G[1] * error_T
     for document, part in enumerate((slice(8, 20), slice(28, 40))):
-        assert found.errors_NG[document, 1] == pytest.approx(float(error_T[part].sum()))
+        assert found.flow_parts_NG[document, 1] == pytest.approx(float(flow_T[part].sum()))
         assert found.cross_entropies_NG[document, 1] == pytest.approx(float(ce_T[part].sum()))
     again = DocumentNats.joined([found[0:1], found[1:2]])
     assert torch.equal(again.bounds_NG, found.bounds_NG)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,7 +82,13 @@ def test_floors_removed_is_one_minus_loss_over_floor() -> None:
 
 @dataclass
 class LikelyStage(StubStage):
-    """Whose bound is 2 nats a token at t0 = 0.3, less at 0.6, and more by what its context lies away."""
+    """Whose bound is 2 nats a token at t0 = 0.3, less at 0.6, 1 with its tokens' times spread, and more by what its context lies away."""
+
+    time_spread: float = 0.0
+
+    @property
+    def config(self) -> SimpleNamespace:
+        return SimpleNamespace(flow=SimpleNamespace(time_spread=self.time_spread))
 
     def document_nats(self, batch: Batch, context_TZ: Tensor | None = None) -> DocumentNats:
         lengths = [n for n, role in zip(batch.segment_lengths, batch.segment_roles) if role == SUFFIX]
@@ -89,6 +96,11 @@ class LikelyStage(StubStage):
         away = 0.0 if context_TZ is None else float((context_TZ - self.latents(batch)).abs().mean())
         nats_NG = tokens_N[:, None] * torch.tensor([2.0, 1.5, 3.0], dtype=torch.float64) + self.reads_context * away
         return DocumentNats((0.3, 0.6, 1.0), torch.zeros_like(nats_NG), nats_NG, tokens_N)
+
+    def spread_nats(self, batch: Batch, t0: float, context_TZ: Tensor | None = None) -> DocumentNats:
+        nats_N1 = self.document_nats(batch, context_TZ).cross_entropies_NG[:, 1:2]
+        tokens_N = self.document_nats(batch).tokens_N
+        return DocumentNats((t0,), torch.zeros_like(nats_N1), nats_N1 - 0.5 * tokens_N[:, None], tokens_N)
 
 
 def test_nats_are_those_of_all_windows_and_the_contexts_worth_is_a_paired_difference() -> None:
@@ -102,6 +114,16 @@ def test_nats_are_those_of_all_windows_and_the_contexts_worth_is_a_paired_differ
     worth, error = reading.context_worth
     assert worth > 0
     assert 0 < error < worth
+
+
+def test_a_model_that_was_trained_with_times_spread_is_measured_so_at_a_t0_that_other_batches_chose() -> None:
+    batches = [*BATCHES, make_batch([])]
+    together = model_checks.nats_figures(LikelyStage(1.0), batches)  # type: ignore[arg-type]
+    spread = model_checks.nats_figures(LikelyStage(1.0, time_spread=1.5), batches)  # type: ignore[arg-type]
+    assert (spread.bound.nats, spread.bound.t0) == pytest.approx((1.0, 0.6))
+    assert (spread.bound.tokens, spread.bound.documents) == (together.bound.tokens, together.bound.documents)
+    assert spread.context_worth == pytest.approx(together.context_worth)
+    assert spread.together.curve == together.together.curve
 
 
 def test_flow_figures_skip_batches_without_targets() -> None:
