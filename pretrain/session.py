@@ -28,7 +28,7 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.core.keys import key
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.loader import TrainLoader
-from pretrain.checkpoint.find import discard_after, newest_complete, saved_steps
+from pretrain.checkpoint.find import discard_after, newest_complete, put_aside_after, saved_steps
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.read import restore
 from pretrain.checkpoint.storage import Checkpoint
@@ -109,6 +109,8 @@ class Session:
         if path is None:
             return False
         restored = restore(path, self.engine)
+        put_aside_after(self.run, restored.step, self.topology)
+        self.writer.restored = restored.step
         record = RunRecord.of_checkpoint(restored)
         self.guard.load(record.guard)
         self.telemetry.load(record.telemetry)
@@ -229,8 +231,10 @@ def find(config: RunConfig, topology: Topology, inputs: Inputs, allow_change: Co
     if checkpoint is None:
         refuse_lost_checkpoints(config.run_folder)
         return Earlier()
-    earlier = RunRecord.of_checkpoint(read_manifest(checkpoint))
+    saved = read_manifest(checkpoint)
+    earlier = RunRecord.of_checkpoint(saved)
     differences = allowed_differences(earlier, config, inputs.manifest, inputs.fingerprints, allow_change)
+    put_aside_after(config.run_folder, saved.step, topology)
     return Earlier(checkpoint, earlier, differences)
 
 
@@ -269,7 +273,8 @@ def open_records(
         start_step=step,
         state=earlier.record.telemetry if earlier.record else None,
     )
-    writer = CheckpointWriter(config.run_folder, topology, train.keep_last, train.keep_every, train.timeout_s)
+    restored = step if earlier.checkpoint else None
+    writer = CheckpointWriter(config.run_folder, topology, train.keep_last, train.keep_every, train.timeout_s, restored)
     writer.prepare(engine)  # host buffers before the first save, which would otherwise stall for them
     return guard, telemetry, writer
 

@@ -1,5 +1,7 @@
 """Which checkpoints there are, which of them is the newest complete one, and which are given up before a rewind."""
 
+import contextlib
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -26,8 +28,10 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def unfinished(storage: Storage) -> list[str]:
-    """Names of what killed saves and removals left behind."""
-    return sorted(name for name in storage.list() if re.match(r"step-\d+\.", name))
+    """Names of what killed saves and removals left behind; a copy that a person made has another one."""
+    return sorted(
+        name for name in storage.list() if re.fullmatch(r"step-\d{9,}\.(partial|reports|replaced|deleted)", name)
+    )
 
 
 def name_latest(storage: Storage, step: int) -> None:
@@ -37,6 +41,8 @@ def name_latest(storage: Storage, step: int) -> None:
 
 def had_checkpoints(run: Path) -> bool:
     """Whether a checkpoint of this run was ever finished."""
+    if saved_steps(run):
+        return True
     try:
         storage_of(run).read(ROOT, LATEST).close()
     except OSError:
@@ -95,6 +101,32 @@ def discard_after(run: Path, step: int, topology: Topology | None = None) -> Non
             name_latest(storage, newest)
     if topology is not None:
         barrier()
+
+
+def complete_steps(run: Path) -> dict[int, str]:
+    """The fingerprint of every checkpoint of a run whose files are there in their sizes, by step; the hashes are the ranks' to check."""
+    found = {}
+    for step in saved_steps(run):
+        with contextlib.suppress(UserError, OSError):
+            manifest = read_manifest(checkpoint_at(run, step))
+            check_sizes(manifest)
+            found[step] = manifest.fingerprint
+    return found
+
+
+def put_aside_after(run: Path, step: int, topology: Topology) -> None:
+    """What is newer than the checkpoint that a run goes on from was passed over: rename it, so that neither the next search nor what
+    decides what is kept counts it. Collective.
+    """
+    if topology.is_main:
+        storage = storage_of(run)
+        for saved in saved_steps(run):
+            if saved > step:
+                name, taken = f"{checkpoint_name(saved)}.damaged", storage.list()
+                aside = next(new for n in itertools.count(1) if (new := f"{name}-{n}") not in taken)
+                storage.commit(checkpoint_name(saved), aside)
+        name_latest(storage, step)
+    barrier()
 
 
 def checkpoint_at(run: Path, step: int) -> Checkpoint:

@@ -42,18 +42,25 @@ class CheckpointWriter:
         run: the run's folder, on a file system that all ranks share.
         keep_last: number of newest checkpoints kept, at least 1.
         keep_every: also keep those whose step it divides (0: none).
+        restored: step of the checkpoint that the run goes on from, which is kept too: it alone is known to be readable.
         timeout_s: how long rank 0 waits for the other ranks' files.
 
     The constructor is collective and removes what killed saves left behind, so one job at a time may use a run folder.
     """
 
     def __init__(
-        self, run: Path, topology: Topology, keep_last: int = 2, keep_every: int = 0, timeout_s: float = 1800.0
+        self,
+        run: Path,
+        topology: Topology,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        timeout_s: float = 1800.0,
+        restored: int | None = None,
     ) -> None:
         if keep_last < 1:
             raise UserError(f"train.keep_last is {keep_last}; at least the newest checkpoint must be kept")
         self.run, self.storage, self.topology, self.timeout_s = run, storage_of(run), topology, timeout_s
-        self.keep_last, self.keep_every = keep_last, keep_every
+        self.keep_last, self.keep_every, self.restored = keep_last, keep_every, restored
         if topology.is_main:
             self._delete_unfinished()
         # Reports carry this number, so that one from an earlier life of the job is never taken for a new one.
@@ -149,7 +156,7 @@ class CheckpointWriter:
                 manifest.save(partial)
                 self.storage.commit(partial.name, name)
                 name_latest(self.storage, step)
-                self._delete_old()
+                self._delete_old(step)
         except BaseException as error:
             self._error = error
             if not self.topology.is_main:  # so that rank 0 need not wait for its timeout
@@ -190,9 +197,10 @@ class CheckpointWriter:
         for name in unfinished(self.storage):
             self.storage.remove(name)
 
-    def _delete_old(self) -> None:
-        for step in saved_steps(self.run)[self.keep_last :]:
-            if not self.keep_every or step % self.keep_every:
+    def _delete_old(self, written: int) -> None:
+        earlier = [step for step in saved_steps(self.run) if step <= written]  # later ones are not this job's
+        for step in earlier[self.keep_last :]:
+            if step != self.restored and (not self.keep_every or step % self.keep_every):
                 self.storage.remove(checkpoint_name(step))
 
 

@@ -44,7 +44,7 @@ class Train(Sharding):
     checkpoint_async: Annotated[bool, OnResume.FREE] = True
     """Write from a host copy while training goes on."""
     keep_last: Annotated[PositiveInt, OnResume.FREE] = 2
-    """Checkpoints to keep."""
+    """Checkpoints to keep, besides the one that the job resumed from."""
     keep_every: Annotated[NonNegativeInt, OnResume.FREE] = 0
     """Also keep every checkpoint whose step is a multiple of this; 0: none."""
     eval_every: Annotated[NonNegativeInt, OnResume.FREE] = 1000

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.reading.streams import check_ranks
-from pretrain.checkpoint.find import saved_steps
+from pretrain.checkpoint.find import complete_steps
 from pretrain.config.load import load_config
 from pretrain.config.schema import RunConfig
 from pretrain.faults.exits import EXIT_CODES, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
@@ -70,9 +70,9 @@ class Plan:
         """The run's folder."""
         return self.config.run_folder
 
-    def newest_step(self) -> int:
-        """Step of the newest checkpoint, unchecked; 0 without one."""
-        return next(iter(saved_steps(self.run)), 0)
+    def checkpoints(self) -> dict[int, str]:
+        """Fingerprints of the complete checkpoints by step, newest first."""
+        return complete_steps(self.run)
 
 
 class Supervisor:
@@ -96,12 +96,13 @@ class Supervisor:
             if fresh:
                 put_aside(self.plan.run)
                 fresh = False
-            before = self.plan.newest_step()
+            before = self.plan.checkpoints()
             where = ", ".join(f"{host} ({slots})" for host, slots in hosts.items()) or "this machine"
-            say(f"starting from step {before} on {where}")
+            say(f"starting from step {max(before, default=0)} on {where}")
             code = self._run_job(hosts)
             self._end_leftovers(hosts)
-            after = self.plan.newest_step()
+            found = self.plan.checkpoints()
+            after, progress = max(found, default=0), bool(found.items() - before.items())
             unfinished = after < self.plan.config.train.steps
             # deepspeed says 0 when a signal ended its pdsh.
             if self._stop and unfinished and (code == EXIT_OK or ended_by(code) in STOPPING):
@@ -114,9 +115,9 @@ class Supervisor:
                 return code
             if self._stop:
                 return code
-            if after > before:
+            if progress:
                 failures, pause_s = 0, FIRST_PAUSE_S
-            failures += after <= before
+            failures += not progress
             if failures > self.plan.max_failures:
                 say(f"giving up: {failures} starts in a row brought no new checkpoint")
                 return code

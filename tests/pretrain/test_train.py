@@ -334,6 +334,9 @@ def test_damaged_checkpoints_are_passed_over_but_never_forgotten(
     assert start(config) == 0
     assert "step-000000006" in capsys.readouterr().err
     assert_same(saved_states(tmp_path / "run"), saved_states(straight))
+    assert {path.name for path in checkpoints.iterdir()} == {
+        "latest", "step-000000004", "step-000000006", "step-000000006.damaged-1",
+    }  # fmt: skip
     for file in checkpoints.glob("step-*/rank-*"):
         file.write_bytes(b"x")
     assert start(config) == EXIT_USER

@@ -7,9 +7,19 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.core.errors import UserError
-from pretrain.checkpoint.find import checkpoint_at, discard_after, had_checkpoints, newest_complete
+from pretrain.checkpoint.find import (
+    checkpoint_at,
+    complete_steps,
+    discard_after,
+    had_checkpoints,
+    newest_complete,
+    put_aside_after,
+    saved_steps,
+)
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.read import read_tensors, verify
+from pretrain.checkpoint.storage import Checkpoint, Folder
+from pretrain.ranks.distributed import Topology
 from tests.pretrain.bare_engine import bare_engine, save, silent
 
 
@@ -66,6 +76,35 @@ def test_nothing_to_resume_from(tmp_path: Path):
     assert not had_checkpoints(tmp_path)
     with pytest.raises(UserError, match="neither a checkpoint"):
         read_tensors(tmp_path)
+
+
+def test_a_damaged_checkpoint_counts_as_one_that_there_was(tmp_path: Path):
+    (tmp_path / "checkpoints" / "step-000000004").mkdir(parents=True)
+    assert had_checkpoints(tmp_path)
+
+
+def test_what_was_passed_over_is_put_aside_and_never_twice_under_the_same_name(tmp_path: Path):
+    for life in (1, 2):
+        for step in (2, 4, 6):
+            save(tmp_path, step, bare_engine(seed=10 * life + step))
+        put_aside_after(tmp_path, 2, Topology())
+        assert saved_steps(tmp_path) == [2]
+        assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000000002\n"
+    aside = {path.name: read_manifest(Checkpoint(Folder(path.parent), path.name)).updates
+             for path in (tmp_path / "checkpoints").glob("*.damaged-*")}  # fmt: skip
+    assert aside == {
+        "step-000000004.damaged-1": 14, "step-000000006.damaged-1": 16,
+        "step-000000004.damaged-2": 24, "step-000000006.damaged-2": 26,
+    }  # fmt: skip
+
+
+def test_complete_are_those_whose_files_are_there_in_their_sizes(tmp_path: Path):
+    for step in (2, 4, 6):
+        save(tmp_path, step, bare_engine(seed=step))
+    (tmp_path / "checkpoints" / "step-000000004" / "manifest.json").unlink()
+    damaged = tmp_path / "checkpoints" / "step-000000006" / "rank-00000.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert complete_steps(tmp_path) == {2: read_manifest(checkpoint_at(tmp_path, 2)).fingerprint}
 
 
 def test_the_same_step_can_be_saved_again_after_a_rewind(tmp_path: Path):

@@ -47,6 +47,31 @@ def test_the_last_ones_and_every_nth_are_kept(tmp_path: Path):
     assert not list((tmp_path / "checkpoints").glob("*.*"))
 
 
+def test_neither_what_was_just_written_nor_what_the_run_came_from_is_deleted(tmp_path: Path):
+    for step in (2, 3, 8, 9):
+        save(tmp_path, step, bare_engine())
+    writer = CheckpointWriter(tmp_path, Topology(), keep_last=1, restored=2)
+    for step in (4, 5):
+        writer.save(step, bare_engine(), {}, blocking=True)
+        assert saved_steps(tmp_path) == [9, 8, step, 2]  # whoever wrote the later ones may need them
+
+
+def test_only_leavings_of_saves_are_deleted(tmp_path: Path):
+    own = [f"step-000000004.{suffix}" for suffix in ("partial", "reports", "replaced", "deleted")]
+    others = [
+        "step-000000002.bak",
+        "step-000000002.good",
+        "step-000000004.partial.keep",
+        "step-4.partial",
+        "best",
+        "x.deleted",
+    ]
+    for name in (*own, *others):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    CheckpointWriter(tmp_path, Topology()).save(6, bare_engine(), {}, blocking=True)
+    assert sorted(storage_of(tmp_path).list()) == sorted([*others, "step-000000006"])
+
+
 def test_a_failed_save_is_named_at_once_and_the_next_one_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):

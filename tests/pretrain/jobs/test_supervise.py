@@ -16,9 +16,10 @@ from pretrain.faults.exits import EXIT_FAILED, EXIT_LOST, EXIT_OK, EXIT_REQUEUE,
 from pretrain.jobs import supervise
 from pretrain.jobs.supervise import Supervisor, make_plan, meaning, usable
 from tests.pretrain import tiny_run
+from tests.pretrain.bare_engine import bare_engine, save
 
 LAUNCHER = """
-import json, os, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 folder = Path(sys.argv[1])
 starts = folder / "starts"
@@ -32,7 +33,8 @@ if step == "orphan":
     orphan = subprocess.Popen(["sleep", "600"], start_new_session=True)
     (folder / "orphan").write_text(str(orphan.pid))
 elif step == "die":
-    saving = f"import time, os; time.sleep(1); os.makedirs({str(folder / 'run' / 'checkpoints' / 'step-000000004')!r})"
+    places = [str(folder / one / "checkpoints" / "step-000000004") for one in ("model", "run")]
+    saving = f"import time, shutil; time.sleep(1); shutil.copytree(*{places!r})"
     subprocess.Popen([sys.executable, "-c", saving], start_new_session=True)
     os.kill(os.getpid(), signal.SIGTERM)
 elif step == "obey":
@@ -41,8 +43,11 @@ elif step == "obey":
     beat = {"rank": 0, "host": __import__("socket").gethostname(), "pid": os.getpid(), "step": 0, "phase": "setup", "stuck_s": 0, "time": 0}
     (folder / "run" / "heartbeats" / "rank-00000.json").write_text(json.dumps(beat))
     time.sleep(60)
-else:
-    (folder / "run" / "checkpoints" / f"step-{step:09d}").mkdir(parents=True, exist_ok=True)
+elif step:
+    name = f"step-{abs(step):09d}"
+    shutil.copytree(folder / "model" / "checkpoints" / name, folder / "run" / "checkpoints" / name, dirs_exist_ok=True)
+    if step < 0:
+        next((folder / "run" / "checkpoints" / name).glob("rank-*")).write_bytes(b"torn")
 sys.exit(code)
 """
 
@@ -58,6 +63,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Holds a configuration of 6 steps and 4 streams, a hostfile of four hosts, a fake launcher and a fake ssh."""
     tiny_run.write_config(tmp_path / "c.json", tiny_run.config_values(tmp_path / "data", tmp_path / "run"))
     (tmp_path / "hosts").write_text("# four\n" + "".join(f"node{i} slots=1\n" for i in range(1, 5)))
+    for step in (2, 4, 6):
+        save(tmp_path / "model", step, bare_engine(seed=step))
     (tmp_path / "launcher.py").write_text(LAUNCHER)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "ssh").write_text(SSH.replace("{folder}", str(tmp_path)))
@@ -72,7 +79,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def supervised(folder: Path, jobs: list[tuple], *train: str, hostfile: bool = True) -> tuple[int, list[dict]]:
-    """Run the supervisor over jobs of (exit code, step of the checkpoint that it leaves); its code, and the starts."""
+    """Run the supervisor over jobs of (exit code, step of the checkpoint that it leaves, negative if damaged); its code, the starts."""
     supervisor = Supervisor(plan(folder, jobs, *train, hostfile=hostfile))
     code = supervisor.run()
     return code, [json.loads(line) for line in (folder / "starts").read_text().splitlines()]
@@ -132,6 +139,14 @@ def test_a_mistake_puts_nothing_aside(folder: Path) -> None:
     with pytest.raises(UserError, match="data"):
         supervised(folder, [(0, 6)], "--fresh")
     assert [path.name for path in folder.glob("run*")] == ["run"]
+
+
+def test_progress_is_a_complete_checkpoint_that_was_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, starts = supervised(folder, [(1, -6), (1, 2), *[(1, -4)] * 9])
+    assert (code, len(starts)) == (1, 6)  # a damaged one, then step 2, then four in a row that bring nothing
+    assert "starting from step 0 on" in (out := capsys.readouterr().out)
+    assert "starting from step 2 on" in out
+    assert "starting from step 6" not in out
 
 
 def test_silent_hosts_are_left_out_while_the_others_can_share_the_streams(folder: Path, capsys) -> None:
