@@ -13,10 +13,12 @@ its exporter's matter (`StageKind.export`, parts.py).
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -33,8 +35,11 @@ from pretrain.export.parts import Exported, Sampling, Source
 from pretrain.runs.record import RunRecord
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CONFIG = "config.json"
 MARK = "textldm_stage"
 """Of the configs that this command writes: the stage of the run."""
+FILES = "textldm_files"
+"""Of the same: the SHA-256 of every file beside it, and of the rest of the config, as they were written."""
 
 
 def convert(
@@ -57,7 +62,7 @@ def convert(
         step: which checkpoint; the newest complete one when None.
         sampling: defaults of the exported model's `generate`, for stages that have them.
         data, vae: where the prepared data and the stage-1 run are now, when they moved since training.
-        overwrite: put a folder aside that stands in the way and is not an export (an export is replaced).
+        overwrite: put aside what stands in the way and is not an unchanged export, which is replaced.
 
     Raises: UserError.
     """
@@ -108,18 +113,24 @@ def write(exported: Exported, tokenizer: LoadedTokenizer, output: Path) -> None:
             shutil.copyfile(file, folder / file.name)
         tokenizer.save(folder)
         (folder / "README.md").write_text(exported.card, encoding="utf-8")
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        sealed = config | {FILES: _hashes(folder, config)}
+        (folder / CONFIG).write_text(json.dumps(sealed, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         make_room(output)
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Raise UserError when something else than an export stands at `output`, unless `overwrite`."""
+    """Raise UserError when something else than an unchanged export stands at `output`, unless `overwrite`."""
     empty = output.is_dir() and not any(output.iterdir())
     if output.exists() and not (empty or is_export(output) or overwrite):
-        raise UserError(f"{output} exists and is not an export; name another --output, or --overwrite to put it aside")
+        raise UserError(
+            f"{output} exists and is not an export, or holds more than it was written with or other weights: name another"
+            " --output, or --overwrite to put it aside"
+        )
 
 
 def make_room(output: Path) -> None:
-    """Delete an earlier export; put anything else aside, as <output>.1 and so on."""
+    """Delete an unchanged export; put anything else aside, as <output>.1 and so on."""
     if is_export(output):
         shutil.rmtree(output)
     elif output.exists():
@@ -127,11 +138,21 @@ def make_room(output: Path) -> None:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder is one that this command wrote."""
+    """Whether a folder is as this command wrote it, file by file: a clone has more in it, a tuned model other weights."""
     try:
-        return MARK in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return config[FILES] == _hashes(folder, config)
+    except (OSError, ValueError, TypeError, KeyError):
         return False
+
+
+def _hashes(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    hashes = {}
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+        with path.open("rb") as file:
+            hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    rest = json.dumps({name: value for name, value in config.items() if name != FILES}, sort_keys=True)
+    return hashes | {CONFIG: hashlib.sha256(rest.encode()).hexdigest()}
 
 
 def _tokenizer_of(data: str, manifest: Manifest) -> LoadedTokenizer:

@@ -26,7 +26,7 @@ from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.read import read_tensors
 from pretrain.config.load import load_config
 from pretrain.config.sections import Diagnose
-from pretrain.export.convert import convert, main
+from pretrain.export.convert import convert, is_export, main
 from pretrain.export.parts import Sampling
 from pretrain.export.textldm import modeling_files
 from pretrain.stages.build import build_stage
@@ -249,10 +249,38 @@ def test_what_stands_at_the_output(trained: Trained, exported: Path, tmp_path: P
     assert [path.name for path in output.iterdir()] == ["thesis.txt"]
     assert main([*command, "--overwrite"]) == 0
     assert (tmp_path / "x.1" / "thesis.txt").read_text() == "ten years of work"
-    (output / "stale.txt").write_text("of an earlier export")
-    assert main(command) == 0
+    assert main(command) == 0  # an export as it was written is replaced
     assert {path.name for path in output.iterdir()} == {path.name for path in exported.iterdir()}
     assert {path.name for path in tmp_path.iterdir()} == {"x", "x.1"}
+
+
+def tune(folder: Path) -> None:
+    """As `Trainer` leaves it: the export's config, other weights."""
+    model = TextLDM.from_pretrained(folder)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / ".git").mkdir() or (folder / ".git" / "HEAD").write_text("ref: refs/heads/main"),
+        lambda folder: (folder / "notes.txt").write_text("mine"),
+        lambda folder: (folder / "README.md").write_text("mine"),
+        lambda folder: (folder / "config.json").write_text(
+            (folder / "config.json").read_text().replace('"num_steps": 50', '"num_steps": 51')
+        ),
+        tune,
+    ],
+)
+def test_what_was_made_of_an_export_is_never_deleted(trained: Trained, exported: Path, tmp_path: Path, change) -> None:
+    output = Path(shutil.copytree(exported, tmp_path / "x"))
+    assert is_export(output)
+    change(output)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    assert main(["--run", str(trained.dit), "--output", str(output)]) == 2
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
 def altered(trained: Trained, folder: Path, **changes: object) -> Path:
