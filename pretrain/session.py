@@ -1,7 +1,7 @@
 """A training session: all that the loop of pretrain/train.py works with, opened step by step in this order:
 
     check          the ranks share out the data's streams; the data, its held-out split and the frozen inputs are there
-    start_over     an earlier run in the same folder is put aside, if --fresh says so
+    own            an earlier run in the same folder is put aside, if --fresh says so; the folder is this job's alone from here on
     watch          signals and hangs are noticed from here on
     find           the newest complete checkpoint; what differs from its run is allowed
     measure_once   what the stage must know before it is built goes into the run folder: by rank 0, for which the others wait
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.core.errors import UserError
+from data_pipeline.core.errors import EXIT_USER, UserError
 from data_pipeline.core.keys import key
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.loader import TrainLoader
@@ -41,8 +41,9 @@ from pretrain.engine.schedule import learning_rate
 from pretrain.faults.signals import Signals
 from pretrain.faults.spikes import SpikeGuard
 from pretrain.faults.watchdog import Watchdog
-from pretrain.ranks.distributed import Topology, barrier
+from pretrain.ranks.distributed import Topology, any_rank, barrier
 from pretrain.runs.folder import put_aside, write_config
+from pretrain.runs.owner import Ownership
 from pretrain.runs.record import RunRecord
 from pretrain.runs.resume import allowed_differences, refuse_lost_checkpoints
 from pretrain.stages.base import Stage
@@ -156,8 +157,7 @@ def open_session(
     What must not survive an error (signal handlers, threads) is registered with `stack`. Raises: UserError.
     """
     inputs = check(config, topology)
-    if fresh:
-        start_over(config, topology)
+    own(config, topology, stack, fresh)
     signals, watchdog = watch(config, topology, stack)
     earlier = find(config, topology, inputs, allow_change)
     measure_once(config, topology, inputs)
@@ -209,11 +209,18 @@ def check(config: RunConfig, topology: Topology) -> Inputs:
     return inputs
 
 
-def start_over(config: RunConfig, topology: Topology) -> None:
-    """Put an existing run folder aside. Collective."""
+def own(config: RunConfig, topology: Topology, stack: ExitStack, fresh: bool) -> None:
+    """Put an existing run folder aside, if `fresh`; hold the folder until `stack` is left. Collective. Raises: UserError on rank 0."""
+    refusal = None
     if topology.is_main:
-        put_aside(config.run_folder)
-    barrier()
+        try:
+            if fresh:
+                put_aside(config.run_folder)
+            stack.callback(Ownership(config.run_folder).release)
+        except UserError as error:
+            refusal = error
+    if any_rank(refusal is not None):
+        raise refusal or SystemExit(EXIT_USER)
 
 
 def watch(config: RunConfig, topology: Topology, stack: ExitStack) -> tuple[Signals, Watchdog]:

@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 import torch
 
+from data_pipeline.core.errors import UserError
 from data_pipeline.reading.batch import Batch
 from pretrain.config.load import load_config
 from pretrain.config.schema import RunConfig
@@ -161,6 +162,8 @@ def run(config: RunConfig, topology: Topology, arguments: argparse.Namespace) ->
 def dry_run(config: RunConfig, topology: Topology) -> int:
     """Build everything, take one step in a folder beside the run's, say what it took, leave nothing."""
     folder = Path(f"{config.run_folder}.dry-run")
+    if folder.exists():
+        raise UserError(f"{folder} exists, where the dry run would work and then clean up: remove it or rename it")
     config.train.run = str(folder)
     config.telemetry.wandb = config.telemetry.tensorboard = False
     made = next((parent for parent in reversed(folder.parents) if not parent.exists()), folder)

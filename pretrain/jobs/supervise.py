@@ -41,7 +41,7 @@ from pretrain.session import find_inputs
 from pretrain.train import make_parser as train_parser
 
 JOB = "TEXTLDM_JOB"
-"""A variable in the environment of all of a job's processes, by which those that outlive it are found."""
+"""A variable in the environment of all of a job's processes, by which those that outlive it are found, and its name (ranks/launcher.py)."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 120.0
 DEAD_S = 120.0
 """A launcher whose ranks have written no heartbeat for so long waits in vain (faults/watchdog.py's HEARTBEAT_S is much shorter)."""

@@ -1,10 +1,11 @@
-"""deepspeed's launcher: whether it is still there, and a port for it. Imports nothing that takes its time."""
+"""What started this process: deepspeed's launcher, and a port for it; the job, and its restarts. Imports nothing that takes its time."""
 
 import contextlib
 import functools
 import itertools
 import os
 import socket
+from collections.abc import Mapping
 
 import psutil
 
@@ -22,6 +23,19 @@ def launchers() -> tuple[int, int] | None:
 def first_launchers() -> tuple[int, int] | None:
     """What `launchers()` gave at the first call. train.py makes it among its first lines: a launcher may end during the imports."""
     return launchers()
+
+
+def job_name(environ: Mapping[str, str]) -> str:
+    """What the scheduler or launcher calls this job, restarts included, in words; empty where there is none."""
+    kinds = {"SLURM_JOB_ID": "Slurm job", "TEXTLDM_JOB": "supervised job", "TORCHELASTIC_RUN_ID": "torchrun job"}
+    names = (f"{kind} {environ[name]}" for name, kind in kinds.items() if environ.get(name) not in (None, "", "none"))
+    return next(names, "")
+
+
+def is_restart(environ: Mapping[str, str]) -> bool:
+    """Whether Slurm, after a requeue, or torchrun has started this job with the same arguments before."""
+    counts = (environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return any(count.isdigit() and int(count) > 0 for count in counts)
 
 
 # Below those that the kernel gives away by itself, so that no connection takes one between here and its use, and from a

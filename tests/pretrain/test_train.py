@@ -26,6 +26,7 @@ from pretrain.checkpoint.read import read_tensors
 from pretrain.engine.engine import Engine
 from pretrain.faults.exits import EXIT_FAILED, EXIT_HUNG, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
 from pretrain.faults.watchdog import Watchdog
+from pretrain.runs.owner import Ownership
 from pretrain.runs.resume import refuse_other_inputs
 from pretrain.telemetry.record import STRAGGLER
 from pretrain.telemetry.sinks import read_metrics
@@ -251,6 +252,11 @@ def test_a_dry_run_leaves_nothing(tmp_path: Path, data: Path, capsys: pytest.Cap
     assert start(config, "--dry-run") == 0
     assert "one step" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
+    (tmp_path / "run.dry-run").mkdir()
+    (tmp_path / "run.dry-run" / "notes.txt").touch()
+    assert start(config, "--dry-run") == EXIT_USER
+    assert "run.dry-run" in capsys.readouterr().err
+    assert (tmp_path / "run.dry-run" / "notes.txt").exists()
 
 
 def test_data_without_held_out_rows_is_refused_unless_nothing_is_evaluated(
@@ -321,6 +327,27 @@ def test_fresh_puts_the_old_run_aside(tmp_path: Path, data: Path) -> None:
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["seed"] == 1
     assert start(config, "--fresh", "--set", "data.path=nowhere") == EXIT_USER
     assert (tmp_path / "run").exists()  # a mistake puts nothing aside
+
+
+@pytest.mark.parametrize("flags", [[], ["--fresh"]])
+def test_a_run_in_use_is_left_alone(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    monkeypatch.setattr("pretrain.runs.owner.BEAT_S", 0.05)
+    hold = Ownership(tmp_path / "run")
+    assert start(make_config(tmp_path, data), *flags) == EXIT_USER
+    assert f"is in use by process {os.getpid()} on" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["owner.json"]
+    hold.release()
+
+
+def test_a_requeued_job_does_not_start_over_again(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tmp_path, data)
+    assert start(config, "--set", "train.steps=2", "--allow-change", "train.steps") == 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert start(config, "--fresh", "--allow-change", "train.steps") == 0
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert not (tmp_path / "run.1").exists()
 
 
 def test_damaged_checkpoints_are_passed_over_but_never_forgotten(
