@@ -47,7 +47,7 @@ def launch(environ: Mapping[str, str]) -> Launch:
     elif _is_task_of_srun(environ):
         found = Launch(
             rank=_number(environ, "SLURM_PROCID"),
-            world_size=_number(environ, "SLURM_NTASKS"),
+            world_size=_tasks_of_step(environ),
             local_rank=_number(environ, "SLURM_LOCALID"),
             local_world_size=_tasks_on_this_node(environ),
         )
@@ -93,8 +93,13 @@ def _is_task_of_srun(environ: Mapping[str, str]) -> bool:
     """One of several tasks of a step, rather than a script or shell that holds the step's variables."""
     if not {"SLURM_STEP_ID", "SLURM_PROCID"} <= environ.keys() or "SLURM_PTY_PORT" in environ:
         return False
-    several = _number(environ, "SLURM_NTASKS") > 1 if "SLURM_NTASKS" in environ else False
-    return several and _number(environ, "SLURM_STEP_ID") < _FIRST_SPECIAL_STEP
+    return _tasks_of_step(environ) > 1 and _number(environ, "SLURM_STEP_ID") < _FIRST_SPECIAL_STEP
+
+
+def _tasks_of_step(environ: Mapping[str, str]) -> int:
+    """SLURM_NTASKS may still be the allocation's, of which `srun -n 1` uses a part."""
+    name = next((name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if name in environ), "")
+    return _number(environ, name) if name else 1
 
 
 def _tasks_on_this_node(environ: Mapping[str, str]) -> int:

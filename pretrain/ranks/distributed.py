@@ -20,6 +20,7 @@ from data_pipeline.core.errors import UserError
 from pretrain.ranks.addresses import choose_interface, own_address
 from pretrain.ranks.build_locks import remove_stale_build_locks
 from pretrain.ranks.launcher import free_port
+from pretrain.ranks.meeting import meet
 from pretrain.ranks.peers import LINK_TIMEOUT_S, Hub, Spoke, watch_peers
 
 SHARED_TEXT_BYTES = 512
@@ -50,7 +51,7 @@ def init_distributed(timeout_s: float = 1800.0) -> Topology:
 
     gloo on CPUs, nccl on CUDA devices. Every process group made later, ZeRO's own included, gets `timeout_s` too. From
     here on a rank that ends without `shutdown` or `goodbye`, or is out of reach, ends all the others (peers.py).
-    Raises UserError when the launcher's variables are incomplete or contradict one another.
+    Raises UserError when the launcher's variables are incomplete or contradict one another; SystemExit when ranks have not come.
     """
     job = launch(os.environ)
     # One process has nobody to meet; deepspeed wants to be told where all the same.
@@ -77,9 +78,8 @@ def init_distributed(timeout_s: float = 1800.0) -> Topology:
             rank=job.rank,
             world_size=job.world_size,
             timeout=timeout,
-            store=dist.HashStore()
-            if job.world_size == 1
-            else None,  # no port that another program could take meanwhile
+            # Of one process: no port that another program could take meanwhile.
+            store=dist.HashStore() if job.world_size == 1 else meet(job, master, port, timeout_s),
             device_id=device if device.type == "cuda" else None,
         )
     host = socket.gethostname()

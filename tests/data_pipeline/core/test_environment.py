@@ -43,6 +43,9 @@ def test_a_task_of_srun(node: str, count: int):
         SRUN | {"SLURM_STEP_ID": "4294967290"},  # the same where salloc opens its shell in a step
         SRUN | {"SLURM_STEP_ID": "4294967291"},  # a batch script, where Slurm tells it its step
         SRUN | {"SLURM_PTY_PORT": "4711"},  # in the shell of srun --pty bash
+        SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # srun -n 1 within a larger allocation
+        {name: value for name, value in SRUN.items() if name != "SLURM_NTASKS"},  # that says of no other task
+        {"WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "h", "MASTER_PORT": "1"},  # left over, without a rank
     ],
 )
 def test_scripts_and_shells_within_an_allocation_are_one_process(environ: dict[str, str]):
