@@ -89,8 +89,9 @@ class Session:
         """Write a checkpoint of the state after `step` steps, unless there is one. Collective."""
         if self.step == self.saved_step and self.writer.settle():
             return
-        blocking = blocking or not self.config.train.checkpoint_async
         stalled_s = self.writer.save(self.step, self.engine, extra=self.record().extra(), blocking=blocking)
+        if not self.config.train.checkpoint_async:
+            self.writer.settle()
         self.saved_step = self.step
         self.telemetry.event("checkpoint", step=self.step, stalled_s=stalled_s, blocking=blocking)
 

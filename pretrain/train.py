@@ -18,10 +18,10 @@ if __name__ == "__main__":
     # A script has its own folder, not the repository, on the path. And while the imports take their time, there is
     # nothing to save.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: os._exit(85))
-    from pretrain.ranks.launcher import first_launchers
+    from pretrain.ranks.launcher import first_launchers, stop_signals
 
+    for number in stop_signals():
+        signal.signal(number, lambda *_: os._exit(85))
     first_launchers()
 
 import torch
@@ -31,6 +31,7 @@ from data_pipeline.reading.batch import Batch
 from pretrain.config.load import load_config
 from pretrain.config.schema import RunConfig
 from pretrain.faults.exits import EXIT_CODES, EXIT_OK, EXIT_REQUEUE, exit_code_of, leave
+from pretrain.faults.output import lasting_output
 from pretrain.faults.spikes import TooManySkips
 from pretrain.faults.spikes import record_skip as write_skip
 from pretrain.ranks.distributed import Topology, all_reduce_sum, barrier, init_distributed, shutdown
@@ -228,6 +229,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@lasting_output()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; a rank that fails beside others ends at once, so that the launcher ends them too."""
     arguments = make_parser().parse_args(argv)

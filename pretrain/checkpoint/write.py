@@ -4,10 +4,12 @@ A save in the order of events: every rank copies what it owns to host memory, wh
 thread writes `step-N.partial/rank-R.safetensors`, then a report with its hash; rank 0's thread waits for all reports,
 writes the manifest, renames `step-N.partial` to `step-N`, replaces `latest`, and deletes what is no longer kept.
 So what has that name is complete, and whatever a kill leaves behind has another one. A failed save is named when it
-fails; the next one is waited for, and ends the run if it fails too.
+fails; the next one is waited for, and ends the run if it fails too, but for a full disk: that costs the saves for which there is no room,
+and only the last one, or the one for a signal, must succeed.
 """
 
 import contextlib
+import errno
 import json
 import platform
 import secrets
@@ -85,14 +87,15 @@ class CheckpointWriter:
 
         Args:
             extra: JSON-able facts to keep (configuration, data fingerprint, counters).
-            blocking: return only when the checkpoint is complete, as is done after a save that failed.
+            blocking: return only when the checkpoint is complete.
 
         Returns: seconds for which the caller was held up.
-        Raises: the error of the write if that was waited for; UserError for a value that JSON cannot hold.
+        Raises: RuntimeError when it is not, or when this save failed after another, not for a full disk alone; UserError for a value
+        that JSON cannot hold.
         """
         began = time.perf_counter()
-        if not self.settle():
-            blocking = True
+        again = not self.settle()
+        if again:
             if self.topology.is_main:
                 self._delete_unfinished()  # it may be what fills the disk
             barrier()
@@ -108,7 +111,9 @@ class CheckpointWriter:
             target=self._write, args=(step, slices, manifest, job), name="checkpoint", daemon=True
         )
         self._thread.start()
-        if blocking:
+        if blocking or (
+            again and not self.settle() and any_rank(self._error is not None and not _is_full(self._error))
+        ):
             self.wait()
         return time.perf_counter() - began
 
@@ -161,10 +166,11 @@ class CheckpointWriter:
             self._error = error
             if not self.topology.is_main:  # so that rank 0 need not wait for its timeout
                 with contextlib.suppress(OSError):
-                    self._report(reports, {"job": job, "error": str(error)})
+                    self._report(reports, {"job": job, "error": str(error), "errno": getattr(error, "errno", None)})
+            warning = "" if _is_full(error) else ", and the run ends if the next one fails too"
             print(
                 f"rank {self.topology.rank}: the checkpoint after step {step} could not be written: {error}; the one before it"
-                " stands, and the run ends if the next one fails too",
+                f" stands{warning}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -183,7 +189,7 @@ class CheckpointWriter:
                     report = json.loads(file.read())
                     if report.pop("job") == job:
                         if "error" in report:
-                            raise OSError(f"{name}: {report['error']}")
+                            raise OSError(report["errno"], f"{name}: {report['error']}")
                         found[name] = SavedFile(**report)
             waiting -= found.keys()
             if waiting:
@@ -202,6 +208,10 @@ class CheckpointWriter:
         for step in earlier[self.keep_last :]:
             if step != self.restored and (not self.keep_every or step % self.keep_every):
                 self.storage.remove(checkpoint_name(step))
+
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _file_of(rank: int) -> str:

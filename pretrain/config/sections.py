@@ -60,7 +60,7 @@ class Train(Sharding):
     timeout_s: Annotated[PositiveFloat, OnResume.FREE] = 1800.0
     """Seconds after which a collective operation that some rank does not join fails."""
     grace_s: Annotated[PositiveFloat, OnResume.FREE] = 120.0
-    """Seconds from SIGTERM or SIGUSR1 to the end of the checkpoint (then exit code 85)."""
+    """Seconds from SIGTERM, SIGUSR1 or SIGHUP to the end of the checkpoint (then exit code 85)."""
     spike_sigmas: NonNegativeFloat = 0.0
     """Skip a step whose gradient norm exceeds the recent median by so many robust deviations; 0: if not finite only."""
     spike_window: PositiveInt = 128

@@ -3,6 +3,8 @@
 A rank that lingers leaves the others waiting in a collective operation.
 """
 
+import contextlib
+import errno
 import os
 import sys
 import time
@@ -11,6 +13,7 @@ import traceback
 import torch
 
 from data_pipeline.core.errors import EXIT_USER, UserError
+from pretrain.faults.output import FULL
 from pretrain.faults.spikes import TooManySkips
 from pretrain.ranks.distributed import await_cause, goodbye
 from pretrain.ranks.peers import EXIT_LOST
@@ -20,7 +23,7 @@ EXIT_CODES = {
     EXIT_OK: "finished",
     EXIT_FAILED: "an error on some rank; its traceback says which",
     EXIT_USER: "a mistake in the input, named in one line",
-    EXIT_REQUEUE: "SIGTERM or SIGUSR1: a checkpoint is written; start the same command again to go on",
+    EXIT_REQUEUE: "SIGTERM, SIGUSR1 or SIGHUP: a checkpoint is written; start the same command again to go on",
     EXIT_HUNG: "no progress for train.watchdog_s; stacks are in the run folder; restarting resumes",
     EXIT_SKIPS: "too many steps with bad gradients; a restart would meet them again (skipped.jsonl)",
     EXIT_LOST: "another rank was killed or its host is out of reach, and is named; restarting resumes",
@@ -42,6 +45,10 @@ def exit_code_of(error: BaseException, rank: int = 0) -> int:
             time.sleep(3)
         prefix = f"rank {rank}: " if rank else ""
         print(f"error: {prefix}{error}", file=sys.stderr, flush=True)
+        return EXIT_USER
+    if isinstance(error, OSError) and error.errno in (*FULL, errno.EROFS):
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror}{where}: make room there, then start the same command again", file=sys.stderr)
         return EXIT_USER
     if is_communication_error(error):
         await_cause()
@@ -85,6 +92,7 @@ def out_of_memory_advice() -> str:
 def leave(code: int) -> None:
     """End the process now, and the job's others with it: no destructor, thread or process group holds it up."""
     goodbye(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody may read it any more
+            stream.flush()
     os._exit(code)

@@ -1,14 +1,14 @@
-"""Signals by which a scheduler asks a job to end: noted here, agreed on by all ranks in the loop."""
+"""Signals by which a scheduler or a terminal asks a job to end: noted here, agreed on by all ranks in the loop."""
 
 import signal
 from collections.abc import Callable
 from typing import Any
 
-from pretrain.ranks.launcher import first_launchers, launchers
+from pretrain.ranks.launcher import first_launchers, launchers, stop_signals
 
 
 class Signals:
-    """Notes SIGTERM and SIGUSR1, which schedulers send before they take the machine, instead of dying of them.
+    """Notes SIGTERM and SIGUSR1, which schedulers send before they take the machine, and SIGHUP, instead of dying of them.
 
     The end of deepspeed's launcher counts as one: a signal to it alone ends it, but not its ranks, which would train on
     beside those of the next start.
@@ -21,7 +21,7 @@ class Signals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in stop_signals():
             self._previous[number] = signal.signal(number, self._note)
         return self
 

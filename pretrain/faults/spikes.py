@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from pretrain.faults.output import LineFile
 from pretrain.ranks.distributed import barrier
 
 
@@ -101,6 +102,7 @@ def record_skip(run: Path, rank: int, world_size: int, entry: dict[str, Any], ba
     line = json.dumps({**entry, "rank": rank, "time": time.time(), "rows": rows, "window_uniforms": uniforms})
     for writer in range(world_size):
         if writer == rank:
-            with open(run / "skipped.jsonl", "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            file = LineFile(run / "skipped.jsonl")
+            file.write(line)
+            file.close()
         barrier()

@@ -35,7 +35,9 @@ from pretrain.config.load import load_config
 from pretrain.config.schema import RunConfig
 from pretrain.faults.exits import EXIT_CODES, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
 from pretrain.faults.heartbeat import read_heartbeats
+from pretrain.faults.output import lasting_output
 from pretrain.jobs.hosts import ROOT, answering, launch_variables, on_hosts, read_hostfile
+from pretrain.ranks.launcher import stop_signals
 from pretrain.runs.folder import put_aside
 from pretrain.session import find_inputs
 from pretrain.train import make_parser as train_parser
@@ -308,10 +310,11 @@ def make_plan(argv: list[str] | None) -> Plan:
 
 
 @cli
+@lasting_output()
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     supervisor = Supervisor(make_plan(argv))
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (*stop_signals(), signal.SIGINT):
         signal.signal(number, supervisor.stop)
     return supervisor.run()
 

@@ -1,9 +1,10 @@
-"""What started this process: deepspeed's launcher, and a port for it; the job, and its restarts. Imports nothing that takes its time."""
+"""What started this process, has started it before, and will end it. Imports nothing that takes its time."""
 
 import contextlib
 import functools
 import itertools
 import os
+import signal
 import socket
 from collections.abc import Mapping
 
@@ -23,6 +24,12 @@ def launchers() -> tuple[int, int] | None:
 def first_launchers() -> tuple[int, int] | None:
     """What `launchers()` gave at the first call. train.py makes it among its first lines: a launcher may end during the imports."""
     return launchers()
+
+
+def stop_signals() -> list[signal.Signals]:
+    """By which a scheduler, or a terminal that hangs up, asks a job to end; not those that this process ignores, under nohup."""
+    asked = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    return [number for number in asked if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def job_name(environ: Mapping[str, str]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pretrain.config.schema import RunConfig
+from pretrain.faults.output import LineFile
 
 METRICS_NAME, LOG_NAME = "metrics.jsonl", "log.txt"
 
@@ -56,8 +57,7 @@ class Sinks:
         run.mkdir(parents=True, exist_ok=True)
         self._steps = config.train.steps
         self.first_start = _first_time(run / METRICS_NAME) or time.time()
-        self._metrics = _open_for_lines(run / METRICS_NAME)
-        self._log = _open_for_lines(run / LOG_NAME)
+        self._metrics, self._log = LineFile(run / METRICS_NAME), LineFile(run / LOG_NAME)
         self._bar = None
         if config.telemetry.progress_bar and sys.stderr.isatty():
             self._bar = tqdm(total=self._steps, initial=start_step, unit="step", dynamic_ncols=True)
@@ -93,10 +93,9 @@ class Sinks:
         self.say(f"held-out after step {line['step']}:  {describe_figures(figures)}")
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl and flush it; nan and infinities, which JSON lacks, become null."""
+        """Append a line to metrics.jsonl; nan and infinities, which JSON lacks, become null."""
         finite = {name: None if _is_odd(value) else value for name, value in line.items()}
-        self._metrics.write(json.dumps({**finite, "time": time.time()}) + "\n")
-        self._metrics.flush()
+        self._metrics.write(json.dumps({**finite, "time": time.time()}))
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar and append it to log.txt."""
@@ -107,8 +106,7 @@ class Sinks:
             print(text, flush=True)
 
     def _to_log(self, text: str) -> None:
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._log.flush()
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     def _record(self, line: Mapping[str, Any]) -> None:
         numbers = {n: float(v) for n, v in line.items() if isinstance(v, int | float) and n not in ("step", "time")}
@@ -210,19 +208,6 @@ def duration(seconds: float) -> str:
     days, rest = divmod(whole, 86400)
     clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
     return f"{days} d {clock}" if days else clock
-
-
-def _open_for_lines(path: Path) -> Any:
-    """Append to a file of lines; a line that a kill cut off is ended first."""
-    torn = False
-    if path.exists() and path.stat().st_size > 0:
-        with open(path, "rb") as written:
-            written.seek(-1, os.SEEK_END)
-            torn = written.read() != b"\n"
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-    if torn:
-        file.write("\n")
-    return file
 
 
 def _is_odd(value: Any) -> bool:

@@ -163,6 +163,29 @@ def test_sigterm_after_a_failed_save_saves_all_the_same(
     assert_same(saved_states(tmp_path / "run"), saved_states(straight))
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_disk_that_is_full_for_a_while_costs_lines_and_saves_alone(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asynchronous: bool
+) -> None:
+    def fill(watchdog: Watchdog, step: int, phase: str) -> None:
+        full = 1 <= step < 5 and phase != "end"
+        monkeypatch.setattr(checkpoint_writer, "write_slices", tiny_run.full_disk if full else write_slices)
+
+    write_slices = checkpoint_writer.write_slices
+    monkeypatch.setattr(Watchdog, "beat", fill)
+    (tmp_path / "run").mkdir()
+    for name in ("log.txt", "skipped.jsonl"):
+        (tmp_path / "run" / name).symlink_to("/dev/full")
+    monkeypatch.setenv("TINY_NAN", "9")
+    assert start(make_config(tmp_path, data, checkpoint_every=1, checkpoint_async=asynchronous)) == 0
+    error = capsys.readouterr().err
+    assert "the one before it stands\n" in error
+    assert "log.txt: No space left on device; lines are lost" in error
+    assert "skipped.jsonl: No space left on device; lines are lost" in error
+    assert saved_steps(tmp_path / "run")[0] == 6
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_launcher_that_is_killed_while_its_rank_imports_is_missed(tmp_path: Path, data: Path) -> None:
     config, log = make_config(tmp_path, data), tmp_path / "rank.log"
     rank = [sys.executable, "-u", "pretrain/train.py", "--config", str(config)]

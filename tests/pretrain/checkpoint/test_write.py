@@ -1,7 +1,9 @@
 """Saves beside training: the commit, failures, kills at any moment. What needs ranks and ZeRO stages is in engine/test_engine.py."""
 
+import errno
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import time
@@ -91,17 +93,37 @@ def test_a_failed_save_is_named_at_once_and_the_next_one_is_waited_for(
     writer.wait()
 
 
+def broken_disk(*_: object) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
 def test_a_second_failure_is_raised_and_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     engine = bare_engine()
     first = save(tmp_path, 1, engine)
     writer = CheckpointWriter(tmp_path, Topology())
-    monkeypatch.setattr(checkpoint_writer, "write_slices", full_disk)
+    monkeypatch.setattr(checkpoint_writer, "write_slices", broken_disk)
     writer.save(2, engine, {})
-    with pytest.raises(RuntimeError, match="No space left"):
+    with pytest.raises(RuntimeError, match="Input/output error"):
         writer.save(3, engine, {})
     assert str(newest_complete(tmp_path, report=silent)) == str(first)
     with pytest.raises(UserError, match="JSON"):
         writer.save(3, engine, {"x": object()})
+
+
+def test_a_full_disk_costs_saves_but_never_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    engine, writer = bare_engine(), CheckpointWriter(tmp_path, Topology())
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer, "write_slices", full_disk)
+        for step in (1, 2, 3):
+            writer.save(step, engine, {})
+        assert not writer.settle()
+        assert capsys.readouterr().err.count("[Errno 28] No space left") == 3
+        with pytest.raises(RuntimeError, match="No space left"):
+            writer.save(4, engine, {}, blocking=True)  # the last one, or one for a signal
+    writer.save(5, engine, {}, blocking=True)
+    assert saved_steps(tmp_path) == [5]
 
 
 def test_rank_0_gives_up_on_a_rank_that_does_not_write(tmp_path: Path):

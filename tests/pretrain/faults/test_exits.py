@@ -1,5 +1,6 @@
 """Faults: who is skipped, who is named, and that a process that hangs ends with its stacks written."""
 
+import errno
 import math
 import os
 import signal
@@ -34,6 +35,21 @@ def test_signals_are_noted_once_and_handlers_put_back() -> None:
         assert signals.received == "SIGUSR1"
     assert calls == [1]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_hang_up_asks_to_stop_unless_it_is_ignored() -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received == "SIGHUP"
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
@@ -185,6 +201,10 @@ def test_exit_codes_and_messages(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "error: bad key\n"
     assert exits.exit_code_of(TooManySkips("x")) == exits.EXIT_SKIPS
     assert exits.exit_code_of(KeyboardInterrupt()) == 130
+    capsys.readouterr()
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/config.json")
+    assert exits.exit_code_of(full) == exits.EXIT_USER
+    assert capsys.readouterr().err.startswith("error: No space left on device (runs/x/config.json): make room")
     assert exits.exit_code_of(RuntimeError("boom"), rank=5) == exits.EXIT_FAILED
     assert "rank 5" in capsys.readouterr().err
     assert exits.exit_code_of(torch.OutOfMemoryError("no memory")) == exits.EXIT_FAILED

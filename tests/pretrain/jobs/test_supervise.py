@@ -218,6 +218,27 @@ def test_a_signal_stops_the_job_through_its_main_rank(folder: Path, hostfile: bo
     assert len((folder / "starts").read_text().splitlines()) == 1
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_hangs_up_stops_the_job_unless_nohup_was_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, ignored: bool
+) -> None:
+    def run(supervisor: Supervisor) -> int:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return {None: 0, "SIGHUP": EXIT_REQUEUE}[supervisor._stop]
+
+    monkeypatch.setattr(Supervisor, "run", run)
+    kept = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    }
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        code = supervise.main(["--launcher", sys.executable, "--", "--config", str(folder / "c.json")])
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    assert code == (0 if ignored else EXIT_REQUEUE)
+
+
 def test_a_launcher_that_waits_for_silent_ranks_is_ended(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(supervise, "DEAD_S", 0.5)
     assert supervised(folder, [(0, "obey"), (0, 6)], hostfile=False)[0] == 0
