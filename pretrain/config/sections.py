@@ -10,6 +10,9 @@ from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveF
 from data_pipeline.core.settings import OnResume, Section, Share
 from pretrain.engine.settings import Sharding
 
+WATCHDOG_AHEAD_S = 60.0
+"""By how much the watchdog must come before the collective operations' timeout: it looks every few seconds, and needs some to write."""
+
 
 class About(Section):
     """What this configuration is for; nothing reads it but people."""
@@ -57,8 +60,8 @@ class Train(Sharding):
     """Steps between logged lines; between them nothing is reduced over ranks or written."""
     watchdog_s: Annotated[PositiveFloat, OnResume.FREE] = 1800.0
     """Seconds without a finished step after which all stacks are printed and the job ends (exit code 86)."""
-    timeout_s: Annotated[PositiveFloat, OnResume.FREE] = 1800.0
-    """Seconds after which a collective operation that some rank does not join fails."""
+    timeout_s: Annotated[PositiveFloat, OnResume.FREE] = 1860.0
+    """Seconds after which a collective operation that some rank does not join fails; later than watchdog_s by 60 at least."""
     grace_s: Annotated[PositiveFloat, OnResume.FREE] = 120.0
     """Seconds from SIGTERM, SIGUSR1 or SIGHUP to the end of the checkpoint (then exit code 85)."""
     spike_sigmas: NonNegativeFloat = 0.0
@@ -78,6 +81,12 @@ class Train(Sharding):
             raise ValueError(
                 f"train.grace_s is {self.grace_s:g} and train.watchdog_s {self.watchdog_s:g}; the watchdog would end the"
                 " job during the checkpoint after a signal: make watchdog_s the larger"
+            )
+        if self.timeout_s < self.watchdog_s + WATCHDOG_AHEAD_S:
+            raise ValueError(
+                f"train.timeout_s is {self.timeout_s:g} and train.watchdog_s {self.watchdog_s:g}; NCCL would end the ranks that wait"
+                " for a hung one before the watchdog has named it and written the stacks: set train.timeout_s to"
+                f" {self.watchdog_s + WATCHDOG_AHEAD_S:g} or more, or train.watchdog_s lower"
             )
         return self
 

@@ -67,7 +67,7 @@ def config_values(data: Path, run: Path, **train: object) -> dict:
         "optimizer": {"lr": 0.01, "ema_decay": 0.9},
         "train": {
             "run": str(run), "steps": 6, "precision": "fp32", "checkpoint_every": 2, "eval_every": 3, "eval_rows": 6,
-            "log_every": 1, "watchdog_s": 60, "timeout_s": 60, "grace_s": 30, **train,
+            "log_every": 1, "watchdog_s": 60, "timeout_s": 120, "grace_s": 30, **train,
         },
     }  # fmt: skip
 

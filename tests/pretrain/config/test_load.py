@@ -128,6 +128,8 @@ def test_big_configs_run_on_whole_nodes_without_changes(name: str, ranks: int) -
         ("train.compile=True", "expected a valid boolean: write true"),
         ("train.steps=1e3", "expected a valid integer: write 1000"),
         ("train.grace_s=1e9", "make watchdog_s the larger"),
+        ("train.timeout_s=1859", "set train.timeout_s to 1860 or more"),
+        ("train.watchdog_s=1801", "set train.timeout_s to 1861 or more"),
         ("repa.online_teacher=x", "drop one"),
         ("repa.features=null", "set repa.features"),
     ],
