@@ -9,6 +9,7 @@ import importlib
 import sys
 
 from data_pipeline.core.errors import EXIT_USER
+from data_pipeline.core.home import settle_home
 from pretrain.commands import COMMANDS, GROUPS
 
 
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int | None:
         hint = f"; did you mean {near[0]}?" if near else ""
         print(f"error: textldm has no command {name!r}; expected one of {', '.join(COMMANDS)}{hint}", file=sys.stderr)
         return EXIT_USER
+    settle_home()  # libraries ask for it while they are imported
     return importlib.import_module(COMMANDS[name].module).main(arguments)
 
 

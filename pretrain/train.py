@@ -18,10 +18,12 @@ if __name__ == "__main__":
     # A script has its own folder, not the repository, on the path. And while the imports take their time, there is
     # nothing to save.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from data_pipeline.core.home import settle_home
     from pretrain.ranks.launcher import first_launchers, stop_signals
 
     for number in stop_signals():
         signal.signal(number, lambda *_: os._exit(85))
+    settle_home()  # libraries ask for it while they are imported
     first_launchers()
 
 import torch

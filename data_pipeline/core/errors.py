@@ -7,6 +7,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from data_pipeline.core.home import settle_home
+
 EXIT_USER = 2
 """The exit code of a user's mistake."""
 
@@ -38,6 +40,7 @@ def cli(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
+        settle_home()
         if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold what no encoding can print
             sys.stdout.reconfigure(errors="backslashreplace")
         try:

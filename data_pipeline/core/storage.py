@@ -11,7 +11,6 @@ import os
 import secrets
 import shutil
 import stat
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +22,7 @@ from typing import IO, Any, TypeVar
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_chain, wait_fixed
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.home import can_be_made, settle_home, temporary_home
 
 CACHE_GIGABYTES = 100.0
 _TIMEOUT_S = 60.0
@@ -129,10 +129,10 @@ class ShardFiles:
 
 
 def user_cache() -> Path:
-    """This project's folder below the user's cache folder; below the temporary folder if there is no home to write to."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    writable = os.access(home if home.exists() else home.parent, os.W_OK)
-    return (home if writable else Path(tempfile.gettempdir())) / "textldm"
+    """This project's folder below the user's cache folder; below a temporary one if there is no home to write to."""
+    settle_home()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (cache if can_be_made(cache) else temporary_home() / ".cache") / "textldm"
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError, cli
+from data_pipeline.core.home import settle_home
 from data_pipeline.core.storage import atomic_write, user_cache
 
 FORWARDED = re.compile(
@@ -65,6 +66,7 @@ def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
     found = {
         name: value for name, value in environ.items() if FORWARDED.fullmatch(name) and not KEPT_HERE.fullmatch(name)
     }
+    settle_home()
     for folder in (Path.home(), Path(".")):  # deepspeed's own order: the later one wins
         file = folder / (_users_file(environ) or ".deepspeed_env")
         for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
