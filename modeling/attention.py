@@ -48,6 +48,11 @@ class Segments:
             raise ValueError(f"segment lengths must be positive and at least one, found {lengths[:8]}")
         return cls(lengths, torch.device(device), causal)
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Segments":
+        """The same layout for another device; as accelerate's hooks call it, where a model is split over several."""
+        device = torch.empty(0, device=device).device
+        return self if device == self.device else Segments(self.lengths, device, self.causal)
+
     @property
     def num_tokens(self) -> int:
         """T."""

@@ -64,7 +64,8 @@ class GuidedVelocity:
             windows = Segments.from_lengths(windows.lengths * 2, windows.device)
             estimate_TZ = None if estimate_TZ is None else estimate_TZ.repeat(2, 1)
         time_T = torch.full(target_T.shape, t, device=z_TZ.device)
-        velocity_TZ = self._dit(inputs_TZ, target_T, time_T, windows, estimate_TZ, None, self._temperature).velocity_TZ
+        found = self._dit(inputs_TZ, target_T, time_T, windows, estimate_TZ, None, self._temperature)
+        velocity_TZ = found.velocity_TZ.to(z_TZ.device)
         if guided:
             velocity_TZ = guide(velocity_TZ[: len(z_TZ)], velocity_TZ[len(z_TZ) :], self._scale)
             time_T = time_T[: len(z_TZ)]

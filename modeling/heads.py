@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .layers import initialize
+from .layers import KeepsStatistics, initialize
 from .losses import ClassScores, categorical_loss, class_mean
 
 
@@ -36,6 +36,10 @@ class Prediction(NamedTuple):
     hidden_TD: torch.Tensor
     token_loss: torch.Tensor | None = None
     token_ce_M: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> "Prediction":
+        """All of it on one device: a model may be split over several."""
+        return Prediction._make(part if part is None else part.to(device) for part in self)
 
 
 class VelocityHead(nn.Module):
@@ -62,7 +66,7 @@ class VelocityHead(nn.Module):
         return Prediction(self.to_latent(hidden_TD).float(), hidden_TD)
 
 
-class CategoricalHead(nn.Module):
+class CategoricalHead(KeepsStatistics):
     """Probabilities of tokens, and the velocity that follows from them (CDCD, arXiv 2211.15089; Plaid's output prior, 2305.18619).
 
     A token's latents are a Gaussian around its mean m_k, with variances d per channel that all tokens share. Then the logarithm of the
@@ -98,14 +102,16 @@ class CategoricalHead(nn.Module):
     @torch.no_grad()
     def alone(self, latents_TZ: torch.Tensor, time_T1: torch.Tensor, places_M: torch.Tensor) -> torch.Tensor:
         """E[z | z_t] of each target token by itself, fp32 [T, Z], zero elsewhere."""
-        noisy_MZ, time_M1 = latents_TZ[places_M].float(), time_T1[places_M]
         means_VZ = self.means.float()
+        noisy_MZ, time_M1 = latents_TZ[places_M].to(means_VZ), time_T1[places_M].to(means_VZ)
         nothing = noisy_MZ.new_zeros(len(noisy_MZ), 0), means_VZ.new_zeros(len(means_VZ), 0)
         mean_MZ = class_mean(ClassScores(*nothing, *self._known(noisy_MZ, time_M1)), means_VZ)
         within_Z, signal_M1 = self.within_variance.float(), 1 - time_M1
         gain_MZ = signal_M1 * within_Z / (signal_M1.square() * within_Z + time_M1.square())
         estimate_MZ = mean_MZ + gain_MZ * (noisy_MZ - signal_M1 * mean_MZ)
-        return torch.zeros_like(latents_TZ, dtype=torch.float32).index_copy(0, places_M, estimate_MZ)
+        return torch.zeros_like(latents_TZ, dtype=torch.float32).index_copy(
+            0, places_M, estimate_MZ.to(latents_TZ.device)
+        )
 
     def forward(
         self,

@@ -4,6 +4,8 @@ Shape letters: T packed tokens, D width, H heads, K head dim, P = K/2 rotary pai
 """
 
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +59,28 @@ def hidden(linear: nn.Linear, matrices: int = 1) -> nn.Linear:
     """Mark a map between hidden states: its weight is `matrices` matrices on top of one another, which Muon treats one by one."""
     linear.matrices = matrices  # type: ignore[assignment]
     return linear
+
+
+class KeepsStatistics(nn.Module):
+    """A module whose buffers were measured: they stay in fp32 when `.to(dtype)`, `.half()` or `.bfloat16()` convert its parameters.
+
+    Rounded, they would shift every latent. Who loads or stores a model in another dtype asks `statistics` for their names.
+    """
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if buffer is not None and after is not None and after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+
+def statistics(module: nn.Module) -> list[str]:
+    """Names of all buffers below `module` that stay in fp32."""
+    owners = [(path, owner) for path, owner in module.named_modules() if isinstance(owner, KeepsStatistics)]
+    return [f"{path}.{name}".lstrip(".") for path, owner in owners for name, _ in owner.named_buffers(recurse=False)]
 
 
 class Attention(nn.Module):

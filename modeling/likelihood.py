@@ -264,14 +264,17 @@ def denoiser(
         inputs_TZ = torch.where(is_target_T[:, None], noisy_TZ, shown_TZ)
         estimate_TZ = None
         if dit.config.self_conditioning:
-            first_TZ = dit(inputs_TZ, is_target_T, time_T, windows, targets=targets).velocity_TZ
+            first_TZ = dit(inputs_TZ, is_target_T, time_T, windows, targets=targets).velocity_TZ.to(inputs_TZ.device)
             estimate_TZ = dit.estimate(first_TZ, inputs_TZ, time_T)
-        found = dit(inputs_TZ, is_target_T, time_T, windows, estimate_TZ, targets)
+        found = dit(inputs_TZ, is_target_T, time_T, windows, estimate_TZ, targets).to(inputs_TZ.device)
         nats_M = found.token_ce_M
         if nats_M is None:
             estimate_TZ = dit.estimate(found.velocity_TZ, inputs_TZ, time_T)
             decoded_TZ = vae.unstandardize(torch.where(is_target_T[:, None], estimate_TZ, shown_TZ))
-            nats_M = _decoder_nats(vae, vae.decode(decoded_TZ, segments)[targets.places_M], targets.tokens_M)
+            nats_M = _decoder_nats(
+                vae, vae.decode(decoded_TZ, segments).to(targets.places_M.device)[targets.places_M], targets.tokens_M
+            )
+        nats_M = nats_M.to(inputs_TZ.device)
         return Denoised(found.velocity_TZ, nats_M.new_zeros(len(inputs_TZ)).index_copy(0, targets.places_M, nats_M))
 
     return denoise
@@ -279,6 +282,7 @@ def denoiser(
 
 def _decoder_nats(vae: TextVAE, hidden_MD: torch.Tensor, tokens_M: torch.Tensor) -> torch.Tensor:
     """Cross-entropies [M] of the VAE's LM head."""
+    hidden_MD, tokens_M = hidden_MD.to(vae.lm_head.weight.device), tokens_M.to(vae.lm_head.weight.device)
     no_rows = (
         hidden_MD.new_zeros(len(x), 0, dtype=torch.float32) for x in (hidden_MD, vae.lm_head.weight, vae.lm_head.weight)
     )

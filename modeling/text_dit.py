@@ -84,14 +84,16 @@ class TextDiT(nn.Module):
             given_TZ = torch.zeros_like(latents_TZ) if given_TZ is None else given_TZ
             latents_TZ = torch.cat((latents_TZ, torch.where(is_target_T[:, None], given_TZ, latents_TZ)), dim=-1)
         x_TD = self.from_latent(latents_TZ.to(self.from_latent.weight.dtype))
-        return x_TD if self.role is None else x_TD + self.role(is_target_T.long())
+        return x_TD if self.role is None else x_TD + self.role(is_target_T.long()).to(x_TD.device)
 
     def _conditioned(self, x_TD: torch.Tensor, time_T1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The time's embedding added, or beside for the blocks' modulation, or not at all."""
         if self.time_mlp is None:
             return x_TD, None
         time_TD = self.time_mlp(time_embedding(time_T1[:, 0], self.config.width).to(x_TD.dtype))
-        return (x_TD + time_TD, None) if self.config.time_conditioning == "additive" else (x_TD, time_TD)
+        return (
+            (x_TD + time_TD.to(x_TD.device), None) if self.config.time_conditioning == "additive" else (x_TD, time_TD)
+        )
 
     def estimate(self, velocity_TZ: torch.Tensor, noisy_TZ: torch.Tensor, time_T: torch.Tensor) -> torch.Tensor:
         """The one-step estimate of z that a velocity implies, with t clamped to `MIN_TIME` from below."""

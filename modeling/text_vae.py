@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from .attention import Segments
-from .layers import Transformer, initialize
+from .layers import KeepsStatistics, Transformer, initialize
 from .shapes import TextVAEConfig
 
 
-class TextVAE(nn.Module):
+class TextVAE(KeepsStatistics):
     """Token ids -> diagonal Gaussian posterior per token -> token logits.
 
     The buffers `latents_mean` and `latents_std` [Z] standardise posterior means per channel for the flow (AutoencoderKL's names);
@@ -59,8 +59,8 @@ class TextVAE(nn.Module):
 
     def standardize(self, latents_TZ: torch.Tensor) -> torch.Tensor:
         """Zero mean and unit variance per channel, in fp32."""
-        return (latents_TZ.float() - self.latents_mean) / self.latents_std
+        return (latents_TZ.to(self.latents_mean) - self.latents_mean) / self.latents_std
 
     def unstandardize(self, latents_TZ: torch.Tensor) -> torch.Tensor:
         """The inverse of `standardize`."""
-        return latents_TZ.float() * self.latents_std + self.latents_mean
+        return latents_TZ.to(self.latents_mean) * self.latents_std + self.latents_mean

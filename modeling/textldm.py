@@ -7,18 +7,23 @@ Shape letters: N new tokens of all prompts, Z latent dim.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import init_hf_modules
 
 from .continuation import decode_targets, sample_targets
+from .layers import statistics
 from .likelihood import LAST_T0, target_nats
 from .solvers import Solver
 from .text_dit import TextDiT, TextDiTConfig
 from .text_vae import TextVAE, TextVAEConfig
 from .times import TimeDistribution
+
+SEEDS = 2**64
 
 
 class TextLDMConfig(PretrainedConfig):
@@ -61,19 +66,28 @@ class TextLDMConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-class TextLDM(PreTrainedModel):
+class TextLDM(PreTrainedModel, GenerationMixin):
     """Prompt in, continuation out: encode the prompt, flow from noise to latents given it, decode all tokens in one pass."""
 
     config_class = TextLDMConfig
     config: TextLDMConfig
-    # In half precision these alone would shift every latent.
-    _keep_in_fp32_modules_strict = ["latents_mean", "latents_std"]  # noqa: RUF012 (the base class declares it so)
+    _no_split_modules = ["Block", "CategoricalHead"]  # noqa: RUF012 (the base class declares it so)
 
     def __init__(self, config: TextLDMConfig):
         super().__init__(config)
         self.vae = TextVAE(TextVAEConfig(**config.vae))
         self.dit = TextDiT(TextDiTConfig(**config.dit))
+        self._keep_in_fp32_modules_strict = set(
+            statistics(self)
+        )  # for from_pretrained, which converts tensor by tensor
         self.post_init()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As any module; but first the process that reads it finds this file, where it is one that transformers copied."""
+        if not type(self).__module__.startswith("transformers_modules."):
+            return super().__reduce_ex__(protocol)
+        in_order = (_Later(init_hf_modules), _Later(object.__new__, type(self)))
+        return operator.getitem, (in_order, 1), self.__dict__
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Nothing: the two models initialise themselves (`layers.initialize`)."""
@@ -101,13 +115,13 @@ class TextLDM(PreTrainedModel):
         """Continuations of prompts.
 
         Args:
-            input_ids: token ids of each prompt, a list of 1-D tensors or lists (or a [batch, tokens] tensor without padding);
-                an empty prompt generates unconditionally.
+            input_ids: token ids of each prompt, a list of 1-D tensors or lists (or a [batch, tokens] tensor without padding), or those
+                of a single prompt; an empty prompt generates unconditionally.
             max_new_tokens: tokens that are drawn together; the number of network evaluations does not depend on it.
             num_steps, guidance_scale, solver, grid, token_temperature: the config's when None; a solver by name or itself; grid is one
                 of times.GRIDS.
             guidance_interval: times between which guidance is applied.
-            seed: of the noise; prompt i draws from (seed, i), whatever else is in the batch.
+            seed: of the noise, 0 to 2^64 - 1; prompt i draws from (seed, i), whatever else is in the batch.
             noise: instead, one [max_new_tokens, Z] tensor a prompt.
             eos_token_id: cut each continuation before this token; the config's when None, no cut when there is none.
             on_step: called in every step with (step, t, tokens of each continuation as decoded from the one-step estimate).
@@ -116,7 +130,7 @@ class TextLDM(PreTrainedModel):
         Raises: ValueError for lengths beyond `config.max_window`, empty requests, ids or noise that do not fit.
         """
         config = self.config
-        prompts = [_ids(ids) for ids in input_ids]
+        prompts = _texts(input_ids)
         num_steps = config.num_steps if num_steps is None else num_steps
         self._check(prompts, max_new_tokens, num_steps, noise)
         if noise is None:
@@ -164,7 +178,7 @@ class TextLDM(PreTrainedModel):
         Raises: ValueError for no documents, empty targets, and ids or lengths that do not fit.
         """
         t0 = self.config.likelihood_t0 if t0 is None else t0
-        prompts, targets = ([_ids(ids) for ids in texts] for texts in (input_ids, target_ids))
+        prompts, targets = _texts(input_ids), _texts(target_ids)
         if not prompts or len(prompts) != len(targets) or not all(map(len, targets)):
             raise ValueError(
                 f"nll() needs as many targets as prompts, none of them empty, found {len(prompts)} prompts and targets of"
@@ -218,6 +232,12 @@ class TextLDM(PreTrainedModel):
             )
 
     def _check_ids(self, texts: Sequence[torch.Tensor]) -> None:
+        places = sorted(set(map(str, getattr(self, "hf_device_map", {}).values())))
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError(
+                f"device_map put the model on {', '.join(places)}; expected devices that hold all of it, without parts that are fetched"
+                " from memory or disk: encoder, decoder and head are read outside of the calls before which accelerate fetches them"
+            )
         vocab_size = self.vae.config.vocab_size
         beyond = [id_ for ids in texts for id_ in ids.tolist() if not 0 <= id_ < vocab_size]
         if beyond:
@@ -226,12 +246,40 @@ class TextLDM(PreTrainedModel):
             )
 
     def _noise(self, seed: int, index: int, new: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        if not 0 <= seed < SEEDS:
+            raise ValueError(f"seed is {seed}; expected 0 to {SEEDS - 1}, that is 2^64 - 1")
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % SEEDS)
         return torch.randn(new, self.vae.config.latent_dim, generator=generator)
 
 
-def _ids(ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
-    return torch.as_tensor(ids, dtype=torch.int64).reshape(-1).cpu()
+class _Later:
+    """Pickled as a call that is made when it is read."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any):
+        self._call = (function, args)
+
+    def __reduce__(self) -> Any:
+        return self._call
+
+
+def _texts(given: Any) -> list[torch.Tensor]:
+    """Token ids of each text: of several, or of one, which is what a flat list or tensor of numbers holds. Raises: ValueError."""
+    texts = list(given)
+    flat = [not isinstance(one, Sequence) and getattr(one, "ndim", 0) == 0 for one in texts]
+    return [_ids(texts)] if texts and all(flat) else [_ids(one) for one in texts]
+
+
+def _ids(ids: Any) -> torch.Tensor:
+    try:
+        ids_T = torch.as_tensor(ids).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        ids_T = None
+    if ids_T is None or ids_T.dim() != 1 or (len(ids_T) and (ids_T.is_floating_point() or ids_T.dtype == torch.bool)):
+        shown = f"a {ids_T.dtype} tensor of shape {list(ids_T.shape)}" if ids_T is not None else repr(ids)[:60]
+        raise ValueError(
+            f"a text is given as {shown}; expected its token ids: a list or 1-D tensor of integers, or a list of such"
+        )
+    return ids_T.long()
 
 
 def _before(ids: torch.Tensor, eos: int | None) -> torch.Tensor:

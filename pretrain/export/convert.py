@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.core.storage import atomic_folder
@@ -90,19 +89,10 @@ def convert(
     )
     exported: Exported = part(export)(source)
     setattr(exported.model.config, MARK, record.stage)
-    cast(exported.model, DTYPES[dtype])
+    # Statistics stay in fp32 (modeling.layers.KeepsStatistics).
+    exported.model.to(DTYPES[dtype])  # type: ignore[arg-type]
     write(exported, tokenizer, output)
     return output
-
-
-def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Convert a model in place to the dtype in which it is stored, except for the tensors that its class keeps in fp32."""
-    kept = tuple(model._keep_in_fp32_modules_strict or ())
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name.endswith(kept)} if kept else {}
-    model.to(dtype)  # type: ignore[arg-type]
-    for name, buffer in buffers.items():
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, buffer)
 
 
 def write(exported: Exported, tokenizer: LoadedTokenizer, output: Path) -> None:

@@ -13,9 +13,10 @@ Shape letters: T packed tokens, B rows.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipeline.reading.batch import Batch
+from modeling.layers import KeepsStatistics
 from pretrain.checkpoint.read import load_weights
 from pretrain.checkpoint.storage import Checkpoint
 
@@ -47,7 +48,7 @@ def weighted(values_T: Tensor, weights_T: Tensor) -> Tensor:
     return torch.stack(((values_T.detach() * weights_T).sum(), weights_T.sum()))
 
 
-class Stage(nn.Module):
+class Stage(KeepsStatistics):
     """What the loop knows of a stage: `token_counts` and `flops` of a batch, `forward`, and the number of the current step."""
 
     step = 0

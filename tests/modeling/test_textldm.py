@@ -1,9 +1,13 @@
 """The Hugging Face model: it survives saving, and a continuation is a function of prompt and noise alone."""
 
+import copy
 import dataclasses
 import itertools
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +15,7 @@ from modeling.attention import Segments
 from modeling.text_dit import TextDiTConfig
 from modeling.text_vae import TextVAEConfig
 from modeling.textldm import TextLDM, TextLDMConfig
+from tests.modeling.pretend_devices import PretendDevices, split_over
 
 NEW = 10
 PROMPTS = [[3, 4, 5, 6], [], [9], list(range(20, 31))]
@@ -58,13 +63,40 @@ def test_saving_and_loading_keeps_everything(tmp_path: Path, options: dict) -> N
     assert lists(loaded.generate(PROMPTS, NEW)) == lists(model.generate(PROMPTS, NEW))
 
 
-def test_half_precision_keeps_the_statistics_and_generates(tmp_path: Path) -> None:
-    model = make_model()
+@pytest.mark.parametrize("options", [{}, {"head": "categorical", "vocab_size": 60}], ids=str)
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda model, folder: TextLDM.from_pretrained(folder, dtype=torch.bfloat16),
+        lambda model, folder: TextLDM.from_pretrained(folder, dtype=torch.float16),
+        lambda model, folder: copy.deepcopy(model).to(torch.bfloat16),
+        lambda model, folder: copy.deepcopy(model).half(),
+        lambda model, folder: TextLDM.from_pretrained(folder).bfloat16(),
+    ],
+)
+def test_every_statistic_stays_in_fp32_however_the_model_is_converted(
+    options: dict, convert: Callable, tmp_path: Path
+) -> None:
+    model = make_model(**options)
+    for buffer in model.buffers():
+        buffer.uniform_(0.5, 2.0)
     model.save_pretrained(tmp_path)
-    loaded = TextLDM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert loaded.dit.head.to_latent.weight.dtype == torch.bfloat16
-    assert torch.equal(loaded.vae.latents_mean, model.vae.latents_mean)
-    assert [len(ids) for ids in loaded.generate(PROMPTS, NEW)] == [NEW] * 4
+    converted = convert(model, tmp_path)
+    assert {p.dtype for p in converted.parameters()} <= {torch.bfloat16, torch.float16}
+    expected, found = dict(model.named_buffers()), dict(converted.named_buffers())
+    assert found.keys() == expected.keys()
+    assert len(found) == (5 if options else 2)
+    for name, buffer in found.items():
+        assert buffer.dtype == torch.float32
+        assert torch.equal(buffer, expected[name])
+    assert [len(ids) for ids in converted.generate(PROMPTS, NEW)] == [NEW] * 4
+
+
+def test_a_model_survives_pickling() -> None:
+    model = make_model()
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert type(other) is TextLDM
+        assert lists(other.generate(PROMPTS, NEW)) == lists(model.generate(PROMPTS, NEW))
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
@@ -97,6 +129,24 @@ def test_the_seed_is_the_noise_of_a_place() -> None:
     assert lists(model.generate(PROMPTS[:2], NEW, seed=5)) == drawn[:2]
     same_prompt = lists(model.generate([[3, 4]] * 2, NEW, seed=5))
     assert same_prompt[0] != same_prompt[1]
+
+
+@pytest.mark.parametrize("seed", [0, 2**63, 2**64 - 1])
+def test_every_seed_of_64_bits_is_one(seed: int) -> None:
+    model = make_model()
+    drawn = lists(model.generate(PROMPTS, NEW, seed=seed))
+    assert lists(model.generate(PROMPTS, NEW, seed=seed)) == drawn
+    assert lists(model.generate(PROMPTS, NEW, seed=(seed + 1) % 2**64)) != drawn
+
+
+@pytest.mark.parametrize(
+    "ids", [[3, 4, 5], (3, 4, 5), torch.tensor([3, 4, 5]), np.array([3, 4, 5]), list(np.array([3, 4, 5]))], ids=repr
+)
+def test_a_flat_list_of_ids_is_one_prompt(ids: object) -> None:
+    model = make_model()
+    expected = lists(model.generate([[3, 4, 5]], NEW))
+    assert lists(model.generate(ids, NEW)) == expected
+    assert torch.equal(model.nll(ids, [7, 8], num_times=3), model.nll([[3, 4, 5]], [[7, 8]], num_times=3))
 
 
 def test_prompts_may_be_tensors() -> None:
@@ -154,6 +204,12 @@ def test_the_prompt_is_encoded_alone_and_standardised() -> None:
         ([[1]], NEW, {"num_steps": -3}, "num_steps"),
         ([[1]], NEW, {"noise": [torch.zeros(NEW, 3)]}, "noise"),
         ([[1], [2]], NEW, {"noise": [torch.zeros(NEW, 4)]}, "noise"),
+        ([[1]], NEW, {"seed": -1}, r"seed is -1; expected 0 to 18446744073709551615"),
+        ([[1]], NEW, {"seed": 2**64}, "seed is 18446744073709551616"),
+        ([1, [2]], NEW, {}, "a text is given as"),
+        ([[[1, 2]]], NEW, {}, r"of shape \[1, 2\]; expected its token ids"),
+        ([[1.5]], NEW, {}, r"a torch.float32 tensor of shape \[1\]; expected its token ids"),
+        ("once", NEW, {}, "a text is given as 'o'; expected its token ids"),
     ],
 )
 def test_mistakes(prompts: list, new: int, options: dict, message: str) -> None:
@@ -212,3 +268,50 @@ def test_a_model_that_knows_the_frequencies_alone_has_their_cross_entropy_as_its
 def test_mistakes_in_asking_for_bounds(prompts: list, targets: list, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_model().nll(prompts, targets, **options)
+
+
+SPLITS = [
+    {"vae": "cuda:0", "dit": "cuda:1"},
+    {
+        "vae.latents_mean": "cuda:1",
+        "vae.latents_std": "cuda:1",
+        "vae": "cuda:0",
+        "vae.lm_head": "cuda:1",
+        "dit.from_latent": "cuda:0",
+        "dit.role": "cuda:1",
+        "dit.time_mlp": "cuda:2",
+        "dit.transformer.blocks.0": "cuda:0",
+        "dit.transformer": "cuda:1",
+        "dit.head": "cuda:2",
+    },
+]
+
+
+@pytest.mark.parametrize("device_map", SPLITS, ids=["models", "blocks"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"time_conditioning": "additive"},
+        {"time_conditioning": "adaln_zero", "self_conditioning": True},
+        {"head": "categorical", "vocab_size": 60},
+    ],
+    ids=str,
+)
+def test_a_model_split_over_devices_says_the_same(options: dict, device_map: dict) -> None:
+    """Wherever its modules are put, no operation meets tensors of two devices."""
+    model = make_model(**options)
+    tokens, nats = lists(model.generate(PROMPTS, NEW)), model.nll(PROMPTS, TARGETS, num_times=3)
+    split_over(model, device_map)
+    with PretendDevices():
+        assert lists(model.generate(PROMPTS, NEW)) == tokens
+        assert torch.equal(model.nll(PROMPTS, TARGETS, num_times=3), nats)
+
+
+@pytest.mark.parametrize("places", [{"vae": 0, "dit": "cpu"}, {"vae": "cpu", "dit": "disk"}], ids=str)
+def test_a_model_that_is_not_all_on_devices_says_so(places: dict) -> None:
+    model = make_model()
+    model.hf_device_map = places
+    with pytest.raises(
+        ValueError, match=r"device_map put the model on .*(cpu|disk).* expected devices that hold all of it"
+    ):
+        model.generate(PROMPTS, NEW)

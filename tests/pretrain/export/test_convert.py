@@ -38,7 +38,7 @@ from tests.pretrain.conftest import Trained
 PROMPTS, NEW_TOKENS, NUM_STEPS, SCALE = [[3, 4, 5, 6, 7], [9, 8]], 12, 8, 3.0
 
 OUTSIDE = """
-    import json, sys
+    import json, pickle, sys
 
     class Blocker:
         def find_spec(self, name, path=None, target=None):
@@ -56,6 +56,8 @@ OUTSIDE = """
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     given = torch.load(noise_file)
     tokens = model.generate(given["prompts"], given["new"], given["steps"], given["scale"], noise=given["noise"], eos_token_id=-1)
+    with open("model.pickle", "wb") as file:
+        pickle.dump(model, file)
     print(json.dumps({
         "tokens": [ids.tolist() for ids in tokens],
         "text": tokenizer.decode([3, 4]),
@@ -63,6 +65,17 @@ OUTSIDE = """
         "path": sys.path,
     }))
 """
+
+
+READ = """
+    import pickle, sys
+
+    with open("model.pickle", "rb") as file:
+        model = pickle.load(file)
+    assert "modeling" not in sys.modules
+    print([ids.tolist() for ids in model.generate([3, 4], 5, 2, seed=2**64 - 1)])
+"""
+"""By a process that has imported nothing: one of Ray's, or of multiprocessing's spawn."""
 
 
 def noise() -> list[torch.Tensor]:
@@ -123,6 +136,11 @@ def test_an_export_alone_gives_the_training_sides_tokens(trained: Trained, expor
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, "-I", "-c", textwrap.dedent(READ)]
+    read = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert read.returncode == 0, read.stderr
+    alone = TextLDM.from_pretrained(exported).generate([[3, 4]], 5, 2, seed=2**64 - 1)
+    assert json.loads(read.stdout) == [ids.tolist() for ids in alone]
     assert str(Path(textldm_source).parents[1]) not in found["path"]
     expected = training_side(trained)
     assert len({token for ids in expected for token in ids}) > 3  # else any model would agree
@@ -164,7 +182,14 @@ def test_the_folder_holds_what_its_parts_were(trained: Trained, exported: Path) 
         "times",
     )
     code = {f"{stem}.py" for stem in stems}
-    assert names == code | {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert names == code | {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert {path.name for path in modeling_files()} == code
     weights = load_file(exported / "model.safetensors")
     ema, last = (read_tensors(trained.dit, state) for state in ("ema", "weight"))
