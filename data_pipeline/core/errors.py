@@ -5,7 +5,7 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from data_pipeline.core.home import settle_home
 
@@ -32,6 +32,26 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
 
 
+def check_arguments(argv: Sequence[str]) -> None:
+    """Refuse arguments with bytes that are no UTF-8, which no tokenizer and no JSON takes; names of files may have them.
+
+    Raises: UserError naming the argument.
+    """
+    for place, argument in enumerate(argv):
+        option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            if os.path.lexists(value or argument):
+                continue
+            before = argv[place - 1] if place and argv[place - 1].startswith("-") else ""
+            name = (option if equals else before) or f"argument {place + 1}"
+            shown = os.fsencode(value or argument)
+            raise UserError(
+                f"{name}: {shown[:80]!r} is not UTF-8; convert it (iconv -t utf-8), or set the terminal to UTF-8"
+            ) from None
+
+
 def cli(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
     """Wrap a command's `main(argv)`: a UserError becomes one line on stderr and exit code 2, Ctrl-C becomes 130.
 
@@ -44,6 +64,7 @@ def cli(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
         if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold what no encoding can print
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
+            check_arguments(sys.argv[1:] if argv is None else argv)
             return main(argv) or 0
         except UserError as error:
             if os.environ.get(TRACEBACK, "") not in ("", "0"):

@@ -6,7 +6,9 @@ The noise of a prompt is keyed by the seed and its place in the list: what else 
 """
 
 import argparse
+import codecs
 import json
+import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -113,28 +115,61 @@ def continue_prompts(
     return [Continuation(*row) for row in zip(prompts, texts, map(len, ids), map(len, tokens))]
 
 
-def read_prompts(given: list[str], file: Path | None) -> list[str]:
-    """The prompts of the command line, then those of a file, one a line. Raises: UserError."""
+def read_prompts(given: list[str], file: str | None) -> list[str]:
+    """The prompts of the command line, then those of a file, one a line; without either, those that are piped in. Raises: UserError."""
     prompts = list(given)
-    if file is not None:
+    if file is None and not prompts and sys.stdin is not None and not sys.stdin.isatty():
+        prompts = prompt_lines(_piped(), "the standard input")
+    elif file == "-":
+        prompts += prompt_lines(_piped(), "--prompt-file -")
+    elif file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt-file {file} cannot be read: {error}") from None
-        prompts += [line for line in lines if line.strip()]
+            prompts += prompt_lines(Path(file).read_bytes(), f"--prompt-file {file}")
+        except OSError as error:
+            raise UserError(f"--prompt-file {file} cannot be read: {error.strerror}") from None
     if not prompts:
         raise UserError(
-            'nothing to continue; give --prompt TEXT (--prompt "" starts from nothing) or --prompt-file FILE'
+            'nothing to continue; give --prompt TEXT (--prompt "" starts from nothing), --prompt-file FILE, or pipe prompts in'
         )
     return prompts
+
+
+def prompt_lines(content: bytes, source: str) -> list[str]:
+    """Prompts of UTF-8 bytes: a line is what a line feed ends, and only that; blank ones are left out. Raises: UserError."""
+    prompts = []
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+        try:
+            text = line.removesuffix(b"\r").decode()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{source}, line {number}: byte {error.start + 1} ({line[error.start]:#04x}) is not UTF-8; convert it, for example with"
+                " iconv -t utf-8"
+            ) from None
+        if text.strip(" \t"):
+            prompts.append(text)
+    return prompts
+
+
+def _piped() -> bytes:
+    try:
+        return sys.stdin.buffer.read()
+    except OSError as error:
+        raise UserError(f"the standard input cannot be read: {error}") from None
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="textldm generate", description=main.__doc__)
     parser.add_argument("--model", required=True, help="exported folder, or hub id")
-    parser.add_argument("--prompt", action="append", default=[], help="text to continue; can be repeated")
-    parser.add_argument("--prompt-file", type=Path, help="file of prompts, one a line; empty lines are left out")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        help="text to continue; can be repeated; without one, lines are read that are piped in",
+    )
+    parser.add_argument(
+        "--prompt-file", help="file of prompts, one a line, - for the standard input; blank lines are left out"
+    )
     parser.add_argument("--max-new-tokens", type=int, help=f"default {DEFAULT_NEW_TOKENS}, or what the window leaves")
     parser.add_argument("--num-steps", type=int, help="solver steps; default of the export")
     parser.add_argument("--guidance-scale", type=float, help="1 is none; default of the export")
@@ -143,7 +178,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--token-temperature", type=float, help="with the categorical head, below 1 sharper; default of the export"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, 0 to 2^64 - 1")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     parser.add_argument("--trajectory", type=Path, help="write the first prompt's text at several t as JSON")

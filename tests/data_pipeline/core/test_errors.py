@@ -3,10 +3,11 @@
 import io
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
-from data_pipeline.core.errors import EXIT_USER, UserError, cli, reason
+from data_pipeline.core.errors import EXIT_USER, UserError, check_arguments, cli, reason
 
 
 @cli
@@ -49,6 +50,30 @@ def test_a_reason_is_one_line(error: Exception, said: str) -> None:
     assert reason(error).startswith(said.replace("OSError", type(error).__name__))
     assert "\n" not in reason(error)
     assert len(reason(ValueError("x" * 10**6))) < 1000
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["--set", "data.path=%s"], "--set"),
+        (["--text-field=%s"], "--text-field"),
+        (["-x", "%s"], "-x"),
+        (["a", "%s"], "argument 2"),
+    ],
+)
+def test_an_argument_that_is_no_text_is_named(argv: list[str], name: str, capsys: pytest.CaptureFixture) -> None:
+    bad = os.fsdecode(b"caf\xe9")
+    assert failing([one.replace("%s", bad) for one in argv]) == EXIT_USER
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {name}: b'")
+    assert r"caf\xe9" in said
+    assert said.count("\n") == 1
+
+
+def test_a_file_may_have_a_name_that_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(b"caf\xe9")
+    file.touch()
+    check_arguments(["--source", str(file), f"--source={file}"])
 
 
 def test_names_that_no_encoding_can_print_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,15 @@
 """The generate command: what it prints, what it writes, and its messages."""
 
+import io
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from data_pipeline.core.errors import UserError
 from modeling.textldm import TextLDM
 from modeling.times import TimeDistribution
 from pretrain.export.generate import Options, continue_prompts, load_exported, main, read_prompts
@@ -70,7 +73,10 @@ def test_text_that_looks_special_is_text(exported: Path) -> None:
     assert found.num_prompt_tokens == 2
 
 
-def test_mistakes_are_one_line(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    piped(monkeypatch, b"")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
     prompt = ["--prompt", "w3"]
@@ -80,6 +86,7 @@ def test_mistakes_are_one_line(exported: Path, tmp_path: Path, capsys: pytest.Ca
         (exported, ["--prompt", "w3 " * 30, "--max-new-tokens", "9"], "a prompt of 30 tokens and 9 new ones"),
         (exported, ["--prompt", "w3 " * 40], "a prompt of 40 tokens"),
         (exported, [*prompt, "--max-new-tokens", "0"], "--max-new-tokens is 0; expected at least 1"),
+        (exported, [*prompt, "--seed", "-1"], "seed is -1; expected 0 to"),
         (exported, [*prompt, "--num-steps", "-1"], "--num-steps is -1; expected at least 1"),
         (exported, [*prompt, "--device", "gpu"], "--device is gpu ("),
         (exported, [*prompt, "--num-steps", "1", "--trajectory", str(exported)], "cannot be written"),
@@ -113,4 +120,36 @@ def test_weights_that_do_not_fit_are_refused(exported: Path, tmp_path: Path) -> 
 
 def test_prompts_of_the_command_line_come_first(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("b\nc\n")
-    assert read_prompts(["a"], tmp_path / "p.txt") == ["a", "b", "c"]
+    assert read_prompts(["a"], str(tmp_path / "p.txt")) == ["a", "b", "c"]
+
+
+def piped(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), "ascii"))
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\f", "\v", "\x1c", "\x85", "\r"])
+def test_a_line_is_what_a_line_feed_ends(separator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = f"\ufeffa{separator}b\n \t\n\r\nc\r\n{separator}d\ufeff".encode()
+    (tmp_path / "p.txt").write_bytes(content)
+    expected = [f"a{separator}b", "c", f"{separator}d\ufeff"]
+    assert read_prompts([], str(tmp_path / "p.txt")) == expected
+    piped(monkeypatch, content)
+    assert read_prompts([], "-") == expected
+    piped(monkeypatch, content)
+    assert read_prompts([], None) == expected
+    piped(monkeypatch, content)
+    assert read_prompts(["x"], None) == ["x"]  # what is piped in is not meant where there is something else
+
+
+def test_bytes_that_are_no_text_are_named_by_line_and_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "p.txt"
+    file.write_bytes(b"one\ntw\xe9\n")
+    with pytest.raises(UserError, match=r"p\.txt, line 2: byte 3 \(0xe9\) is not UTF-8"):
+        read_prompts([], str(file))
+    piped(monkeypatch, b"caf\xe9")
+    with pytest.raises(UserError, match="the standard input, line 1: byte 4"):
+        read_prompts([], None)
+    assert main(["--model", "x", "--prompt", os.fsdecode(b"caf\xe9")]) == 2
+    assert capsys.readouterr().err.startswith(r"error: --prompt: b'caf\xe9' is not UTF-8")
