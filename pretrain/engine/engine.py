@@ -262,13 +262,29 @@ def _load_deepspeed() -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # it warns when it guesses
     import deepspeed
 
-    # Its shared-memory collective compiles for a minute and leaks 66 MiB of /dev/shm per rank. Same bits without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Its shared-memory collective compiles for a minute and leaks 66 MiB of /dev/shm per rank. Same bits without. To ask for
+    # this table would be to try out all operations, with a compiler and a linker.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    _import_muon_uncompiled()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)
     return deepspeed
+
+
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed's own Muon, which its optimizers look for and nobody here trains with, without torch's compiler.
+
+    It decorates three functions with it, whose backend takes more than a second to import in every rank.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_functions, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compile_functions
 
 
 def _is_news(record: logging.LogRecord) -> bool:
