@@ -14,7 +14,8 @@ from typing import NamedTuple
 # Children are forked from a server that has imported what takes seconds to import, so that kills meet work, not start-up.
 _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["data_pipeline.prepare.__main__", "data_pipeline.cache_features", "webdataset.writer"])
-_POLL_S = 0.003  # looking at the folder takes as much again, on cores that the command wants
+_POLL_S = 0.003
+_POLL_FOR_HALF_S = 0.0005  # a file is half written for a millisecond; still a pause, since the command wants the cores
 _TIMEOUT_S = 120
 
 
@@ -58,7 +59,7 @@ def kill_again_and_again(
         process = _start(command)
         _wait(process, lambda wanted=wanted: len(_files(output)[0]) >= wanted)
         if hits % 2:
-            _wait(process, lambda before=before: bool(_files(output)[1] - before), poll_s=0)
+            _wait(process, lambda before=before: bool(_files(output)[1] - before), _POLL_FOR_HALF_S)
         else:
             time.sleep(rng.uniform(0, 0.02))
         process.kill()
@@ -89,9 +90,9 @@ def _wait(process: ForkServerProcess, condition: Callable[[], bool], poll_s: flo
         time.sleep(poll_s)
 
 
-def _files(folder: Path) -> tuple[set[Path], set[Path]]:
+def _files(folder: Path) -> tuple[set[str], set[str]]:
     """Finished and half-written files below the folder."""
-    # os.walk passes over folders that vanish while it looks.
-    paths = {Path(place, name) for place, _, names in os.walk(folder) for name in names if Path(name).suffix}
-    half = {path for path in paths if path.suffix == ".tmp"}
+    # Strings, and os.walk, which passes over folders that vanish while it looks: this is asked hundreds of times a second.
+    paths = {f"{place}/{name}" for place, _, names in os.walk(folder) for name in names if "." in name.strip(".")}
+    half = {path for path in paths if path.endswith(".tmp")}
     return paths - half, half
