@@ -3,6 +3,7 @@
 A start takes a second, not ten; the first one pays for the imports.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -14,8 +15,15 @@ from pathlib import Path
 from pretrain.ranks.launcher import free_port
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "pretrain.train"])
-"""The second brings in torch's compiler, for nothing and three seconds, when an engine is made."""
+FORKS.set_forkserver_preload(
+    [
+        *("torch._dynamo", "torch._inductor.test_operators", "safetensors.torch"),
+        *("deepspeed", "deepspeed.module_inject.auto_ep_layer", "deepspeed.comm.mori"),
+        *("pretrain.train", "pretrain.engine.adamw", "pretrain.engine.muon"),
+        *("pretrain.stages.vae", "pretrain.stages.dit", "pretrain.stages.samples"),
+    ]
+)
+"""All that a training process imports in the end."""
 
 
 def start(
@@ -48,6 +56,7 @@ def be_a_rank(module: str, arguments: list[str], variables: dict[str, str], log:
     sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
     os.environ.update(variables)
     code = 70
+    gc.freeze()  # what is imported is no garbage: ZeRO-3 and the loader look for some, and would walk through it for 0.3 s
     try:
         import torch
 
