@@ -188,8 +188,15 @@ def test_the_whole_recipe_on_a_handful_of_documents(tmp_path, monkeypatch, capfd
     source = tmp_path / "text.jsonl"
     source.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    few = {"schedule.warmup_steps": 1, "train.eval_rows": 4}
-    sizes = Sizes(300, 2, 3, 3, vae={"train.steps": 3, **few}, dit={"flow.statistics_rows": 20, **few})
+    few = {"schedule.warmup_steps": 1, "train.eval_rows": 4, "model.width": 64, "diagnose.rows": 8}
+    dit = {
+        "model.num_layers": 2,
+        "model.head_dim": 32,
+        "flow.statistics_rows": 20,
+        "diagnose.sample_tokens": 256,
+        **few,
+    }
+    sizes = Sizes(300, 2, 3, 3, vae={"train.steps": 3, **few}, dit=dit)
     output = tmp_path / "run"
     plan = Plan(output, str(source), None, None, long=False, sizes=sizes)
     recipe.run(plan)
