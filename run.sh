@@ -85,8 +85,8 @@ case "${1:-}" in
     .venv/bin/ruff format --check .
     .venv/bin/ruff check .
     .venv/bin/mypy
-    # Whole files side by side, a process a core: many tests wait, and few fill two cores. `-n 0` for one after the other.
-    .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "${fast[@]}" "$@"
+    # Whole files side by side, one more than cores: many tests wait, and few fill two cores. `-n 0` for one after the other.
+    .venv/bin/python -m pytest -n $(($(getconf _NPROCESSORS_ONLN) + 1)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder "${fast[@]}" "$@"
     ;;
   --)
     install

@@ -11,12 +11,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the workers share the cores
 
 LONGEST_FIRST = (
-    "test_interruptions",
     "test_two_hosts",
+    "test_interruptions",
     "test_recipe",
+    "test_kills",
     "test_train",
     "test_engine",
     "test_stages_sharded",
+    "test_outside",
+    "test_command",
 )
 """Files that take half a minute or more: begun last, one of them would keep a single worker busy at the end."""
 
