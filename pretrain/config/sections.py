@@ -151,7 +151,7 @@ class TelemetrySection(Section):
     wandb: bool = False
     """Send the logged lines to Weights & Biases."""
     wandb_mode: Literal["auto", "online", "offline"] = "auto"
-    """auto: online when an API key is configured, else offline (upload later with `wandb sync`)."""
+    """auto: online when an API key is configured, else offline (upload later with `wandb sync`). WANDB_MODE=offline or disabled wins."""
     wandb_project: str = "textldm"
     """Project at Weights & Biases."""
     tensorboard: bool = False

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import sys
+import threading
 import time
 import traceback
 
@@ -19,6 +20,8 @@ from pretrain.ranks.distributed import await_cause, goodbye
 from pretrain.ranks.peers import EXIT_LOST
 
 EXIT_OK, EXIT_FAILED, EXIT_REQUEUE, EXIT_HUNG, EXIT_SKIPS = 0, 1, 85, 86, 87
+FLUSH_S = 5.0
+"""How long the last words may take."""
 EXIT_CODES = {
     EXIT_OK: "finished",
     EXIT_FAILED: "an error on some rank; its traceback says which",
@@ -92,6 +95,9 @@ def out_of_memory_advice() -> str:
 def leave(code: int) -> None:
     """End the process now, and the job's others with it: no destructor, thread or process group holds it up."""
     goodbye(code)
+    forced = threading.Timer(FLUSH_S, os._exit, [code])  # a terminal that is paused
+    forced.daemon = True
+    forced.start()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # nobody may read it any more
             stream.flush()

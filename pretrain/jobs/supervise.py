@@ -37,7 +37,7 @@ from pretrain.faults.exits import EXIT_CODES, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE
 from pretrain.faults.heartbeat import read_heartbeats
 from pretrain.faults.output import lasting_output
 from pretrain.jobs.hosts import ROOT, answering, launch_variables, on_hosts, read_hostfile
-from pretrain.ranks.launcher import stop_signals
+from pretrain.ranks.launcher import on_free_port, stop_signals
 from pretrain.runs.folder import put_aside
 from pretrain.session import find_inputs
 from pretrain.train import make_parser as train_parser
@@ -167,6 +167,7 @@ class Supervisor:
             environment |= launch_variables(os.environ, {JOB: self._job})
             # Without force_multi, deepspeed would take a single remaining host for this machine.
             command = [*self.plan.launcher, "--hostfile", str(hostfile), "--force_multi", *script]
+        command = on_free_port(command)
         say(shlex.join(command))
         heartbeats = Heartbeats(self.plan.run)
         # In a session of its own: Ctrl-C reaches this process alone, which stops the job in order.

@@ -27,7 +27,7 @@ from tabulate import tabulate
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.text import bible
 from pretrain.quickstart.plan import RANKS, Ledger, Plan, Step
-from pretrain.ranks.launcher import free_port
+from pretrain.ranks.launcher import on_free_port
 
 PROMPTS = 3
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "numpy")
@@ -70,11 +70,6 @@ def execute(steps: Sequence[Step], ledger: Ledger, shared: bool = False) -> None
         # Of all descendants so far, the largest: the kernel's own count, so no sampling misses a peak.
         peak_gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
         ledger.finish(step, time.perf_counter() - started, peak_gib)
-
-
-def on_free_port(command: list[str]) -> list[str]:
-    """The command with a free port for `deepspeed`, which by itself takes the same one for all jobs of a machine; others as they are."""
-    return [command[0], "--master_port", str(free_port()), *command[1:]] if command[0] == "deepspeed" else command
 
 
 def environment() -> dict[str, str]:

@@ -63,3 +63,12 @@ def free_port() -> int:
                 continue
             return port
     raise AssertionError("cycle() ends")
+
+
+def on_free_port(command: list[str]) -> list[str]:
+    """The command with a free port for `deepspeed`, which by itself takes the same one for all jobs; others as they are."""
+    name, *arguments = command
+    given = any(argument.partition("=")[0] == "--master_port" for argument in arguments)
+    if os.path.basename(name) != "deepspeed" or given:
+        return command
+    return [name, "--master_port", str(free_port()), *arguments]

@@ -1,8 +1,10 @@
 """Where rank 0 writes: metrics.jsonl and log.txt always, a progress bar in terminals, wandb and TensorBoard when asked.
 
-A recorder that fails (no network, no package, a full account) is reported once and dropped: it never ends a run.
+A recorder that fails (no network, no package, a full account) is reported once and dropped, one that hangs holds up nobody
+(background.py): neither ends a run.
 """
 
+import contextlib
 import json
 import math
 import netrc
@@ -13,12 +15,17 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from tqdm import tqdm
 
 from pretrain.config.schema import RunConfig
 from pretrain.faults.output import LineFile
+from pretrain.telemetry.background import Background
+from pretrain.telemetry.identity import run_id
 
+CLOSE_S = 60.0
+"""How long a recorder may take to send the rest; less where the watchdog is quick."""
 METRICS_NAME, LOG_NAME = "metrics.jsonl", "log.txt"
 
 
@@ -61,17 +68,14 @@ class Sinks:
         self._bar = None
         if config.telemetry.progress_bar and sys.stderr.isatty():
             self._bar = tqdm(total=self._steps, initial=start_step, unit="step", dynamic_ncols=True)
+        self._close_s = min(CLOSE_S, config.train.watchdog_s / 8)
+        self._terminal = Background("the terminal", lambda: (self._show, lambda: None), self._to_log)
         makers = {"wandb": start_wandb, "tensorboard": start_tensorboard}
-        self._recorders: dict[str, Callable[[dict[str, float], int], None]] = {}
-        self._closers: dict[str, Callable[[], None]] = {}
-        for name in (name for name in makers if getattr(config.telemetry, name)):
-            self._try(name, lambda make=makers[name]: make(run, config))
-
-    def _try(self, name: str, start: Callable) -> None:
-        try:
-            self._recorders[name], self._closers[name] = start()
-        except Exception as error:  # whatever it is, the run matters more
-            self.say(f"{name} is left out: {type(error).__name__}: {error}")
+        self._recorders = [
+            Background(name, lambda make=make: make(run, config), self.say)  # type: ignore[misc]
+            for name, make in makers.items()
+            if getattr(config.telemetry, name)
+        ]
 
     def train(self, line: dict[str, Any], eta_s: float) -> None:
         """Record a logged step; `eta_s`: seconds that the rest of the run will take."""
@@ -79,11 +83,7 @@ class Sinks:
         self._record(line)
         text = describe_step(line)
         self._to_log(f"step {line['step']}/{self._steps}  {text}")
-        if self._bar is not None:
-            self._bar.update(line["step"] - self._bar.n)
-            self._bar.set_postfix_str(text)
-        else:
-            print(f"step {line['step']}/{self._steps}  {text}  eta {duration(eta_s)}", flush=True)
+        self._terminal(f"step {line['step']}/{self._steps}  {text}  eta {duration(eta_s)}", line["step"], text)
 
     def evaluation(self, line: dict[str, Any]) -> None:
         """Record a held-out evaluation."""
@@ -100,53 +100,47 @@ class Sinks:
     def say(self, text: str) -> None:
         """Print a line above the progress bar and append it to log.txt."""
         self._to_log(text)
-        if self._bar is not None:
+        self._terminal(text)
+
+    def _show(self, text: str, step: int | None = None, beside_bar: str = "") -> None:
+        if self._bar is None:
+            print(text, flush=True)
+        elif step is None:
             self._bar.write(text, file=sys.stderr)
         else:
-            print(text, flush=True)
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(beside_bar)
 
     def _to_log(self, text: str) -> None:
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     def _record(self, line: Mapping[str, Any]) -> None:
         numbers = {n: float(v) for n, v in line.items() if isinstance(v, int | float) and n not in ("step", "time")}
-        for name, record in list(self._recorders.items()):
-            try:
-                record(numbers, line["step"])
-            except Exception as error:
-                del self._recorders[name]
-                self.say(f"{name} is left out from here: {type(error).__name__}: {error}")
+        for record in self._recorders:
+            record(numbers, line["step"])
 
     def close(self) -> None:
-        """Flush and close all."""
+        """Write everything and close, as far as nothing hangs."""
+        for recorder in self._recorders:
+            recorder.close(self._close_s)
+        self._terminal.close(self._close_s)
         if self._bar is not None:
             self._bar.close()
-        for name, close in self._closers.items():
-            try:
-                close()
-            except Exception as error:
-                self.say(f"{name} did not close: {type(error).__name__}: {error}")
         self._metrics.close()
         self._log.close()
 
 
 def start_wandb(run: Path, config: RunConfig) -> tuple[Callable, Callable]:
-    """A Weights & Biases run, continued by a restart because its id is in the run folder, as its files are."""
+    """A Weights & Biases run, continued by a restart: its id goes with the run folder."""
     import wandb
 
-    mode = config.telemetry.wandb_mode
-    if mode == "auto":
-        mode = "online" if _has_wandb_key() else "offline"
-    identity = run / "wandb-id.txt"
-    if not identity.exists():
-        identity.write_text(os.urandom(4).hex(), encoding="utf-8")
     session = wandb.init(
         project=config.telemetry.wandb_project,
         name=run.name,
-        id=identity.read_text(encoding="utf-8").strip(),
+        id=run_id(run),
         resume="allow",
         dir=run,
-        mode=mode,
+        mode=wandb_mode(config.telemetry.wandb_mode),
         config=config.model_dump(mode="json"),
         settings=wandb.Settings(silent=True),
     )
@@ -157,13 +151,29 @@ def start_wandb(run: Path, config: RunConfig) -> tuple[Callable, Callable]:
     return lambda numbers, step: session.log({**numbers, "step": step}), session.finish
 
 
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+def wandb_mode(configured: str) -> str:
+    """What wandb is to do: WANDB_MODE (or `wandb offline`, `wandb disabled`) may forbid the network, whatever is configured."""
+    import wandb
+
+    settings = wandb.setup().settings
+    said = os.environ.get("WANDB_MODE", "").lower() or settings.mode
+    if said == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):
+        return "disabled"
+    if said in ("offline", "dryrun"):
+        return "offline"
+    if configured != "auto":
+        return configured
+    host = urlparse(os.environ.get("WANDB_BASE_URL") or settings.base_url).hostname
+    return "online" if os.environ.get("WANDB_API_KEY") or settings.api_key or _in_netrc(host or "") else "offline"
+
+
+def _in_netrc(host: str) -> bool:
+    """Whether there is a password for a host, which may be one's own, in the file that wandb reads."""
+    named = os.environ.get("NETRC")
+    for place in [named] if named else ["~/.netrc", "~/_netrc"]:
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            return host in netrc.netrc(os.path.expanduser(place)).hosts
+    return False
 
 
 def start_tensorboard(run: Path, config: RunConfig) -> tuple[Callable, Callable]:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -13,9 +15,10 @@ from pretrain.config.load import load_config
 from pretrain.config.schema import RunConfig
 from pretrain.ranks.distributed import Topology
 from pretrain.telemetry.flops import PEAK_TFLOPS, peak_flops, transformer_flops
+from pretrain.telemetry.identity import run_id
 from pretrain.telemetry.metrics import MetricSums, reduce_metrics
 from pretrain.telemetry.record import ForwardTimer, Telemetry, TelemetryState, find_stragglers
-from pretrain.telemetry.sinks import describe_figures, duration, read_metrics
+from pretrain.telemetry.sinks import describe_figures, duration, read_metrics, wandb_mode
 from tests.pretrain import tiny_run
 
 
@@ -179,6 +182,87 @@ def test_a_recorder_that_cannot_close_ends_no_run(config: RunConfig, monkeypatch
     telemetry.close()
     assert closed == [True]
     assert "wandb did not close: OSError: no network" in (config.run_folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("where", ["starts", "writes", "closes"])
+def test_a_recorder_that_hangs_holds_up_nobody(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys, where: str
+) -> None:
+    release = threading.Event()
+
+    def start(run: Path, config: RunConfig) -> tuple:
+        hang = lambda *_: release.wait()  # noqa: E731
+        pause = hang if where == "starts" else print
+        pause()
+        return hang if where == "writes" else lambda *_: None, hang if where == "closes" else lambda: None
+
+    monkeypatch.setattr("pretrain.telemetry.sinks.start_wandb", start)
+    monkeypatch.setattr("pretrain.telemetry.sinks.CLOSE_S", 0.2)
+    config.telemetry.wandb = True
+    telemetry = make_telemetry(config)
+    for step in range(4):
+        take_step(telemetry, step)
+    telemetry.close()
+    release.set()
+    assert "wandb hangs, and is left to itself" in capsys.readouterr().out
+    assert [line["step"] for line in read_metrics(config.run_folder)] == [2, 4]
+
+
+def test_a_terminal_that_is_paused_holds_up_nobody(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    monkeypatch.setattr("pretrain.telemetry.sinks.CLOSE_S", 0.2)
+    monkeypatch.setattr("builtins.print", lambda *_, **__: release.wait())
+    telemetry = make_telemetry(config)
+    for step in range(4):
+        take_step(telemetry, step)
+    telemetry.close()
+    release.set()
+    assert [line["step"] for line in read_metrics(config.run_folder)] == [2, 4]
+    assert "the terminal hangs" in (config.run_folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("variables", "configured", "expected"),
+    [
+        ({}, "auto", "offline"),
+        ({}, "online", "online"),
+        ({"WANDB_API_KEY": "k"}, "auto", "online"),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "auto", "offline"),
+        ({"WANDB_MODE": "dryrun"}, "online", "offline"),
+        ({"WANDB_MODE": "disabled"}, "online", "disabled"),
+        ({"WANDB_DISABLED": "true"}, "offline", "disabled"),
+        ({"WANDB_MODE": "online"}, "offline", "offline"),
+        ({"WANDB_BASE_URL": "https://wandb.lab.example:8080"}, "auto", "online"),
+        ({"WANDB_BASE_URL": "https://api.wandb.ai"}, "auto", "offline"),
+    ],
+)
+def test_what_wandb_may_do_is_what_its_variables_and_keys_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], configured: str, expected: str
+) -> None:
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".netrc").write_text("machine wandb.lab.example\n  login user\n  password key\n")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert wandb_mode(configured) == expected
+
+
+def test_an_id_goes_with_the_folder_but_not_with_its_copies(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    own = run_id(run)
+    assert run_id(run) == own
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    assert run_id(copy) == run_id(copy) != own
+    assert run_id(Path(shutil.copytree(copy, tmp_path / "copy of the copy"))) not in (own, run_id(copy))
+    moved = run.rename(tmp_path / "moved")
+    assert run_id(moved) == own
+    shutil.copytree(moved, tmp_path / "backup")
+    shutil.rmtree(moved)
+    (tmp_path / "backup").rename(moved)
+    assert run_id(moved) == own
 
 
 def test_wandb_offline(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,25 @@
+"""Who a run is to others, such as Weights & Biases: an id that goes with its folder, but not with the folder's copies."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from data_pipeline.core.storage import write_text
+
+IDENTITY = "identity.json"
+
+
+def run_id(run: Path) -> str:
+    """The id in a run's folder. It stays where the folder is renamed or mounted elsewhere (the same inode) and where it comes back from a
+    backup (the same path); a folder with neither is a copy, which continues as a run of its own. Raises: OSError.
+    """
+    here = {"path": str(run.resolve()), "inode": run.stat().st_ino}
+    known: dict = {}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        known = json.loads((run / IDENTITY).read_text(encoding="utf-8"))
+    is_same = any(known.get(name) == value for name, value in here.items())
+    now = {"id": known["id"] if is_same else os.urandom(8).hex(), **here}
+    if now != known:
+        write_text(run / IDENTITY, json.dumps(now))
+    return now["id"]
