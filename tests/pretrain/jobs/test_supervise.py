@@ -15,6 +15,7 @@ from pretrain.config.load import load_config
 from pretrain.faults.exits import EXIT_FAILED, EXIT_LOST, EXIT_OK, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
 from pretrain.jobs import supervise
 from pretrain.jobs.supervise import Supervisor, make_plan, meaning, usable
+from pretrain.ranks.launcher import on_free_port
 from tests.pretrain import tiny_run
 from tests.pretrain.bare_engine import bare_engine, save
 
@@ -264,6 +265,20 @@ def test_mistakes_are_found_before_anything_starts(folder: Path, capsys: pytest.
 def test_a_launcher_that_cannot_work_is_refused(folder: Path, capsys, launcher: str, expected: str) -> None:
     assert supervise.main(["--launcher", launcher, "--", "--config", str(folder / "c.json")]) == EXIT_USER
     assert expected in capsys.readouterr().err
+
+
+def test_deepspeed_gets_a_free_port_at_every_start_unless_one_is_named(folder: Path) -> None:
+    deepspeed = folder / "bin" / "deepspeed"
+    deepspeed.write_text(f'#!/bin/sh\nexec {sys.executable} {folder}/launcher.py {folder} "$@"\n')
+    deepspeed.chmod(0o755)
+    (folder / "plan").write_text(json.dumps([(1, 2), (0, 6)]))
+    training = ["--", "--config", str(folder / "c.json")]
+    assert Supervisor(make_plan(training)).run() == 0
+    first, second = (json.loads(line)["arguments"] for line in (folder / "starts").read_text().splitlines())
+    assert first[0] == second[0] == "--master_port"
+    assert first[1] != second[1]
+    for named in (["deepspeed", "--master_port", "1"], ["deepspeed", "--master_port=1"], ["torchrun"]):
+        assert on_free_port(named) == named
 
 
 def test_a_login_shell_that_says_things_is_no_leftover(folder: Path) -> None:
