@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -57,7 +58,8 @@ class LineFile:
     """Appends lines to a file, each at once. One that cannot be written is lost, which is said; a torn line is ended by the next."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._file, self._failed = path, None, False
+        self._path, self._failed = path, False
+        self._file: io.FileIO | None = None
         self._torn = _is_torn(path)
 
     def write(self, line: str) -> None:
