@@ -11,6 +11,7 @@ import sys
 from data_pipeline.core.errors import EXIT_USER
 from data_pipeline.core.home import settle_home
 from pretrain.commands import COMMANDS, GROUPS
+from pretrain.faults.signals import ends_at_once
 
 
 def overview() -> str:
@@ -35,7 +36,12 @@ def main(argv: list[str] | None = None) -> int | None:
         print(f"error: textldm has no command {name!r}; expected one of {', '.join(COMMANDS)}{hint}", file=sys.stderr)
         return EXIT_USER
     settle_home()  # libraries ask for it while they are imported
-    return importlib.import_module(COMMANDS[name].module).main(arguments)
+    command = COMMANDS[name]
+    with ends_at_once():  # imports take seconds, in which Ctrl-C would print a traceback
+        if command.line:
+            importlib.import_module(command.line).check(arguments)
+        module = importlib.import_module(command.module)
+    return module.main(arguments)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,14 @@ from typing import NamedTuple
 
 
 class Command(NamedTuple):
-    """A command: a module with `main(arguments)`, which returns the exit code, and `make_parser()`; what it does in one line."""
+    """A command: a module with `main(arguments)`, which returns the exit code, and `make_parser()`; what it does in one line.
+
+    `line`: another module that has `make_parser()`, and `check(arguments)` for mistakes, because `module` takes seconds to import.
+    """
 
     module: str
     summary: str
+    line: str = ""
 
 
 GROUPS = {
@@ -33,7 +37,7 @@ GROUPS = {
     },
     "train": {
         "config": Command("pretrain.config.__main__", "every key of a configuration, with its value and meaning"),
-        "train": Command("pretrain.train", "train a stage, in one process"),
+        "train": Command("pretrain.train", "train a stage, in one process", "pretrain.config.command_line"),
         "supervise": Command("pretrain.jobs.supervise", "start a job, and start it again on the hosts that answer"),
         "hosts": Command("pretrain.jobs.hosts", "do the hosts of a hostfile answer, with the same versions?"),
         "checkpoint": Command("pretrain.checkpoint.__main__", "inspect or verify a checkpoint"),

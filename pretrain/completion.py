@@ -20,7 +20,7 @@ def whole_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="textldm")
     commands = parser.add_subparsers(dest="command")
     for name, command in COMMANDS.items():
-        own = importlib.import_module(command.module).make_parser()
+        own = importlib.import_module(command.line or command.module).make_parser()
         commands.add_parser(name, parents=[own], add_help=False, help=command.summary)
     complete_files(parser)
     return parser

@@ -38,7 +38,9 @@ from pretrain.config.resume import Difference
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import Engine, EngineSettings
 from pretrain.engine.schedule import learning_rate
-from pretrain.faults.signals import Signals
+from pretrain.faults.exit_codes import EXIT_INTERRUPTED
+from pretrain.faults.exits import leave
+from pretrain.faults.signals import INTERRUPT, Signals
 from pretrain.faults.spikes import SpikeGuard
 from pretrain.faults.watchdog import Watchdog
 from pretrain.ranks.distributed import Topology, any_rank, barrier
@@ -229,8 +231,26 @@ def watch(config: RunConfig, topology: Topology, stack: ExitStack) -> tuple[Sign
     train = config.train
     signals = stack.enter_context(Signals())
     watchdog = stack.enter_context(Watchdog(train.watchdog_s, config.run_folder, topology.rank, topology.hostname))
-    signals.on_first = lambda: watchdog.end_within(train.grace_s)
+
+    def first() -> None:
+        watchdog.end_within(train.grace_s)
+        if topology.is_main and signals.received == INTERRUPT:
+            tell_now("Ctrl-C: a checkpoint after this step, then the end; once more ends at once")
+
+    def second() -> None:
+        steps = saved_steps(config.run_folder)
+        if topology.is_main:
+            saved = f"the newest checkpoint is that of step {steps[0]}" if steps else "there is no checkpoint yet"
+            tell_now(f"Ctrl-C, twice: ended at once; {saved}")
+        leave(EXIT_INTERRUPTED)
+
+    signals.on_first, signals.on_second = first, second
     return signals, watchdog
+
+
+def tell_now(text: str) -> None:
+    """A line on stderr from a signal handler, which may have interrupted a print."""
+    os.write(2, f"\n{text}\n".encode())
 
 
 def find(config: RunConfig, topology: Topology, inputs: Inputs, allow_change: Collection[str]) -> Earlier:

@@ -23,17 +23,24 @@ if __name__ == "__main__":
 
     for number in stop_signals():
         signal.signal(number, lambda *_: os._exit(85))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     settle_home()  # libraries ask for it while they are imported
     first_launchers()
+    from pretrain.config.command_line import check
+
+    check()  # a mistake is said before torch is imported, which takes seconds
 
 import torch
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.reading.batch import Batch
-from pretrain.config.load import load_config
+from pretrain.config.command_line import own_rank, read
 from pretrain.config.schema import RunConfig
-from pretrain.faults.exits import EXIT_CODES, EXIT_OK, EXIT_REQUEUE, exit_code_of, leave
+from pretrain.faults.exit_codes import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE
+from pretrain.faults.exits import exit_code_of, leave
 from pretrain.faults.output import lasting_output
+from pretrain.faults.signals import INTERRUPT, ends_at_once
 from pretrain.faults.spikes import TooManySkips
 from pretrain.faults.spikes import record_skip as write_skip
 from pretrain.ranks.distributed import Topology, all_reduce_sum, barrier, init_distributed, shutdown
@@ -46,6 +53,7 @@ from pretrain.telemetry.metrics import MetricSums, reduce_metrics
 def train(session: Session, profiler: Any = None, until: int | None = None) -> int:
     """The loop, up to `until` steps instead of all. Returns the process's exit code. Raises: TooManySkips."""
     config, engine, telemetry, beat = session.config.train, session.engine, session.telemetry, session.watchdog.beat
+    session.signals.at_work = True
     while session.step < (until or config.steps):
         step = session.step
         beat(step, "data")
@@ -53,9 +61,9 @@ def train(session: Session, profiler: Any = None, until: int | None = None) -> i
         batches = session.loader.next_step()
 
         beat(step, "count")
-        counts, stop = agree(session.stage, batches, session.signals.received is not None)
-        if stop:
-            return stop_for_requeue(session)
+        counts, code = agree(session.stage, batches, session.signals.received)
+        if code:
+            return stop(session, code)
 
         beat(step, "compute")
         session.stage.step = step
@@ -88,15 +96,17 @@ def train(session: Session, profiler: Any = None, until: int | None = None) -> i
     return EXIT_OK
 
 
-def agree(stage: Stage, batches: Sequence[Batch], stopping: bool) -> tuple[dict[str, int], bool]:
-    """The step's token counts over all ranks, and whether any of them is asked to stop: one all-reduce."""
+def agree(stage: Stage, batches: Sequence[Batch], asked_by: str | None) -> tuple[dict[str, int], int]:
+    """The step's token counts over all ranks, and the exit code to stop with if any of them is asked to, else 0: one all-reduce."""
     own: dict[str, int] = {}
     for batch in batches:
         for name, count in stage.token_counts(batch).items():
             own[name] = own.get(name, 0) + count
     names = sorted(own)
-    *counts, stop = all_reduce_sum([*(own[name] for name in names), float(stopping)])
-    return {name: int(count) for name, count in zip(names, counts)}, stop > 0
+    asked = [float(asked_by not in (None, INTERRUPT)), float(asked_by == INTERRUPT)]
+    *counts, signals, interrupts = all_reduce_sum([*(own[name] for name in names), *asked])
+    code = EXIT_REQUEUE if signals else EXIT_INTERRUPTED if interrupts else 0
+    return {name: int(count) for name, count in zip(names, counts)}, code
 
 
 def evaluate(session: Session) -> dict[str, float]:
@@ -123,15 +133,16 @@ def record_skip(session: Session, step: int, reason: str, measured: Any, batches
     session.guard.enforce(step)
 
 
-def stop_for_requeue(session: Session) -> int:
-    """Save, because the scheduler is about to take the machine."""
+def stop(session: Session, code: int) -> int:
+    """Save, because the scheduler is about to take the machine, or someone pressed Ctrl-C; returns `code`."""
     session.watchdog.end_within(session.config.train.grace_s)
     session.watchdog.beat(session.step, "checkpoint")
     name = session.signals.received or "a signal on another rank"
-    session.telemetry.say(f"{name}: writing a checkpoint after step {session.step}, then exit code {EXIT_REQUEUE}")
+    session.telemetry.say(f"{name}: writing a checkpoint after step {session.step}, then exit code {code}")
     session.save(blocking=True)
+    session.telemetry.say(f"checkpoint of step {session.step} is in {session.run}; the same command goes on from there")
     session.telemetry.event("requeue", step=session.step, signal=name)
-    return EXIT_REQUEUE
+    return code
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -205,40 +216,17 @@ def profiled(session: Session, steps: int) -> Iterator[Any]:
         yield profiler
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    codes = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
-    parser = argparse.ArgumentParser(
-        prog="pretrain/train.py" if __name__ == "__main__" else "textldm train",
-        description=__doc__,
-        epilog="exit codes:\n" + codes,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", required=True, help="a JSON file, or a name in configs/ (textldm config NAME)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. train.steps=1000"
-    )
-    parser.add_argument("--run", "--run-folder", help="short for --set train.run=...; torchrun takes --run for its own")
-    parser.add_argument("--fresh", action="store_true", help="put an existing run folder aside and start at step 0")
-    parser.add_argument("--dry-run", action="store_true", help="build everything, take one step, leave nothing")
-    parser.add_argument("--profile", type=int, default=0, metavar="N", help="trace N steps with torch's profiler")
-    parser.add_argument(
-        "--allow-change", action="append", default=[], metavar="KEY", help="a key that a resumed run may change"
-    )
-    parser.add_argument(
-        "--local_rank", "--local-rank", help=argparse.SUPPRESS
-    )  # launchers add it; LOCAL_RANK says the same
-    return parser
-
-
 @lasting_output()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; a rank that fails beside others ends at once, so that the launcher ends them too."""
-    arguments = make_parser().parse_args(argv)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    with ends_at_once():
+        return _main(argv)
+
+
+def _main(argv: list[str] | None) -> int:
+    rank, world_size = own_rank(os.environ), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        overrides = [*arguments.set, *([f"train.run={arguments.run}"] if arguments.run else [])]
-        config = load_config(arguments.config, overrides)
+        arguments, config = read(argv)
         topology = init_distributed(config.train.timeout_s)
         rank, world_size = topology.rank, topology.world_size
         code = dry_run(config, topology) if arguments.dry_run else run(config, topology, arguments)

@@ -1,4 +1,4 @@
-"""How a process ends: one of the codes of `EXIT_CODES`, said in a line, promptly.
+"""How a process ends: one of the codes of exit_codes.py, said in a line, promptly.
 
 A rank that lingers leaves the others waiting in a collective operation.
 """
@@ -8,29 +8,18 @@ import errno
 import os
 import sys
 import threading
-import time
 import traceback
 
 import torch
 
 from data_pipeline.core.errors import EXIT_USER, UserError
+from pretrain.faults.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SKIPS, say_mistake
 from pretrain.faults.output import FULL
 from pretrain.faults.spikes import TooManySkips
 from pretrain.ranks.distributed import await_cause, goodbye
-from pretrain.ranks.peers import EXIT_LOST
 
-EXIT_OK, EXIT_FAILED, EXIT_REQUEUE, EXIT_HUNG, EXIT_SKIPS = 0, 1, 85, 86, 87
 FLUSH_S = 5.0
 """How long the last words may take."""
-EXIT_CODES = {
-    EXIT_OK: "finished",
-    EXIT_FAILED: "an error on some rank; its traceback says which",
-    EXIT_USER: "a mistake in the input, named in one line",
-    EXIT_REQUEUE: "SIGTERM, SIGUSR1 or SIGHUP: a checkpoint is written; start the same command again to go on",
-    EXIT_HUNG: "no progress for train.watchdog_s; stacks are in the run folder; restarting resumes",
-    EXIT_SKIPS: "too many steps with bad gradients; a restart would meet them again (skipped.jsonl)",
-    EXIT_LOST: "another rank was killed or its host is out of reach, and is named; restarting resumes",
-}
 
 
 def exit_code_of(error: BaseException, rank: int = 0) -> int:
@@ -38,17 +27,14 @@ def exit_code_of(error: BaseException, rank: int = 0) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else EXIT_FAILED
     if isinstance(error, KeyboardInterrupt):
-        print(f"rank {rank}: interrupted", file=sys.stderr, flush=True)
-        return 130
+        if not rank:
+            print("interrupted before the first step: nothing new to save", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
     if isinstance(error, TooManySkips):
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_SKIPS
     if isinstance(error, UserError):
-        if rank:  # most likely rank 0 says the same, and the launcher ends this process before it repeats it
-            time.sleep(3)
-        prefix = f"rank {rank}: " if rank else ""
-        print(f"error: {prefix}{error}", file=sys.stderr, flush=True)
-        return EXIT_USER
+        return say_mistake(error, rank)
     if isinstance(error, OSError) and error.errno in (*FULL, errno.EROFS):
         where = f" ({error.filename})" if error.filename else ""
         print(f"error: {error.strerror}{where}: make room there, then start the same command again", file=sys.stderr)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pretrain.faults.exits import EXIT_HUNG, EXIT_REQUEUE
+from pretrain.faults.exit_codes import EXIT_HUNG, EXIT_REQUEUE
 from pretrain.faults.heartbeat import FOLDER, Heartbeat, heartbeat_file, read_heartbeats
 from pretrain.ranks.distributed import goodbye
 

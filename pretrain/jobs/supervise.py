@@ -31,16 +31,16 @@ from pathlib import Path
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.reading.streams import check_ranks
 from pretrain.checkpoint.find import complete_steps
+from pretrain.config.command_line import make_parser as train_parser
 from pretrain.config.load import load_config
 from pretrain.config.schema import RunConfig
-from pretrain.faults.exits import EXIT_CODES, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
+from pretrain.faults.exit_codes import EXIT_CODES, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
 from pretrain.faults.heartbeat import read_heartbeats
 from pretrain.faults.output import lasting_output
 from pretrain.jobs.hosts import ROOT, answering, launch_variables, on_hosts, read_hostfile
 from pretrain.ranks.launcher import on_free_port, stop_signals
 from pretrain.runs.folder import put_aside
 from pretrain.session import find_inputs
-from pretrain.train import make_parser as train_parser
 
 JOB = "TEXTLDM_JOB"
 """A variable in the environment of all of a job's processes, by which those that outlive it are found, and its name (ranks/launcher.py)."""

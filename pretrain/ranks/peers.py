@@ -23,6 +23,8 @@ from typing import Any
 EXIT_LOST = 88
 LINK_TIMEOUT_S = 15.0
 """A host that has not answered for so long is given up."""
+CONNECT_TIMEOUT_S = 3.0
+"""How long rank 0, when it ends, waits for ranks that have its address and have not connected yet."""
 PRINT_TIMEOUT_S = 5.0
 """Nobody may read a lost host's output any more, so printing may block; the process ends all the same."""
 UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
@@ -152,6 +154,8 @@ class Hub(_Side):
         _allow_open_files(world_size)
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._listener = socket.create_server((address, 0), family=family, backlog=world_size)
+        self._listener.setblocking(False)
+        self._awaited, self._closed = world_size - 1, False
         self._token, self._peers = secrets.token_hex(8), dict[socket.socket, _Peer]()
         self.invitation = Invitation(address, self._listener.getsockname()[1], self._token, self.name)
         threading.Thread(target=self._serve, name="peers", daemon=True).start()
@@ -159,19 +163,28 @@ class Hub(_Side):
     def _serve(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._listener, selectors.EVENT_READ)
-            while not self.done:
+            while not self._closed:
                 for key, _ in selector.select(timeout=1.0):
                     connection: Any = key.fileobj
                     if connection is self._listener:
-                        with contextlib.suppress(OSError):  # who called has hung up already
-                            connection, _ = self._listener.accept()
-                            _probe_when_silent(connection)
-                            selector.register(connection, selectors.EVENT_READ)
-                            self._peers[connection] = _Peer(connection)
+                        if (accepted := self._accept()) is not None:
+                            selector.register(accepted, selectors.EVENT_READ)
                     elif not self._read(self._peers[connection]):
                         selector.unregister(connection)
+                        self._awaited -= bool(self._peers[connection].name)  # it has left
                         del self._peers[connection]
                         connection.close()
+
+    def _accept(self) -> socket.socket | None:
+        """The next connection; None if nobody has called, or hung up already."""
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return None
+        connection.setblocking(True)
+        _probe_when_silent(connection)
+        self._peers[connection] = _Peer(connection)
+        return connection
 
     def _read(self, peer: _Peer) -> bool:
         """Read what a peer has sent, or notice that it is lost; False if nothing more will come from it."""
@@ -202,8 +215,20 @@ class Hub(_Side):
         return False
 
     def _tell(self, message: Message) -> None:
-        for peer in list(self._peers.values()):
-            _send(peer.connection, message)
+        """To every rank, also to those that are about to connect: not told, they would take this process's end for a loss."""
+        told: set[socket.socket] = set()
+        deadline = time.monotonic() + CONNECT_TIMEOUT_S
+        while True:
+            while self._accept() is not None:
+                pass
+            for connection in list(self._peers):
+                if connection not in told:
+                    told.add(connection)
+                    _send(connection, message)
+            if len(told) >= self._awaited or time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        self._closed = True
 
 
 class Spoke(_Side):

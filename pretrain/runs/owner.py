@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Self
 
 from data_pipeline.core.errors import UserError
-from pretrain.faults.exits import EXIT_FAILED, leave
+from pretrain.faults.exit_codes import EXIT_FAILED
+from pretrain.faults.exits import leave
 from pretrain.ranks.launcher import job_name
 
 OWNER = "owner.json"

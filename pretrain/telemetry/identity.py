@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.core.storage import write_text
 
@@ -15,11 +16,11 @@ def run_id(run: Path) -> str:
     backup (the same path); a folder with neither is a copy, which continues as a run of its own. Raises: OSError.
     """
     here = {"path": str(run.resolve()), "inode": run.stat().st_ino}
-    known: dict = {}
+    known: dict[str, Any] = {}
     with contextlib.suppress(FileNotFoundError, ValueError):
         known = json.loads((run / IDENTITY).read_text(encoding="utf-8"))
     is_same = any(known.get(name) == value for name, value in here.items())
-    now = {"id": known["id"] if is_same else os.urandom(8).hex(), **here}
+    now: dict[str, Any] = {"id": known["id"] if is_same else os.urandom(8).hex(), **here}
     if now != known:
         write_text(run / IDENTITY, json.dumps(now))
     return now["id"]

@@ -140,7 +140,7 @@ def start_wandb(run: Path, config: RunConfig) -> tuple[Callable, Callable]:
         id=run_id(run),
         resume="allow",
         dir=run,
-        mode=wandb_mode(config.telemetry.wandb_mode),
+        mode=wandb_mode(config.telemetry.wandb_mode),  # type: ignore[arg-type]
         config=config.model_dump(mode="json"),
         settings=wandb.Settings(silent=True),
     )

@@ -21,7 +21,7 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_tells_its_options_under_its_own_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = importlib.import_module(COMMANDS[name].module).make_parser()
+    parser = importlib.import_module(COMMANDS[name].line or COMMANDS[name].module).make_parser()
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
     assert ended.value.code == 0

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint.find import saved_steps
-from pretrain.faults.exits import EXIT_REQUEUE
+from pretrain.faults.exit_codes import EXIT_REQUEUE
 from pretrain.ranks.launcher import free_port
 from pretrain.telemetry.sinks import METRICS_NAME, read_metrics
 from tests.pretrain import forked_ranks, noted_run, tiny_pipeline, tiny_run

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from pretrain.checkpoint.find import checkpoint_at, saved_steps
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.read import read_tensors
 from pretrain.engine.engine import Engine
-from pretrain.faults.exits import EXIT_FAILED, EXIT_HUNG, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
+from pretrain.faults.exit_codes import EXIT_FAILED, EXIT_HUNG, EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
+from pretrain.faults.signals import SAME_PRESS_S
 from pretrain.faults.watchdog import Watchdog
 from pretrain.runs.owner import Ownership
 from pretrain.runs.resume import refuse_other_inputs
@@ -130,6 +132,47 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(
     assert start(config) == 0
     assert_same(saved_states(tmp_path / "run"), saved_states(straight))
     assert losses(tmp_path / "run") == losses(straight)
+
+
+def interrupted_in(step: int, times: int = 1) -> Callable[[Watchdog, int, str], None]:
+    """`Watchdog.beat`, and Ctrl-C while this step is computed."""
+    beat = Watchdog.beat
+
+    def beat_and_interrupt(watchdog: Watchdog, now: int, phase: str) -> None:
+        beat(watchdog, now, phase)
+        if (now, phase) == (step, "compute"):
+            for number in range(times):
+                time.sleep(SAME_PRESS_S * 1.1 * min(number, 1))
+                signal.raise_signal(signal.SIGINT)
+
+    return beat_and_interrupt
+
+
+def test_ctrl_c_saves_and_says_so_and_the_same_command_goes_on_bit_for_bit(
+    tmp_path: Path, data: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(tmp_path, data)
+    with monkeypatch.context() as patch:
+        patch.setattr(Watchdog, "beat", interrupted_in(2))
+        assert start(config) == EXIT_INTERRUPTED == 130
+    assert saved_steps(tmp_path / "run")[0] == 3
+    said = capfd.readouterr()
+    assert "Ctrl-C: a checkpoint after this step, then the end; once more ends at once" in said.err
+    assert f"checkpoint of step 3 is in {tmp_path / 'run'}; the same command goes on from there" in said.out
+    assert start(config) == 0
+    assert_same(saved_states(tmp_path / "run"), saved_states(straight))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_ends_at_once_and_says_what_is_saved(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    left = []
+    monkeypatch.setattr(Watchdog, "beat", interrupted_in(2, times=2))
+    monkeypatch.setattr("pretrain.session.leave", left.append)
+    start(make_config(tmp_path, data, checkpoint_async=False))
+    assert left == [EXIT_INTERRUPTED]
+    assert "Ctrl-C, twice: ended at once; the newest checkpoint is that of step 2" in capfd.readouterr().err
 
 
 def test_an_evaluation_that_fails_costs_no_steps(

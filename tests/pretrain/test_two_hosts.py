@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from pretrain.faults.exits import EXIT_LOST
+from pretrain.faults.exit_codes import EXIT_LOST
 from pretrain.jobs.hosts import launch_variables
 from pretrain.telemetry.sinks import read_metrics
 from tests.pretrain import forked_ranks, tiny_pipeline, tiny_run

@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from data_pipeline.core.errors import UserError
-from pretrain.faults import exits
+from pretrain.faults import exit_codes, exits
 from pretrain.faults.heartbeat import Heartbeat
-from pretrain.faults.signals import Signals
+from pretrain.faults.signals import Signals, ends_at_once
 from pretrain.faults.spikes import GuardState, SpikeGuard, TooManySkips
 from pretrain.faults.watchdog import Watchdog
+
+ROOT = Path(exits.__file__).parents[2]
 
 
 def make_guard(sigmas: float = 6.0, max_skips: int = 2, skip_window: int = 10) -> SpikeGuard:
@@ -134,7 +136,7 @@ with watchdog.Watchdog(1.0, Path({str(folder)!r}), rank=3, host="h") as alive:
 
 def test_the_watchdog_ends_a_hung_process_and_writes_all_stacks(tmp_path: Path) -> None:
     done = hung_process(tmp_path)
-    assert done.returncode == exits.EXIT_HUNG, done.stderr
+    assert done.returncode == exit_codes.EXIT_HUNG, done.stderr
     stacks = (tmp_path / "stacks-rank-00003.txt").read_text()
     for text in (stacks, done.stderr):
         assert "hang_here" in text
@@ -146,7 +148,7 @@ def test_the_watchdog_ends_a_hung_process_and_writes_all_stacks(tmp_path: Path) 
 def test_a_full_disk_does_not_keep_the_watchdog_from_ending_a_hung_process(tmp_path: Path) -> None:
     (tmp_path / "stacks-rank-00003.txt").symlink_to("/dev/full")
     done = hung_process(tmp_path)
-    assert done.returncode == exits.EXIT_HUNG, done.stderr
+    assert done.returncode == exit_codes.EXIT_HUNG, done.stderr
     assert "hang_here" in done.stderr
     assert "the stacks are only here: [Errno 28]" in done.stderr
 
@@ -155,7 +157,7 @@ def test_a_hung_run_folder_does_not_keep_the_watchdog_from_ending_a_hung_process
     (tmp_path / "heartbeats").mkdir()
     os.mkfifo(tmp_path / "heartbeats" / "rank-00000.json")  # whoever opens it waits for the other end
     done = hung_process(tmp_path, end_timeout_s=1.0)
-    assert done.returncode == exits.EXIT_HUNG, done.stderr
+    assert done.returncode == exit_codes.EXIT_HUNG, done.stderr
     assert "in phase compute of step 7" in done.stderr
     assert "hang_here" in done.stderr
 
@@ -169,7 +171,7 @@ def test_a_heartbeat_that_cannot_be_written_does_not_stop_the_clock(tmp_path: Pa
         found = ended.wait(30)
         written.set()
     assert found
-    assert set(codes) == {exits.EXIT_REQUEUE}
+    assert set(codes) == {exit_codes.EXIT_REQUEUE}
 
 
 def test_the_grace_period_ends_the_process_for_requeue(tmp_path: Path) -> None:
@@ -179,7 +181,7 @@ def test_the_grace_period_ends_the_process_for_requeue(tmp_path: Path) -> None:
         for _ in range(40):
             watchdog.beat(0, "checkpoint")
             time.sleep(0.05)
-    assert set(codes) == {exits.EXIT_REQUEUE}
+    assert set(codes) == {exit_codes.EXIT_REQUEUE}
 
 
 def test_the_culprit_is_the_silent_rank_else_the_one_behind(tmp_path: Path) -> None:
@@ -197,15 +199,88 @@ def test_the_culprit_is_the_silent_rank_else_the_one_behind(tmp_path: Path) -> N
 
 
 def test_exit_codes_and_messages(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exits.exit_code_of(UserError("bad key")) == exits.EXIT_USER
+    assert exits.exit_code_of(UserError("bad key")) == exit_codes.EXIT_USER
     assert capsys.readouterr().err == "error: bad key\n"
-    assert exits.exit_code_of(TooManySkips("x")) == exits.EXIT_SKIPS
+    assert exits.exit_code_of(TooManySkips("x")) == exit_codes.EXIT_SKIPS
     assert exits.exit_code_of(KeyboardInterrupt()) == 130
     capsys.readouterr()
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/config.json")
-    assert exits.exit_code_of(full) == exits.EXIT_USER
+    assert exits.exit_code_of(full) == exit_codes.EXIT_USER
     assert capsys.readouterr().err.startswith("error: No space left on device (runs/x/config.json): make room")
-    assert exits.exit_code_of(RuntimeError("boom"), rank=5) == exits.EXIT_FAILED
+    assert exits.exit_code_of(RuntimeError("boom"), rank=5) == exit_codes.EXIT_FAILED
     assert "rank 5" in capsys.readouterr().err
-    assert exits.exit_code_of(torch.OutOfMemoryError("no memory")) == exits.EXIT_FAILED
+    assert exits.exit_code_of(torch.OutOfMemoryError("no memory")) == exit_codes.EXIT_FAILED
     assert "Lower data.micro_batch_rows" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_noted_while_at_work_and_counts_once_for_one_press(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    second = []
+    with Signals() as signals:
+        signals.on_second = lambda: second.append(1)
+        with pytest.raises(KeyboardInterrupt):  # nothing to save yet
+            signal.raise_signal(signal.SIGINT)
+        signals.at_work = True
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == "SIGINT"
+        now += 0.5
+        signal.raise_signal(signal.SIGINT)  # the launcher's copy of the same press
+        signal.raise_signal(signal.SIGTERM)  # what deepspeed's launcher makes of it
+        assert (signals.received, second) == ("SIGINT", [])
+        now += 2
+        signal.raise_signal(signal.SIGINT)
+        assert second == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_stays_ignored_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell starts jobs in the background so."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with ends_at_once(), Signals() as signals:
+            signals.at_work = True
+            signal.raise_signal(signal.SIGINT)
+            assert signals.received is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    "command", [["-m", "pretrain", "train", "--config", "dit_b"], ["pretrain/train.py", "--config", "dit_b"]]
+)
+def test_ctrl_c_during_imports_ends_without_a_traceback(command: list[str], tmp_path: Path) -> None:
+    """A stand-in for torch is imported for as long as it takes."""
+    (tmp_path / "torch.py").write_text("import os, time\nprint('importing', flush=True)\ntime.sleep(100)\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == -signal.SIGINT  # of which shells say 130
+        assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("command", [["-m", "pretrain", "train"], ["pretrain/train.py"]])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "dit_x"], "no configuration dit_x"),
+        (["--config", "dit_b", "--set", "train.step=5"], "the nearest known key is train.steps"),
+        (["--config", "dit_b", "--frehs"], "unrecognized arguments: --frehs"),
+    ],
+)
+def test_a_mistake_is_said_before_torch_is_imported(
+    command: list[str], arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, *command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (exit_codes.EXIT_USER, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.core.errors import UserError
-from pretrain.faults.exits import EXIT_USER
+from pretrain.faults.exit_codes import EXIT_USER
 from pretrain.jobs import hosts
 from pretrain.jobs.hosts import HostReport, check, forwarded, launch_variables, versions
 

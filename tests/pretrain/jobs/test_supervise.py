@@ -12,7 +12,7 @@ import pytest
 
 from data_pipeline.core.errors import UserError
 from pretrain.config.load import load_config
-from pretrain.faults.exits import EXIT_FAILED, EXIT_LOST, EXIT_OK, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
+from pretrain.faults.exit_codes import EXIT_FAILED, EXIT_LOST, EXIT_OK, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
 from pretrain.jobs import supervise
 from pretrain.jobs.supervise import Supervisor, make_plan, meaning, usable
 from pretrain.ranks.launcher import on_free_port

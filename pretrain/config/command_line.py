@@ -1,0 +1,64 @@
+"""Train a stage: `deepspeed --hostfile hosts pretrain/train.py --config dit_xl`; or under torchrun, srun, plain python.
+
+A run is a function of (configuration, data, step): the same command again resumes the newest complete checkpoint.
+"""
+# The command line of pretrain/train.py, without torch: a mistake in it is said before imports that take seconds.
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from data_pipeline.core.errors import UserError, check_arguments
+from pretrain.config.load import load_config
+from pretrain.config.schema import RunConfig
+from pretrain.faults.exit_codes import EXIT_CODES, say_mistake
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    codes = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
+    parser = argparse.ArgumentParser(
+        prog="pretrain/train.py" if Path(sys.argv[0]).name == "train.py" else "textldm train",
+        description=__doc__,
+        epilog="exit codes:\n" + codes,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="a JSON file, or a name in configs/ (textldm config NAME)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. train.steps=1000"
+    )
+    parser.add_argument("--run", "--run-folder", help="short for --set train.run=...; torchrun takes --run for its own")
+    parser.add_argument("--fresh", action="store_true", help="put an existing run folder aside and start at step 0")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, take one step, leave nothing")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="trace N steps with torch's profiler")
+    parser.add_argument(
+        "--allow-change", action="append", default=[], metavar="KEY", help="a key that a resumed run may change"
+    )
+    parser.add_argument(
+        "--local_rank", "--local-rank", help=argparse.SUPPRESS
+    )  # launchers add it; LOCAL_RANK says the same
+    return parser
+
+
+def read(argv: list[str] | None = None) -> tuple[argparse.Namespace, RunConfig]:
+    """The arguments and the configuration that they name. Raises: UserError."""
+    check_arguments(sys.argv[1:] if argv is None else argv)
+    arguments = make_parser().parse_args(argv)
+    overrides = [*arguments.set, *([f"train.run={arguments.run}"] if arguments.run else [])]
+    return arguments, load_config(arguments.config, overrides)
+
+
+def check(argv: list[str] | None = None) -> None:
+    """End the process with a line and EXIT_USER if the arguments or the configuration hold a mistake."""
+    try:
+        read(argv)
+    except UserError as error:
+        sys.exit(say_mistake(error, own_rank(os.environ)))
+
+
+def own_rank(environment: Mapping[str, str]) -> int:
+    """This process's rank as far as the launcher's variables tell it; 0 where they do not."""
+    found = environment.get("RANK") or environment.get("SLURM_PROCID") or "0"
+    return int(found) if found.isdecimal() else 0
