@@ -33,9 +33,12 @@ class Schedule(Section):
         """Raise UserError when warm-up and decay take more steps than there are."""
         decay = self.decay_steps if self.kind != "constant" else 0
         if self.warmup_steps + decay > total_steps:
+            both = {"warmup_steps": self.warmup_steps, "decay_steps": decay}
+            shares = {name: steps * total_steps // (2 * sum(both.values())) for name, steps in both.items() if steps}
+            remedy = " ".join(f"--set schedule.{name}={steps}" for name, steps in shares.items())
             raise UserError(
                 f"schedule.warmup_steps {self.warmup_steps} and schedule.decay_steps {decay} are more than train.steps"
-                f" {total_steps}; shorten them or train longer"
+                f" {total_steps}; train longer, or shorten them to half of it: {remedy}"
             )
 
 

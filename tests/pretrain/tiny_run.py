@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from data_pipeline.format.manifest import Manifest, ShardInfo, TokenizerInfo, shard_name
 from data_pipeline.format.shards import token_members, write_shard
 from data_pipeline.reading.batch import FILLER, Batch
+from pretrain.stages.base import Stage
 
 VOCABULARY, ROW_TOKENS, ROWS_PER_STEP = 64, 32, 8
 
@@ -86,10 +87,8 @@ class TinyOutput:
     metrics: dict[str, Tensor]
 
 
-class TinyStage(nn.Module):
+class TinyStage(Stage):
     """Predicts every token from its own embedding."""
-
-    step = 0
 
     def __init__(self) -> None:
         super().__init__()

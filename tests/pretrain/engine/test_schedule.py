@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 
+from data_pipeline.core.errors import UserError
 from pretrain.engine.schedule import Schedule, learning_rate
 
 
@@ -38,3 +39,18 @@ def test_no_schedule_divides_by_zero(kind):
 def test_values_out_of_range_are_refused(make):
     with pytest.raises(ValueError, match="validation error"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "remedy"),
+    [
+        (Schedule(warmup_steps=5000), 1000, "--set schedule.warmup_steps=500"),
+        (Schedule(kind="wsd", warmup_steps=10, decay_steps=30), 20, "--set schedule.warmup_steps=2 --set schedule.decay_steps=7"),
+        (Schedule(warmup_steps=3), 1, "--set schedule.warmup_steps=0"),
+    ],
+)
+def test_a_warm_up_longer_than_the_run_is_refused_with_what_to_set(schedule: Schedule, steps: int, remedy: str) -> None:
+    with pytest.raises(UserError, match=f"{remedy}$"):
+        schedule.check_fits(steps)
+    shorter = dict(part.removeprefix("schedule.").split("=") for part in remedy.split() if "=" in part)
+    schedule.model_copy(update={name: int(value) for name, value in shorter.items()}).check_fits(steps)
