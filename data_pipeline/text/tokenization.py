@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_pipeline.core.errors import UserError, cli, reason
+from data_pipeline.core.hub import check_hub_id, use_hub
 from data_pipeline.core.pointers import pointer
 from data_pipeline.core.storage import atomic_write, read_bytes
 from data_pipeline.format.manifest import TokenizerInfo
@@ -67,8 +68,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> LoadedTok
         return _load(path.name, None, partial(_read_local, path))
     if path.is_file():
         return _load(path.parent.name or path.stem, None, partial(_read_local, path.parent), path.name)
-    if path.suffix == ".json" or path.is_absolute() or str(source).startswith("."):
-        raise UserError(f"tokenizer {source}: no such file or folder")
+    check_hub_id(str(source), "tokenizer", "a folder, a tokenizer.json or a hub id")
     return _load(str(source), revision, _HubFiles(str(source), revision))
 
 
@@ -238,14 +238,17 @@ class _HubFiles:
         self._name, self._revision = name, revision
 
     def __call__(self, file: str) -> bytes | None:
+        use_hub()
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
             path = Path(hf_hub_download(self._name, file, revision=self._revision))
-        except EntryNotFoundError:
-            return None
         except Exception as error:  # of the hub, of its network library, of the cache's disk
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                return None
+            if self.commit is not None and isinstance(error, LocalEntryNotFoundError):
+                return None  # without a network: others of its files are in the cache
             raise UserError(
                 f"tokenizer {self._name}: neither a local path nor a {file} that the Hugging Face hub gives ({reason(error)}); "
                 "check the name and the network, or give a local folder or tokenizer.json"

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from data_pipeline.core.devices import device_of
 from data_pipeline.core.errors import UserError, cli
+from data_pipeline.core.hub import check_hub_id, use_hub
 from modeling.solvers import solver_names
 from modeling.textldm import TextLDM, TextLDMConfig
 from modeling.times import GRIDS
@@ -55,9 +56,11 @@ def load_exported(source: str | Path, device: str | torch.device = "cpu") -> tup
 
     Raises: UserError when it is not there, or is not a complete export.
     """
-    if str(source).startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
-        raise UserError(f"--model {source}: no such folder; expected what textldm convert wrote, or a hub id")
-    source = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else str(source)
+    folder = Path(source).expanduser()
+    source = str(folder) if folder.is_dir() else str(source)
+    if not folder.is_dir():
+        check_hub_id(source, "--model", "what textldm convert wrote, or a hub id")
+        use_hub()
     try:
         kind = TextLDMConfig.get_config_dict(source)[0].get("model_type")
         if kind != TextLDMConfig.model_type:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from data_pipeline.core.errors import UserError, reason
+from data_pipeline.core.hub import use_hub
 from data_pipeline.text.readers.base import Reader, Unit, text_of
 
 
@@ -41,6 +42,7 @@ class Hub(Reader):
 @functools.lru_cache(maxsize=1)  # else every unit would ask the hub for its list of files
 def load_streamed(location: str) -> Any:
     """The streamed dataset. Raises UserError with what `datasets` says of the reason, and a remedy for it."""
+    use_hub()
     from datasets import load_dataset
 
     matched = Hub.file_names.fullmatch(location)

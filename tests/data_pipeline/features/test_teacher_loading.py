@@ -89,7 +89,7 @@ def test_a_layer_out_of_range_is_refused(tmp_path: Path, layer: int):
 
 @pytest.mark.parametrize("name", ["{}/nowhere", "./nowhere", "~/nowhere", "a/b/c"])
 def test_what_looks_like_a_folder_is_not_looked_for_on_the_hub(tmp_path: Path, name: str):
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder or file"):
         load_teacher(name.format(tmp_path))
 
 

@@ -261,7 +261,7 @@ def test_damaged_tokenizers_are_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_missing_tokenizers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="no such folder or file"):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"tokenizer\.json of a fast tokenizer"):
         load_tokenizer(tmp_path)

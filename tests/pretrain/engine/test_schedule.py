@@ -45,7 +45,11 @@ def test_values_out_of_range_are_refused(make):
     ("schedule", "steps", "remedy"),
     [
         (Schedule(warmup_steps=5000), 1000, "--set schedule.warmup_steps=500"),
-        (Schedule(kind="wsd", warmup_steps=10, decay_steps=30), 20, "--set schedule.warmup_steps=2 --set schedule.decay_steps=7"),
+        (
+            Schedule(kind="wsd", warmup_steps=10, decay_steps=30),
+            20,
+            "--set schedule.warmup_steps=2 --set schedule.decay_steps=7",
+        ),
         (Schedule(warmup_steps=3), 1, "--set schedule.warmup_steps=0"),
     ],
 )
