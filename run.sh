@@ -67,6 +67,24 @@ lock() {
     --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-emit-package torch --quiet "$@"
 }
 
+check() {
+  # A mistake is said before minutes of installing: the options that the recipe takes (pretrain/quickstart/recipe.py).
+  while (($#)); do
+    case "$1" in
+      --source | --tokenizer | --teacher | --output)
+        (($# > 1)) || { echo "error: $1 expects a value (./run.sh --help)" >&2; exit 2; }
+        shift
+        ;;
+      --source=* | --tokenizer=* | --teacher=* | --output=* | --long | --fresh) ;;
+      *)
+        echo "error: ./run.sh has no $1; expected one of its options, install, test, lock or -- COMMAND (./run.sh --help)" >&2
+        exit 2
+        ;;
+    esac
+    shift
+  done
+}
+
 case "${1:-}" in
   -h | --help) usage ;;
   install) install ;;
@@ -94,6 +112,7 @@ case "${1:-}" in
     PATH="$PWD/.venv/bin:$PATH" exec "$@"
     ;;
   *)
+    check "$@"
     install
     PATH="$PWD/.venv/bin:$PATH" exec .venv/bin/textldm quickstart "$@"
     ;;

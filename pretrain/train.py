@@ -36,6 +36,7 @@ import torch
 from data_pipeline.core.errors import UserError
 from data_pipeline.reading.batch import Batch
 from pretrain.config.command_line import own_rank, read
+from pretrain.config.registry import stage_kind
 from pretrain.config.schema import RunConfig
 from pretrain.faults.exit_codes import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE
 from pretrain.faults.exits import exit_code_of, leave
@@ -169,8 +170,20 @@ def run(config: RunConfig, topology: Topology, arguments: argparse.Namespace) ->
         with profiled(session, arguments.profile) as profiler:
             code = train_with_rewinds(session, profiler)
         session.watchdog.beat(session.step, "end")
+        session.writer.wait()
+        if code == EXIT_OK:
+            session.telemetry.say(ending(session))
         session.close()
     return code
+
+
+def ending(session: Session) -> str:
+    """What is there now, and what comes next."""
+    run, kind = session.run, stage_kind(session.config.stage)
+    following = [f"textldm diagnose --run {run}"] if kind.diagnosis else []
+    following += [f"textldm convert --run {run} --output export/{run.name}"] if kind.export else []
+    then = f"; next: {', then '.join(following)}" if following else ""
+    return f"finished; checkpoint {run}/checkpoints/step-{session.step:09d}{then}"
 
 
 def dry_run(config: RunConfig, topology: Topology) -> int:

@@ -1,7 +1,9 @@
 """What the repository promises about itself."""
 
 import ast
+import os
 import re
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,3 +175,19 @@ def test_links_and_named_files_lead_somewhere():
             rf"(?<![\w/])(?:{'|'.join(PACKAGES)}|benchmarks|docs)/[\w/-]+\.(?:py|md)\b", path.read_text()
         ):
             assert (ROOT / target).exists(), f"{path.relative_to(ROOT)} names {target}"
+
+
+def test_run_sh_takes_the_recipes_options_and_says_others_before_it_installs() -> None:
+    from pretrain.quickstart.recipe import make_parser
+
+    options = {option for action in make_parser()._actions for option in action.option_strings} - {"-h", "--help"}
+    script = (ROOT / "run.sh").read_text()
+    pattern = script.split("check() {")[1].split("esac")[0]
+    assert set(re.findall(r"(--[a-z]+)(?:=\*)?(?= |\))", pattern)) == options
+    for mistake in (["--hlep"], ["instal"], ["--long", "--sourc=x"], ["--source"]):
+        environment = {"PATH": os.environ["PATH"], "PYTHON": "/nonexistent"}
+        done = subprocess.run([ROOT / "run.sh", *mistake], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert "/nonexistent" not in done.stderr
+        assert done.stdout == ""

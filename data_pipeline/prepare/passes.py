@@ -64,7 +64,7 @@ def prepare(
         import webdataset.writer  # noqa: F401  once, before the workers are forked: it takes 1.5 s, for it imports torch
     with Workers(options.workers) as workers:
         source = open_source(options.source, options.text_field, options.split, str(output))
-        work = open_work(output, source, tokenizer, arguments)
+        work = open_work(output, source, tokenizer, arguments, alone=part is None and not merge)
         indices = range(len(source.bundles)) if part is None else range(part[0], len(source.bundles), part[1])
         if merge:
             check_complete(work, len(source.bundles))

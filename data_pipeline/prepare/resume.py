@@ -50,14 +50,26 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], output: Path) 
         )
 
 
-def open_work(output: Path, source: Source, tokenizer: LoadedTokenizer, arguments: Mapping[str, Any]) -> Path:
-    """Create the work folder of an output, or check that it belongs to the same arguments and the same source."""
+def open_work(
+    output: Path, source: Source, tokenizer: LoadedTokenizer, arguments: Mapping[str, Any], alone: bool = True
+) -> Path:
+    """Create the work folder of an output, or check that it belongs to the same arguments and the same source.
+
+    Where nothing that differs is finished yet, as after a mistake in an argument or a damaged file, work begins with what is asked for
+    now; but only if this process is `alone`: another machine may be at its part.
+    """
     work = output / WORK_FOLDER
     bundles = [[asdict(unit) for unit in bundle] for bundle in source.bundles]
     plan = work / "plan.json"
     if plan.exists():
         earlier = json.loads(plan.read_text())
+        if alone and not _kept(work, earlier, arguments, bundles):
+            shutil.rmtree(work)
+    if plan.exists():
         check_same(earlier["arguments"], arguments, output)
+        if alone and _adopted(work, earlier["bundles"], bundles):
+            write_text(plan, json.dumps({"arguments": arguments, "bundles": bundles}))
+            return work
         if earlier["bundles"] != bundles:
             before, now = (list(chain.from_iterable(found)) for found in (earlier["bundles"], bundles))
             raise UserError(
@@ -68,6 +80,20 @@ def open_work(output: Path, source: Source, tokenizer: LoadedTokenizer, argument
     tokenizer.save(work / "tokenizer")
     write_text(plan, json.dumps({"arguments": arguments, "bundles": bundles}))
     return work
+
+
+def _kept(work: Path, earlier: Mapping[str, Any], arguments: Mapping[str, Any], bundles: list[Any]) -> bool:
+    """Whether the work folder holds documents, or is of the very same plan."""
+    if earlier["arguments"] == arguments and earlier["bundles"] == bundles:
+        return True
+    results = (load_result(work, index) for index in range(len(earlier["bundles"])))
+    return any(result is not None and result.chunks for result in results)
+
+
+def _adopted(work: Path, before: list[Any], now: list[Any]) -> bool:
+    """Whether bundles differ, but none that is finished."""
+    changed = [index for index, (old, new) in enumerate(zip_longest(before, now)) if old != new]
+    return bool(changed) and all(load_result(work, index) is None for index in changed)
 
 
 def _first_difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:

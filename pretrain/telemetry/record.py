@@ -145,6 +145,8 @@ class Telemetry:
             self.say(f"step {step} skipped: {skipped}")
         self._pending = MetricSums()
         done = step + 1
+        if done == 1 and self._config.train.log_every > 1:  # else nothing is seen for minutes
+            self.say(f"step 1: loss {loss:.4g}, gradient norm {grad_norm:.3g}, {seconds:.2f} s")
         if done % self._config.train.log_every == 0 or done == self._config.train.steps:
             self._log(done, {"loss": loss, "grad_norm": grad_norm, "lr": lr}, wait_seconds)
 

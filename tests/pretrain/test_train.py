@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -311,6 +312,16 @@ def test_rewinding_leaves_out_the_rows_from_the_last_good_checkpoint_on(
     assert (rewind["checkpoint"], rewind["left_out"], rewind["step"]) == ("step-000000002", [2, 4], 5)
     before, after = (read_manifest(checkpoint_at(tmp_path / "run", step)).extra for step in (2, 5))
     assert after["telemetry"] == before["telemetry"]  # step 2 is lost, and counts against the goodput
+
+
+def test_the_first_step_is_said_at_once_and_the_end_names_checkpoint_and_next_command(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(make_config(tmp_path, data, log_every=5, eval_every=0)) == 0
+    run, out = tmp_path / "run", capsys.readouterr().out
+    assert re.search(r"step 1: loss [\d.]+, gradient norm [\d.e-]+, [\d.]+ s", out)
+    assert f"finished; checkpoint {run}/checkpoints/step-000000006; next: textldm diagnose --run {run}" in out
+    assert [line["step"] for line in read_metrics(run)] == [5, 6]
 
 
 def test_a_dry_run_leaves_nothing(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -232,10 +232,33 @@ def test_changed_arguments_and_sources_are_refused_on_resume(place: Path, tmp_pa
     passes.prepare(options(tmp_path, tmp_path / "out"), part=(0, 2))
     with pytest.raises(UserError, match="--row-tokens was 256, now 512"):
         run(tmp_path, tmp_path / "out", row_tokens=512)
+    passes.prepare(options(tmp_path, tmp_path / "out"), part=(1, 2))
     with (tmp_path / "source" / "b.jsonl").open("a") as file:
         file.write('{"text": "more"}\n')
     with pytest.raises(UserError, match=r"changed since.*b\.jsonl.*--fresh"):
         run(tmp_path, tmp_path / "out")
+
+
+def test_the_same_folder_takes_the_remedy_of_a_mistake(place: Path, expected: dict, tmp_path: Path) -> None:
+    """Nothing is finished of what was wrong: another field, a file that was mended."""
+    source = Path(shutil.copytree(place / "source", tmp_path / "source"))
+    shutil.copytree(place / "tokenizer", tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="--text-field"):
+        run(tmp_path, tmp_path / "out", text_field="body")
+    sound = (source / "b.jsonl").read_bytes()
+    (source / "b.jsonl").write_bytes(sound[:-40])
+    with pytest.raises(UserError, match=r"b\.jsonl"):
+        run(tmp_path, tmp_path / "out")
+    (source / "b.jsonl").write_bytes(sound)
+    run(tmp_path, tmp_path / "out")
+    assert contents(tmp_path / "out") == expected
+
+
+def test_another_machines_part_is_not_discarded(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--text-field"):
+        passes.prepare(options(place, tmp_path / "out", text_field="body"), part=(0, 2))
+    with pytest.raises(UserError, match="--text-field was 'body', now 'text'"):
+        passes.prepare(options(place, tmp_path / "out"), part=(0, 2))
 
 
 def command(place: Path, output: Path) -> list[str]:
