@@ -67,7 +67,7 @@ def quadrature(times: Sequence[float]) -> torch.Tensor:
 
 LAST_T0 = 0.95
 """The last t0 that may be asked for by itself: at 1, where a model that knows nothing has its least bound, there is no integral."""
-SPREAD_LEVELS, LAST_LEVEL = 32, 6.0
+SPREAD_LEVELS, LAST_LEVEL = 24, 6.0
 """Of the integral along paths with a time of its own for each token: how many levels of noise, and the logit of the last, beyond which
 lie less than 0.001 nats."""
 

@@ -163,7 +163,7 @@ class TextLDM(PreTrainedModel, GenerationMixin):
         input_ids: Sequence[torch.Tensor | Sequence[int]],
         target_ids: Sequence[torch.Tensor | Sequence[int]],
         t0: float | None = None,
-        num_times: int = 32,
+        num_times: int = 24,
         seed: int = 0,
     ) -> torch.Tensor:
         """Upper bounds on -log p(target | prompt, its length), in nats a document: divide by its tokens for nats a token.

@@ -23,7 +23,7 @@ from modeling.floors import Floors, measure_floors
 from modeling.likelihood import LAST_T0, Bound, DocumentNats, least_bound, per_token, together
 from modeling.text_vae import TextVAE
 from pretrain.stages.base import Stage, row_noise
-from pretrain.stages.dit import QUARTERS, DiTStage
+from pretrain.stages.dit import HELDOUT_TIMES, QUARTERS, DiTStage
 from pretrain.stages.latent_statistics import MIN_STD
 from pretrain.telemetry.metrics import MetricSums
 
@@ -269,7 +269,7 @@ def nats_figures(stage: DiTStage, batches: Sequence[Batch], tick: Tick = _no_tic
         true, foreign = (DocumentNats.joined(parts) for parts in found)
         gaps_N = (foreign.bounds_NG - true.bounds_NG)[:, true.best]
         return NatsFigures(true, least_bound(true), per_token(gaps_N, true.tokens_N))
-    alone = [stage.document_nats(batch) for batch in batches]
+    alone = [stage.document_nats(batch, HELDOUT_TIMES) for batch in batches]
     t0s = [alone[0].times[DocumentNats.joined(alone[parity::2]).best] for parity in (1, 0)]
     t0s = [min(t0, LAST_T0) for t0 in t0s]
     parts = measured(lambda number, batch, context_TZ: stage.spread_nats(batch, t0s[number % 2], context_TZ))

@@ -59,7 +59,7 @@ def execute(steps: Sequence[Step], ledger: Ledger, shared: bool = False) -> None
         )
         ledger.begin(step, behind)
         started = time.perf_counter()
-        code = subprocess.run(on_free_port(step.command), env=environment(), check=False).returncode
+        code = subprocess.run(on_free_port(step.command), env=environment(step.command), check=False).returncode
         # A diagnosis that says no-go is a figure for the summary, not a failure of the recipe.
         no_go = step.name.startswith("diagnose") and code == 1
         if (code and not no_go) or not step.produces.exists():
@@ -72,9 +72,10 @@ def execute(steps: Sequence[Step], ledger: Ledger, shared: bool = False) -> None
         ledger.finish(step, time.perf_counter() - started, peak_gib)
 
 
-def environment() -> dict[str, str]:
-    """Environment of the steps: the machine's cores are shared out evenly over the ranks, as threads."""
-    threads = max(1, (os.cpu_count() or RANKS) // RANKS)
+def environment(command: list[str]) -> dict[str, str]:
+    """Environment of a step: the machine's cores are its process's, or shared out evenly over the ranks, as threads."""
+    ranks = RANKS if command[0] == "deepspeed" else 1
+    threads = max(1, (os.cpu_count() or ranks) // ranks)
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "5"}
 
 

@@ -90,7 +90,9 @@ class LikelyStage(StubStage):
     def config(self) -> SimpleNamespace:
         return SimpleNamespace(flow=SimpleNamespace(time_spread=self.time_spread))
 
-    def document_nats(self, batch: Batch, context_TZ: Tensor | None = None) -> DocumentNats:
+    def document_nats(
+        self, batch: Batch, times: tuple[float, ...] = (), context_TZ: Tensor | None = None
+    ) -> DocumentNats:
         lengths = [n for n, role in zip(batch.segment_lengths, batch.segment_roles) if role == SUFFIX]
         tokens_N = torch.tensor(lengths)
         away = 0.0 if context_TZ is None else float((context_TZ - self.latents(batch)).abs().mean())
@@ -98,7 +100,7 @@ class LikelyStage(StubStage):
         return DocumentNats((0.3, 0.6, 1.0), torch.zeros_like(nats_NG), nats_NG, tokens_N)
 
     def spread_nats(self, batch: Batch, t0: float, context_TZ: Tensor | None = None) -> DocumentNats:
-        nats_N1 = self.document_nats(batch, context_TZ).cross_entropies_NG[:, 1:2]
+        nats_N1 = self.document_nats(batch, (), context_TZ).cross_entropies_NG[:, 1:2]
         tokens_N = self.document_nats(batch).tokens_N
         return DocumentNats((t0,), torch.zeros_like(nats_N1), nats_N1 - 0.5 * tokens_N[:, None], tokens_N)
 

@@ -215,3 +215,11 @@ def test_the_whole_recipe_on_a_handful_of_documents(tmp_path, monkeypatch, capfd
     assert "$ deepspeed --num_accelerators 2 pretrain/train.py" in printed
     recipe.run(plan)  # nothing left to do
     assert capfd.readouterr().out.count("done before") == len(figures["step_seconds"])
+
+
+def test_a_launched_step_shares_the_cores_and_any_other_has_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert recipe.environment(["deepspeed", "pretrain/train.py"])["OMP_NUM_THREADS"] == "4"
+    assert recipe.environment(["textldm", "diagnose"])["OMP_NUM_THREADS"] == "8"
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert recipe.environment(["deepspeed", "pretrain/train.py"])["OMP_NUM_THREADS"] == "1"
