@@ -37,7 +37,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "num
 RECIPE_SECONDS = 660
 LONG_RECIPE_SECONDS = 4000
 # Besides training steps: the DiT's start and evaluations, its diagnosis, the export. Where programs start slowly, so do these.
-SECONDS_BESIDE_DIT, PER_DIAGNOSIS = 110, 8
+SECONDS_BESIDE_DIT, PER_DIAGNOSIS = 190, 8
 DIT_STEPS_PER_VAE_STEP = 0.6
 
 
