@@ -247,36 +247,37 @@ class NatsFigures:
 
 
 def nats_figures(stage: DiTStage, batches: Sequence[Batch], tick: Tick = _no_tick) -> NatsFigures:
-    """Measure the bound of all windows with a target, as the model was trained: with tokens' times together, or spread.
-
-    Spread, every t0 is a measurement of its own: the batches of even numbers take the one that is best for the odd ones with times
-    together, and the other way round.
-    """
+    """Measure the bound of all windows with a target, as the model was trained: with tokens' times together, or spread."""
     batches = [batch for batch in batches if batch.num_tokens(SUFFIX)]
+    is_spread = stage.config.flow.time_spread and len(batches) > 1
+    return (_nats_at_spread_times if is_spread else _nats_at_common_times)(stage, batches, tick)
 
-    def measured(measure: Callable[..., DocumentNats]) -> tuple[list[DocumentNats], list[DocumentNats]]:
-        """With true and with foreign contexts."""
-        true, foreign = [], []
-        for number, batch in enumerate(batches):
-            true.append(measure(number, batch, None))
-            foreign.append(measure(number, batch, exchange_contexts(batch, stage.latents(batch))))
-            tick()
-        return true, foreign
 
-    spread = stage.config.flow.time_spread and len(batches) > 1
-    if not spread:
-        found = measured(lambda _, batch, context_TZ: stage.document_nats(batch, context_TZ=context_TZ))
-        true, foreign = (DocumentNats.joined(parts) for parts in found)
-        gaps_N = (foreign.bounds_NG - true.bounds_NG)[:, true.best]
-        return NatsFigures(true, least_bound(true), per_token(gaps_N, true.tokens_N))
-    alone = [stage.document_nats(batch, HELDOUT_TIMES) for batch in batches]
-    t0s = [alone[0].times[DocumentNats.joined(alone[parity::2]).best] for parity in (1, 0)]
-    t0s = [min(t0, LAST_T0) for t0 in t0s]
-    parts = measured(lambda number, batch, context_TZ: stage.spread_nats(batch, t0s[number % 2], context_TZ))
-    true_parts, foreign_parts = parts
-    gaps_N = torch.cat([(f.bounds_NG - t.bounds_NG)[:, 0] for t, f in zip(true_parts, foreign_parts)])
-    worth = per_token(gaps_N, torch.cat([t.tokens_N for t in true_parts]))
-    return NatsFigures(DocumentNats.joined(alone), together([(part, 0) for part in true_parts]), worth)
+def _nats_at_common_times(stage: DiTStage, batches: Sequence[Batch], tick: Tick) -> NatsFigures:
+    """One path has every t0 on it."""
+    true, foreign = [], []
+    for batch in batches:
+        true.append(stage.document_nats(batch))
+        foreign.append(stage.document_nats(batch, context_TZ=exchange_contexts(batch, stage.latents(batch))))
+        tick()
+    joined, others = DocumentNats.joined(true), DocumentNats.joined(foreign)
+    gaps_N = (others.bounds_NG - joined.bounds_NG)[:, joined.best]
+    return NatsFigures(joined, least_bound(joined), per_token(gaps_N, joined.tokens_N))
+
+
+def _nats_at_spread_times(stage: DiTStage, batches: Sequence[Batch], tick: Tick) -> NatsFigures:
+    """Every t0 is a path of its own: batches of even numbers take the one that is best for the odd ones at common times, and conversely."""
+    common = [stage.document_nats(batch, HELDOUT_TIMES) for batch in batches]
+    halves = [DocumentNats.joined(common[other::2]) for other in (1, 0)]
+    t0s = [min(half.times[half.best], LAST_T0) for half in halves]
+    true, gaps = [], []
+    for number, batch in enumerate(batches):
+        t0, foreign_TZ = t0s[number % 2], exchange_contexts(batch, stage.latents(batch))
+        true.append(stage.spread_nats(batch, t0))
+        gaps.append((stage.spread_nats(batch, t0, foreign_TZ).bounds_NG - true[-1].bounds_NG)[:, 0])
+        tick()
+    worth = per_token(torch.cat(gaps), torch.cat([one.tokens_N for one in true]))
+    return NatsFigures(DocumentNats.joined(common), together([(one, 0) for one in true]), worth)
 
 
 def floors_removed(losses: Sequence[float], floors: dict[str, list[float]]) -> dict[str, list[float]]:
