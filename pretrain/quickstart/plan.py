@@ -80,7 +80,7 @@ class Sizes:
 
     vocab_size: int = 4096
     teacher_seconds: int = 60
-    min_dit_steps: int = 700
+    min_dit_steps: int = 400
     max_dit_steps: int = 60_000
     vae: dict[str, Any] = field(default_factory=dict)
     dit: dict[str, Any] = field(default_factory=dict)
