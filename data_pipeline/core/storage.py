@@ -24,6 +24,8 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_chai
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.home import can_be_made, settle_home, temporary_home
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a write meets on a full disk."""
 CACHE_GIGABYTES = 100.0
 _TIMEOUT_S = 60.0
 _RETRY_SECONDS = (0.5, 2.0, 8.0, 20.0)  # waits between five attempts: outlasts a restarting proxy, not a missing bucket

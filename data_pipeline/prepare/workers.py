@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.storage import FULL
 
 Task = TypeVar("Task")
 _POLL_SECONDS = 0.2
@@ -118,7 +119,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in (*FULL, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         free = shutil.disk_usage(folder).free / 1e6 if folder.exists() else 0
         raise UserError(

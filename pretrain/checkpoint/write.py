@@ -9,7 +9,6 @@ and only the last one, or the one for a signal, must succeed.
 """
 
 import contextlib
-import errno
 import json
 import platform
 import secrets
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.storage import FULL
 from pretrain.checkpoint.find import checkpoint_name, name_latest, saved_steps, unfinished
 from pretrain.checkpoint.manifest import Manifest, SavedFile
 from pretrain.checkpoint.slices import BUFFER, write_slices
@@ -211,7 +211,7 @@ class CheckpointWriter:
 
 
 def _is_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, OSError) and error.errno in FULL
 
 
 def _file_of(rank: int) -> str:

@@ -13,8 +13,8 @@ import traceback
 import torch
 
 from data_pipeline.core.errors import EXIT_USER, UserError
+from data_pipeline.core.storage import FULL
 from pretrain.faults.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SKIPS, say_mistake
-from pretrain.faults.output import FULL
 from pretrain.faults.spikes import TooManySkips
 from pretrain.ranks.distributed import await_cause, goodbye
 

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What a write meets on a full disk."""
+from data_pipeline.core.storage import FULL
 
 
 @contextlib.contextmanager
