@@ -25,11 +25,11 @@ from benchmarks.measuring import ROOT, existing, phase, print_figures
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import SUFFIX
-from data_pipeline.reading.counts import token_counts
-from modeling.likelihood import per_token, unigram_nats
+from modeling.likelihood import per_token
 from pretrain import train
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.diagnose.model_checks import nats_figures
+from pretrain.diagnose.nats import unigram_figures
 from pretrain.diagnose.tokens import NUM_DRAWS, target_tokens
 from pretrain.runs.folder import config_of
 from pretrain.stages.build import load_stage
@@ -95,15 +95,6 @@ def nats_of(run: Path, rows: int) -> tuple[float, float, int]:
     return *per_token(nats_N[tokens_N > 0], tokens_N[tokens_N > 0]), parameters
 
 
-def unigram_of(run: Path, rows: int) -> float:
-    """Entropy of the same targets under the counts of all training shards."""
-    config = config_of(run)
-    manifest = Manifest.load(config.data.path)
-    counts_V = token_counts(config.data.path, manifest, **config.data.reading())
-    targets_M = [batch.tokens_T[batch.roles_T == SUFFIX] for batch in heldout_rows(config, rows)]
-    return unigram_nats(counts_V, torch.cat(targets_M))
-
-
 def measure(
     quickstart: Path, folder: Path, steps: int, seconds: float | None, rows: int, names: Sequence[str]
 ) -> dict[str, Any]:
@@ -125,11 +116,13 @@ def measure(
         found[name] = Figures(nats, error, parameters, step_seconds(run) * planned, tokens)
         print(f"{name}: {nats:.4f} +- {error:.4f} nats a token", flush=True)
     vae = load_stage(config_of(quickstart / "vae"), checkpoint_of(quickstart / "vae"), torch.device("cpu"))
+    config = config_of(folder / names[0])
+    unigram = unigram_figures(config, heldout_rows(config, rows))[0]["unigram_nats"]
     columns = {field: {name: getattr(figures, field) for name, figures in found.items()} for field in Figures._fields}
     return {
         "nats": columns["nats"], "errors": columns["error"], "parameters": columns["parameters"],
         "vae_parameters": sum(p.numel() for p in vae.vae.parameters()), "seconds": columns["seconds"],
-        "tokens": columns["tokens"], "unigram": unigram_of(folder / names[0], rows), "heldout_rows": rows,
+        "tokens": columns["tokens"], "unigram": unigram, "heldout_rows": rows,
     }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from .heads import TokenTargets
 from .losses import ClassScores, categorical_loss
 from .text_dit import TextDiT
 from .text_vae import TextVAE
+from .token_statistics import log_frequencies
 
 
 def time_grid(num_times: int = 24, first: float = 0.1) -> tuple[float, ...]:
@@ -372,12 +373,6 @@ def per_token(nats_N: torch.Tensor, tokens_N: torch.Tensor) -> tuple[float, floa
     return mean, math.sqrt(variance) / total
 
 
-def frequency_nats(counts_V: torch.Tensor) -> torch.Tensor:
-    """Float64 [V]: the nats of each token to who knows nothing but how often it occurred; one never seen counts as half a time."""
-    weights_V = counts_V.double() + 0.5
-    return -(weights_V / weights_V.sum()).log()
-
-
 def unigram_nats(counts_V: torch.Tensor, tokens_T: torch.Tensor) -> float:
-    """Nats a token of tokens under their frequencies alone."""
-    return float(frequency_nats(counts_V)[tokens_T].mean())
+    """Nats a token of tokens to who knows nothing but how often each occurred (token_statistics.py)."""
+    return -float(log_frequencies(counts_V)[tokens_T].double().mean())

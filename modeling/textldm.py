@@ -77,9 +77,8 @@ class TextLDM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.vae = TextVAE(TextVAEConfig(**config.vae))
         self.dit = TextDiT(TextDiTConfig(**config.dit))
-        self._keep_in_fp32_modules_strict = set(
-            statistics(self)
-        )  # for from_pretrained, which converts tensor by tensor
+        # For from_pretrained, which converts tensor by tensor.
+        self._keep_in_fp32_modules_strict = set(statistics(self))
         self.post_init()
 
     def __reduce_ex__(self, protocol: Any) -> Any:

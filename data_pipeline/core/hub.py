@@ -13,6 +13,16 @@ CONNECT_TIMEOUT_S = 5.0
 _PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 
 
+def find_model(name: str, what: str, expected: str) -> None:
+    """Call before a model's name, a local folder or a hub id, goes to transformers: a missing folder is said, and a missing network known.
+
+    Raises: UserError as `check_hub_id`.
+    """
+    if not Path(name).is_dir():
+        check_hub_id(name, what, expected)
+        use_hub()
+
+
 def check_hub_id(name: str, what: str, expected: str) -> None:
     """Refuse what can only be a local path, which is not there; before a hub id is used.
 

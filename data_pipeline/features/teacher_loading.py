@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from data_pipeline.core.errors import UserError, reason
-from data_pipeline.core.hub import check_hub_id, use_hub
+from data_pipeline.core.hub import find_model
 from data_pipeline.core.pointers import pointer
 from data_pipeline.features.hidden_state import HiddenState, agree, find_hidden_state, probe_tokens, whole_state
 from data_pipeline.features.teacher import DTYPES, Teacher
@@ -75,9 +75,7 @@ def _positions(config: PreTrainedConfig) -> int | None:
 
 def _read_config(name: str, revision: str | None) -> PreTrainedConfig:
     """The model's configuration. Raises: UserError."""
-    if not Path(name).is_dir():
-        check_hub_id(name, "no teacher at", "a hub id or a local Hugging Face folder")
-        use_hub()
+    find_model(name, "no teacher at", "a hub id or a local Hugging Face folder")
     with _one_line(f"no teacher at {name}", _PLACE):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     if getattr(config, "is_encoder_decoder", False):

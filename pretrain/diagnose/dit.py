@@ -7,16 +7,15 @@ import torch
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest
-from data_pipeline.reading.batch import SUFFIX, Batch
-from data_pipeline.reading.counts import token_counts
+from data_pipeline.reading.batch import Batch
 from data_pipeline.reading.prompts import prompts_of
-from modeling.likelihood import frequency_nats, unigram_nats
 from modeling.times import EstimatePath
+from modeling.token_statistics import log_frequencies
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.diagnose import model_checks, panels, text_checks
 from pretrain.diagnose.diagnosis import Diagnosis, heldout, phase, say, training
-from pretrain.diagnose.nats import draw_bound, nats_verdicts
+from pretrain.diagnose.nats import draw_bound, nats_verdicts, unigram_figures
 from pretrain.diagnose.page import Panel
 from pretrain.diagnose.teacher import teacher_figures
 from pretrain.diagnose.texts import variety_figures, variety_verdicts, word_figures, word_verdicts
@@ -91,18 +90,15 @@ def likelihood_figures(stage: DiTStage, vae: VAERun, batches: Sequence[Batch]) -
     """Checks 1 and 5 in nats a token: the bound and its parts, what knows only frequencies, the teacher, and the context's worth."""
     with phase("DiT: nats per token, true and foreign contexts", len(batches)) as tick:
         found = model_checks.nats_figures(stage, batches, tick)
-    with phase("tokens of the training split"):
-        data = stage.config.data
-        counts_V = token_counts(data.path, Manifest.load(data.path), **data.reading())
-    targets_M = torch.cat([batch.tokens_T.cpu()[batch.roles_T == SUFFIX] for batch in batches])
+    unigram, counts_V = unigram_figures(stage.config, batches)
     bound, (worth, worth_error) = found.bound, found.context_worth
-    figures = {
+    figures: Figures = {
         "nats_per_token": bound.nats, "nats_per_token_error": bound.error, "nats_t0": bound.t0,
         "nats_cross_entropy": bound.cross_entropy, "nats_flow": bound.flow, "target_tokens": bound.tokens,
         "nats_times": list(found.together.times), "nats_curve": found.together.curve,
-        "unigram_nats": unigram_nats(counts_V, targets_M), "context_nats": worth, "context_nats_error": worth_error,
+        "context_nats": worth, "context_nats_error": worth_error,
     }  # fmt: skip
-    return figures | teacher_figures(vae, data.path, batches, frequency_nats(counts_V))
+    return figures | unigram | teacher_figures(vae, stage.config.data.path, batches, -log_frequencies(counts_V))
 
 
 def text_figures(stage: DiTStage, device: torch.device) -> Figures:

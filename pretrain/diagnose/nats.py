@@ -1,9 +1,26 @@
 """Nats a token: the verdicts by which every stage that gives probabilities to text is judged, and how they are drawn."""
 
+from collections.abc import Sequence
+
+import torch
 from matplotlib.axes import Axes
 
+from data_pipeline.format.manifest import Manifest
+from data_pipeline.reading.batch import SUFFIX, Batch
+from data_pipeline.reading.counts import token_counts
+from modeling.likelihood import unigram_nats
+from pretrain.config.schema import RunConfig
+from pretrain.diagnose.diagnosis import phase
 from pretrain.diagnose.page import FOREIGN, MODEL, TRUE
 from pretrain.diagnose.verdicts import Figures, Verdict, above, at_most
+
+
+def unigram_figures(config: RunConfig, batches: Sequence[Batch]) -> tuple[Figures, torch.Tensor]:
+    """`unigram_nats` of the batches' targets, and the tokens' counts [V] over all of the training shards from which it follows."""
+    with phase("tokens of the training split"):
+        counts_V = token_counts(config.data.path, Manifest.load(config.data.path), **config.data.reading())
+    targets_M = torch.cat([batch.tokens_T.cpu()[batch.roles_T == SUFFIX] for batch in batches])
+    return {"unigram_nats": unigram_nats(counts_V, targets_M)}, counts_V
 
 
 def nats_verdicts(figures: Figures) -> list[Verdict]:
@@ -28,9 +45,10 @@ def draw_nats(axes: Axes, figures: Figures) -> None:
 
 
 def draw_bound(axes: Axes, figures: Figures) -> None:
-    """Checks 1 and 5: the bound at every t0, of which the least counts."""
+    """Checks 1 and 5: the bound, and its curve over t0 with one time for all tokens."""
     nats, unigram = figures["nats_per_token"], figures["unigram_nats"]
-    axes.plot(figures["nats_times"], figures["nats_curve"], "o-", color=MODEL, ms=3, label="bound at t0")
+    axes.plot(figures["nats_times"], figures["nats_curve"], "o-", color=MODEL, ms=3, label="one time for all, at t0")
+    axes.axhline(nats, color=MODEL, lw=1.2, label="bound")
     axes.axhline(unigram, color=FOREIGN, lw=1.2, label="unigram")
     if (teacher := figures.get("teacher_nats")) is not None:
         axes.axhline(teacher, color=TRUE, lw=1.2, label="teacher")

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from data_pipeline.core.errors import UserError, reason
+from data_pipeline.core.hub import find_model
 from data_pipeline.features.cache import load_cache
 from data_pipeline.features.check import teacher_of
 from data_pipeline.features.teacher_fit import check_same_tokenizer
@@ -59,8 +60,12 @@ def _teacher(vae: VAERun, data: str) -> tuple[str, str | None] | None:
 
 def load_causal(name: str, revision: str | None = None) -> torch.nn.Module:
     """A causal language model with its LM head, in evaluation mode, fp32. Raises: UserError."""
+    find_model(name, "no teacher at", "a hub id or a local Hugging Face folder")
     try:
-        return AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=torch.float32, trust_remote_code=False
+        )
+        return model.eval()
     except Exception as error:  # what transformers and the hub raise cannot be listed
         raise UserError(f"{name} cannot be loaded as a causal language model: {reason(error)}") from error
 

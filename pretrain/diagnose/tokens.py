@@ -8,12 +8,11 @@ import torch
 from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import SUFFIX, Batch
-from data_pipeline.reading.counts import token_counts
 from data_pipeline.reading.prompts import prompts_of
-from modeling.likelihood import per_token, unigram_nats
+from modeling.likelihood import per_token
 from pretrain.diagnose.diagnosis import Diagnosis, heldout, phase, say, training
 from pretrain.diagnose.model_checks import exchange_contexts
-from pretrain.diagnose.nats import draw_nats, nats_verdicts
+from pretrain.diagnose.nats import draw_nats, nats_verdicts, unigram_figures
 from pretrain.diagnose.page import Panel
 from pretrain.diagnose.texts import variety_figures, variety_verdicts, word_figures, word_verdicts
 from pretrain.diagnose.verdicts import Figures, Verdict
@@ -39,17 +38,15 @@ def measure(stage: TokenStage, device: torch.device) -> Figures:
     chosen_N = tokens_N[has_targets_N]
     nats, error = per_token(true_N[has_targets_N], chosen_N)
     worth, worth_error = per_token((foreign_N - true_N)[has_targets_N], chosen_N)
-    with phase("tokens of the training split"):
-        counts_V = token_counts(config.data.path, manifest, **config.data.reading())
-    targets_M = torch.cat([batch.tokens_T.cpu()[batch.roles_T == SUFFIX] for batch in batches])
     rows = training(config, device, max(1, config.diagnose.rows // 2))
     with phase("nats of training rows", len(rows)) as tick:
         training_N = torch.cat([_ticked(stage.window_nats(batch, NUM_DRAWS).cpu(), tick) for batch in rows])
     figures: Figures = {
-        "nats_per_token": nats, "nats_per_token_error": error, "unigram_nats": unigram_nats(counts_V, targets_M),
+        "nats_per_token": nats, "nats_per_token_error": error,
         "context_nats": worth, "context_nats_error": worth_error, "target_tokens": int(chosen_N.sum()),
         "training_nats": float(training_N.sum() / sum(batch.num_tokens(SUFFIX) for batch in rows)),
     }  # fmt: skip
+    figures |= unigram_figures(config, batches)[0]
     return figures | text_figures(stage, manifest, batches)
 
 

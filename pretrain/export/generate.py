@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from data_pipeline.core.devices import device_of
 from data_pipeline.core.errors import UserError, cli
-from data_pipeline.core.hub import check_hub_id, use_hub
+from data_pipeline.core.hub import find_model
 from modeling.solvers import solver_names
 from modeling.textldm import TextLDM, TextLDMConfig
 from modeling.times import GRIDS
@@ -58,9 +58,7 @@ def load_exported(source: str | Path, device: str | torch.device = "cpu") -> tup
     """
     folder = Path(source).expanduser()
     source = str(folder) if folder.is_dir() else str(source)
-    if not folder.is_dir():
-        check_hub_id(source, "--model", "what textldm convert wrote, or a hub id")
-        use_hub()
+    find_model(source, "--model", "what textldm convert wrote, or a hub id")
     try:
         kind = TextLDMConfig.get_config_dict(source)[0].get("model_type")
         if kind != TextLDMConfig.model_type:

@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.reading.batch import SUFFIX
-from modeling.likelihood import frequency_nats
+from modeling.token_statistics import log_frequencies
 from pretrain.diagnose.teacher import load_causal, window_nats
 from tests.data_pipeline.made_batches import make_batch
 
@@ -22,7 +22,7 @@ def model() -> LlamaForCausalLM:
 
 
 def test_nats_are_those_of_the_models_own_loss_on_the_targets_alone(model: LlamaForCausalLM) -> None:
-    unigram_V = frequency_nats(torch.arange(VOCABULARY))
+    unigram_V = -log_frequencies(torch.arange(VOCABULARY))
     found_W = window_nats(model, BATCH, unigram_V)
     starts = torch.tensor([0, *BATCH.window_lengths]).cumsum(0).tolist()
     for window, (start, length) in enumerate(zip(starts, BATCH.window_lengths)):
@@ -42,7 +42,7 @@ def test_nats_are_those_of_the_models_own_loss_on_the_targets_alone(model: Llama
 def test_what_follows_a_token_never_changes_its_nats(model: LlamaForCausalLM) -> None:
     """Windows are read one by one, so that no target is known from elsewhere."""
     alone = make_batch([(3, 20)])
-    unigram_V = frequency_nats(torch.ones(VOCABULARY))
+    unigram_V = -log_frequencies(torch.ones(VOCABULARY))
     alone.tokens_T[:23] = BATCH.tokens_T[28:51]
     assert window_nats(model, alone, unigram_V)[0].item() == pytest.approx(
         window_nats(model, BATCH, unigram_V)[3].item(), rel=1e-5
@@ -53,3 +53,8 @@ def test_a_folder_that_is_no_causal_model_is_one_line(tmp_path) -> None:
     with pytest.raises(UserError, match="cannot be loaded as a causal language model") as caught:
         load_causal(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_gone_is_not_asked_for_at_the_hub(tmp_path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        load_causal(str(tmp_path / "gone"))
