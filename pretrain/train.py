@@ -35,6 +35,7 @@ import torch
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.reading.batch import Batch
+from pretrain.checkpoint.find import checkpoint_name
 from pretrain.config.command_line import own_rank, read
 from pretrain.config.registry import stage_kind
 from pretrain.config.schema import RunConfig
@@ -183,7 +184,7 @@ def ending(session: Session) -> str:
     following = [f"textldm diagnose --run {run}"] if kind.diagnosis else []
     following += [f"textldm convert --run {run} --output export/{run.name}"] if kind.export else []
     then = f"; next: {', then '.join(following)}" if following else ""
-    return f"finished; checkpoint {run}/checkpoints/step-{session.step:09d}{then}"
+    return f"finished; checkpoint {run}/checkpoints/{checkpoint_name(session.step)}{then}"
 
 
 def dry_run(config: RunConfig, topology: Topology) -> int:

@@ -189,12 +189,8 @@ def report(plan: Plan, figures: dict[str, Any]) -> None:
     """Write the summary and print it, with where everything lies and what to do next."""
     path = plan.output / ("summary-long.json" if plan.long else "summary.json")
     path.write_text(json.dumps(figures, indent=1) + "\n")
-    rows = [(name, f"{value:.4g}", "") for name, value in figures.items() if isinstance(value, float)]
-    quarters = {name: value for name, value in figures.items() if isinstance(value, list)}
-    rows += [
-        (name, "  ".join(f"{number:+.4f}" for number in value), "(quarters of t)") for name, value in quarters.items()
-    ]
-    print(f"\n{tabulate(rows, ('figure', 'value', ''), tablefmt='plain', disable_numparse=True)}")
+    rows = [(name, f"{value:.4g}") for name, value in figures.items() if isinstance(value, float)]
+    print(f"\n{tabulate(rows, ('figure', 'value'), tablefmt='plain', disable_numparse=True)}")
     print("\nIn", plan.output)
     for written, what in (
         (path, "these figures, with commit, versions and machine"),

@@ -75,10 +75,8 @@ class _Meeting(threading.Thread):
             self.error = error
 
     def _meet(self) -> None:
-        rank, agents = (
-            self._job.rank,
-            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        )  # torchrun's agent serves
+        rank = self._job.rank
+        agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent serves
         deadline = time.monotonic() + self._timeout_s
         store = dist.TCPStore(
             *self._place,

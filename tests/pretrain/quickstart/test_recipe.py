@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -203,7 +204,7 @@ def test_the_whole_recipe_on_a_handful_of_documents(tmp_path, monkeypatch, capfd
     figures = json.loads((output / "summary.json").read_text())
     assert 0 < figures["nats_per_token"] < 1.5 * figures["unigram_nats"]
     assert {"nats_per_token_error", "nats_t0", "context_nats"} <= figures.keys()
-    assert figures["teacher_nats"] > 0  # of two seconds' training: it may know nothing
+    assert 0 < figures["teacher_nats"] < 2 * math.log(300)  # of two seconds' training: it may know nothing
     assert figures["tokens_seen"] == 3 * 1024
     assert figures["tokens_per_second"] > 0
     assert 0 <= figures["vae_token_accuracy"] <= 1
