@@ -30,7 +30,6 @@ from .heads import TokenTargets
 from .losses import ClassScores, categorical_loss
 from .text_dit import TextDiT
 from .text_vae import TextVAE
-from .token_statistics import log_frequencies
 
 
 def time_grid(num_times: int = 24, first: float = 0.1) -> tuple[float, ...]:
@@ -371,8 +370,3 @@ def per_token(nats_N: torch.Tensor, tokens_N: torch.Tensor) -> tuple[float, floa
         return mean, math.nan
     variance = (nats_N - mean * tokens_N).square().sum().item() * num / (num - 1)
     return mean, math.sqrt(variance) / total
-
-
-def unigram_nats(counts_V: torch.Tensor, tokens_T: torch.Tensor) -> float:
-    """Nats a token of tokens to who knows nothing but how often each occurred (token_statistics.py)."""
-    return -float(log_frequencies(counts_V)[tokens_T].double().mean())

@@ -29,6 +29,11 @@ def log_frequencies(counts_V: torch.Tensor) -> torch.Tensor:
     return (weights_V / weights_V.sum()).log().float()
 
 
+def unigram_nats(counts_V: torch.Tensor, tokens_T: torch.Tensor) -> float:
+    """Nats a token of tokens to who knows nothing but how often each occurred."""
+    return -float(log_frequencies(counts_V)[tokens_T].double().mean())
+
+
 def token_statistics(
     latents_MZ: torch.Tensor, tokens_M: torch.Tensor, alone_VZ: torch.Tensor
 ) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import SUFFIX, Batch
 from data_pipeline.reading.counts import token_counts
-from modeling.likelihood import unigram_nats
+from modeling.token_statistics import unigram_nats
 from pretrain.config.schema import RunConfig
 from pretrain.diagnose.diagnosis import phase
 from pretrain.diagnose.page import FOREIGN, MODEL, TRUE

@@ -17,8 +17,8 @@ from modeling.likelihood import (
     quadrature,
     spread_nats,
     time_grid,
-    unigram_nats,
 )
+from modeling.token_statistics import unigram_nats
 
 double = {"dtype": torch.float64}
 TOKENS, LATENT = 8, 4

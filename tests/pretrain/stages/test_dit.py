@@ -11,7 +11,7 @@ from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import SUFFIX, Batch
 from data_pipeline.reading.counts import token_counts
 from modeling.attention import Segments
-from modeling.likelihood import unigram_nats
+from modeling.token_statistics import unigram_nats
 from pretrain.config.load import load_config
 from pretrain.stages.build import build_stage, measure
 from pretrain.stages.dit import HELDOUT_TIMES, DiTStage
