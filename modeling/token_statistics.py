@@ -35,24 +35,24 @@ def unigram_nats(counts_V: torch.Tensor, tokens_T: torch.Tensor) -> float:
 
 
 def token_statistics(
-    latents_MZ: torch.Tensor, tokens_M: torch.Tensor, alone_VZ: torch.Tensor
+    latents_MZ: torch.Tensor, tokens_M: torch.Tensor, placed_VZ: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """The buffers `means` and `within_variance` of a `CategoricalHead`, fp32; double precision inside.
 
-    A token's mean is estimated from its occurrences and from its encoding alone, by Bayes' rule per channel: means scatter around the
-    encodings (moved by what context does to tokens on average) with a variance r, a token's latents around its mean with d; n occurrences
+    A token's mean is estimated from its occurrences and from its encoding in place of others, by Bayes' rule per channel: means scatter
+    around these encodings (moved by the mean difference) with a variance r, a token's latents around its mean with d; n occurrences
     weigh n / d, the encoding 1 / r. So a token that was never met has its encoding's mean, and a frequent one its own.
 
     Args:
         latents_MZ, tokens_M: standardised latents of training text, and of which tokens they are.
-        alone_VZ: the standardised encoding of every token as a text of one token.
+        placed_VZ: the standardised encoding of every token, put into text in place of others.
     """
-    latents_MZ, alone_VZ = latents_MZ.double(), alone_VZ.double()
-    sampled_V, means_VZ, covariance_ZZ = within_token_moments(latents_MZ, tokens_M, len(alone_VZ))
+    latents_MZ, placed_VZ = latents_MZ.double(), placed_VZ.double()
+    sampled_V, means_VZ, covariance_ZZ = within_token_moments(latents_MZ, tokens_M, len(placed_VZ))
     within_Z = covariance_ZZ.diagonal().clamp_min(MIN_VARIANCE)
     seen_V = sampled_V > 0
     sampled_V1 = sampled_V[:, None]
-    moved_VZ = alone_VZ + (sampled_V1 * (means_VZ - alone_VZ)).sum(0) / sampled_V.sum()
+    moved_VZ = placed_VZ + (sampled_V1 * (means_VZ - placed_VZ)).sum(0) / sampled_V.sum()
     # The squared distances of sampled means hold d / n of the sampling.
     scatter_Z = (((means_VZ - moved_VZ).square() - within_Z / sampled_V1.clamp_min(1))[seen_V]).mean(0)
     trust_Z = within_Z / scatter_Z.clamp_min(MIN_VARIANCE)

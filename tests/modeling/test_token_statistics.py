@@ -1,4 +1,4 @@
-"""What is known of tokens: frequent ones by their occurrences, rare and unseen ones by their encoding alone."""
+"""What is known of tokens: frequent ones by their occurrences, rare and unseen ones by their encoding in place of others."""
 
 import pytest
 import torch
@@ -18,23 +18,23 @@ def test_moments_are_unbiased_for_few_occurrences() -> None:
 
 
 def language(vocab_size: int = 3000) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents and tokens of which many are rare; every token's encoding alone, moved and scattered around its true mean; the true means."""
+    """Latents and tokens of which many are rare; every token's encoding elsewhere, scattered around its mean; the true means."""
     generator = torch.Generator().manual_seed(0)
     means_VZ = torch.randn(vocab_size, 4, generator=generator, **double)
-    alone_VZ = means_VZ + 0.5 + 0.2 * torch.randn(vocab_size, 4, generator=generator, **double)
+    placed_VZ = means_VZ + 0.5 + 0.2 * torch.randn(vocab_size, 4, generator=generator, **double)
     frequencies_V = 1 / (1 + torch.arange(vocab_size, **double))
     tokens_M = torch.multinomial(frequencies_V, 20_000, replacement=True, generator=generator)
     return (
         means_VZ[tokens_M] + 0.3 * torch.randn(20_000, 4, generator=generator, **double),
         tokens_M,
-        alone_VZ,
+        placed_VZ,
         means_VZ,
     )
 
 
 def test_unseen_and_rare_tokens_get_their_mean_from_their_encoding() -> None:
-    latents_MZ, tokens_M, alone_VZ, means_VZ = language()
-    found = token_statistics(latents_MZ, tokens_M, alone_VZ)
+    latents_MZ, tokens_M, placed_VZ, means_VZ = language()
+    found = token_statistics(latents_MZ, tokens_M, placed_VZ)
     counts_V = torch.bincount(tokens_M, minlength=len(means_VZ))
     error_V = (found["means"] - means_VZ).square().mean(-1).sqrt()
     assert (counts_V == 0).sum() > 100
