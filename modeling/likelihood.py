@@ -8,6 +8,10 @@ The first part is the cross-entropy of any decoder that is a distribution. The s
 of -dSNR/dt E|z - z_hat|^2 (VDM, arXiv 2107.00630; Plaid, 2305.18619), written in velocities: z_hat - z = t (v* - v_hat). Nothing is left at
 t = 1, which is pure noise; no noise of the encoder and no cut-off at t = 0 come in. The least over a grid of t0 counts.
 
+The inequality holds for every map from tokens to the z that is noised, whatever the model was trained on: the encoder's latents carry
+what their neighbours did to them, which is no part of x and costs nats all the same. A categorical head knows each token's mean latent,
+and its bound is measured from there (`told_latents`).
+
 Tokens need not go together: the chain rule holds along every path on which each token's time falls from 1 to t0, with the sum over tokens
 of the same integral, each over its own times. A model that was trained with times spread over a window's tokens is measured along such
 paths, on which some tokens are decided before their neighbours (`spread_nats`).
@@ -26,7 +30,7 @@ import torch
 from . import flow
 from .attention import Segments
 from .continuation import encode_each
-from .heads import TokenTargets
+from .heads import CategoricalHead, TokenTargets
 from .losses import ClassScores, categorical_loss
 from .text_dit import TextDiT
 from .text_vae import TextVAE
@@ -280,6 +284,14 @@ def denoiser(
     return denoise
 
 
+def told_latents(dit: TextDiT, latents_TZ: torch.Tensor, targets: TokenTargets) -> torch.Tensor:
+    """The standardised latents [T, Z] from which a model's bound is measured: at targets their tokens' means where its head knows them."""
+    if not isinstance(dit.head, CategoricalHead):
+        return latents_TZ
+    means_MZ = dit.head.means.to(targets.tokens_M.device)[targets.tokens_M]
+    return latents_TZ.index_copy(0, targets.places_M, means_MZ.to(latents_TZ))
+
+
 def _decoder_nats(vae: TextVAE, hidden_MD: torch.Tensor, tokens_M: torch.Tensor) -> torch.Tensor:
     """Cross-entropies [M] of the VAE's LM head."""
     hidden_MD, tokens_M = hidden_MD.to(vae.lm_head.weight.device), tokens_M.to(vae.lm_head.weight.device)
@@ -322,7 +334,7 @@ def target_nats(
         return noise_TZ
 
     denoise = denoiser(vae, dit, latents_TZ, named, windows, segments)
-    num_times, given = len(noise[0]), (latents_TZ, noise_of, windows.ids_T, is_target_T)
+    num_times, given = len(noise[0]), (told_latents(dit, latents_TZ, named), noise_of, windows.ids_T, is_target_T)
     if offsets is None:
         return document_nats(denoise, *given, time_grid(num_times, t0))
     offsets_T = torch.zeros(len(latents_TZ), device=device)

@@ -16,7 +16,7 @@ from modeling.attention import Segments
 from modeling.floors import NAMES as FLOOR_NAMES
 from modeling.floors import Floors
 from modeling.heads import CategoricalHead, TokenHead, TokenTargets, VelocityHead
-from modeling.likelihood import Denoiser, DocumentNats, denoiser, document_nats, spread_nats, time_grid
+from modeling.likelihood import Denoiser, DocumentNats, denoiser, document_nats, spread_nats, time_grid, told_latents
 from modeling.text_dit import TextDiT
 from modeling.text_vae import TextVAE
 from modeling.times import TimeDistribution, move_logit, shift_for_dimension
@@ -256,8 +256,9 @@ class DiTStage(Stage):
         def noise_of(index: int) -> Tensor:
             return row_noise(batch, latents_TZ.shape[1], purpose=LIKELIHOOD_NOISE + index)
 
-        denoise = denoiser(self.vae, self.dit, shown_TZ, self.targets_of(batch), windows, segments)
-        return denoise, latents_TZ, noise_of, windows.ids_T, roles_T == SUFFIX
+        targets = self.targets_of(batch)
+        denoise = denoiser(self.vae, self.dit, shown_TZ, targets, windows, segments)
+        return denoise, told_latents(self.dit, latents_TZ, targets), noise_of, windows.ids_T, roles_T == SUFFIX
 
     def _noised(
         self, batch: Batch, latents_TZ: Tensor, context_TZ: Tensor, time_W: Tensor, keep_context_W: Tensor

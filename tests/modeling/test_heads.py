@@ -1,13 +1,15 @@
 """The categorical head: Bayes' rule in closed form, checked against brute force in float64, and what the network's numbers do to it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from modeling import flow
-from modeling.heads import CategoricalHead
+from modeling.heads import CategoricalHead, TokenTargets
 from modeling.layers import initialize
-from modeling.likelihood import Denoised, document_nats, least_bound, time_grid
+from modeling.likelihood import Denoised, DocumentNats, document_nats, least_bound, time_grid, told_latents
 from modeling.token_statistics import log_frequencies, token_statistics
 
 WIDTH, LATENT, VOCAB, TOKENS = 8, 3, 5, 60
@@ -109,14 +111,9 @@ def test_all_of_it_is_the_same_under_autocast() -> None:
     torch.testing.assert_close(found.token_ce_M, expected.token_ce_M)
 
 
-def test_without_context_the_bound_is_the_entropy_of_the_frequencies() -> None:
-    """Independent tokens, a network that says nothing: what lies above the entropy is the variance within tokens, here almost none."""
-    num, generator = 20_000, torch.Generator().manual_seed(3)
-    entropy = -float((FREQUENCIES_V * FREQUENCIES_V.log()).sum())
-    head = make_head(0.0)
-    head.within_variance.fill_(1e-4)
-    tokens_T = torch.multinomial(FREQUENCIES_V, num, replacement=True, generator=generator)
-    clean_TZ = head.means[tokens_T] + 1e-2 * torch.randn(num, LATENT, generator=generator)
+def bound_curve(head: CategoricalHead, tokens_T: torch.Tensor, latents_TZ: torch.Tensor) -> DocumentNats:
+    """The bound of independent tokens under a head whose network says nothing, measured from these latents."""
+    num = len(tokens_T)
     places_T, hidden_TD = torch.arange(num), torch.zeros(num, WIDTH)
 
     def denoise(noisy_TZ: torch.Tensor, time_T: torch.Tensor) -> Denoised:
@@ -127,9 +124,40 @@ def test_without_context_the_bound_is_the_entropy_of_the_frequencies() -> None:
         return torch.randn(num, LATENT, generator=torch.Generator().manual_seed(index))
 
     everything_T = torch.ones(num, dtype=torch.bool)
-    found = document_nats(denoise, clean_TZ, noise_of, places_T // 100, everything_T, time_grid())
-    assert least_bound(found).nats == pytest.approx(entropy, rel=0.01)
-    assert found.curve[4:] == pytest.approx([entropy] * 20, rel=0.02)
+    return document_nats(denoise, latents_TZ, noise_of, places_T // 100, everything_T, time_grid())
+
+
+ENTROPY = -float((FREQUENCIES_V * FREQUENCIES_V.log()).sum())
+
+
+def test_without_context_the_bound_is_the_entropy_of_the_frequencies() -> None:
+    """Independent tokens, a network that says nothing: what lies above the entropy is the variance within tokens, here almost none."""
+    num, generator = 20_000, torch.Generator().manual_seed(3)
+    head = make_head(0.0)
+    head.within_variance.fill_(1e-4)
+    tokens_T = torch.multinomial(FREQUENCIES_V, num, replacement=True, generator=generator)
+    clean_TZ = head.means[tokens_T] + 1e-2 * torch.randn(num, LATENT, generator=generator)
+    found = bound_curve(head, tokens_T, clean_TZ)
+    assert least_bound(found).nats == pytest.approx(ENTROPY, rel=0.01)
+    assert found.curve[4:] == pytest.approx([ENTROPY] * 20, rel=0.02)
+
+
+def test_measured_from_the_tokens_means_the_bound_pays_nothing_for_what_lies_within_them() -> None:
+    """The same model and tokens: any latents bound it, and none of them from below."""
+    num, generator = 20_000, torch.Generator().manual_seed(3)
+    head = make_head(0.0)
+    head.within_variance.copy_(0.1 * WITHIN_Z)
+    tokens_T = torch.multinomial(FREQUENCIES_V, num, replacement=True, generator=generator)
+    encoded_TZ = head.means[tokens_T] + (0.1 * WITHIN_Z).sqrt() * torch.randn(num, LATENT, generator=generator)
+    targets = TokenTargets(torch.arange(num // 2), tokens_T[: num // 2])
+    told_TZ = told_latents(SimpleNamespace(head=head), encoded_TZ, targets)  # type: ignore[arg-type]
+    assert torch.equal(told_TZ[: num // 2], head.means[targets.tokens_M])
+    assert torch.equal(told_TZ[num // 2 :], encoded_TZ[num // 2 :])
+    assert told_latents(SimpleNamespace(head=None), encoded_TZ, targets) is encoded_TZ  # type: ignore[arg-type]
+    encoded, told = (torch.tensor(bound_curve(head, tokens_T, x).curve) for x in (encoded_TZ, head.means[tokens_T]))
+    assert told.min() > ENTROPY * 0.99
+    early = 3  # of the grid's times: t = 0.21, where latents have begun to show how they differ within a token
+    assert encoded[early] > told[early] + 0.05
 
 
 def test_what_it_knows_of_tokens_is_found_again_in_their_latents() -> None:
