@@ -29,6 +29,7 @@ def sample_targets(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     token_temperature: float = 1.0,
     on_step: OnStep | None = None,
+    offsets: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Standardised latents [N, Z] of the targets of all windows, window after window, drawn together.
 
@@ -39,6 +40,8 @@ def sample_targets(
         times: falling from 1 to 0, e.g. `TimeDistribution.grid(50)`.
         solver, guidance_scale, guidance_interval, token_temperature: see `integrate` and `GuidedVelocity`.
         on_step: called with (step, t, one-step estimate of the targets' latents [N, Z]) in every step.
+        offsets: for tokens that have times of their own, of the logit of each target token's time, [its tokens] of each window; some are
+            then decided before their neighbours, as a model trained with `time_spread` has learned to.
     """
     device = vae.latents_mean.device
     encoded = encode_each(vae, contexts)
@@ -57,7 +60,11 @@ def sample_targets(
         assert on_step is not None
         on_step(step, t, estimate_TZ[is_target_T])
 
-    return integrate(velocity, noise_TZ, times, solver, report if on_step else None)[is_target_T]
+    offsets_T1 = None
+    if offsets is not None:
+        offsets_T1 = noise_TZ.new_zeros(len(noise_TZ), 1)
+        offsets_T1[is_target_T, 0] = torch.cat(list(offsets)).to(offsets_T1)
+    return integrate(velocity, noise_TZ, times, solver, report if on_step else None, offsets_T1)[is_target_T]
 
 
 def decode_targets(vae: TextVAE, latents_NZ: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:

@@ -47,11 +47,13 @@ class GuidedVelocity:
         self._scale, self._interval, self._temperature = guidance_scale, guidance_interval, token_temperature
         self._estimate_TZ: torch.Tensor | None = None
 
-    def __call__(self, z_TZ: torch.Tensor, t: float) -> torch.Tensor:
-        """Velocity [T, Z] at the targets, zero at the contexts."""
+    def __call__(self, z_TZ: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
+        """Velocity [T, Z] at the targets, zero at the contexts, at a time of all tokens or of each, [T, 1]."""
         is_target_T1 = self._is_target_T[:, None]
         noisy_TZ = z_TZ * is_target_T1
-        guided = self._scale != 1.0 and self._interval[0] <= t <= self._interval[1]
+        time_T = t[:, 0].float() if torch.is_tensor(t) else torch.full((len(z_TZ),), t, device=z_TZ.device)
+        inside = (self._interval[0] <= t) & (t <= self._interval[1])
+        guided = self._scale != 1.0 and bool(torch.as_tensor(inside).any())
         inputs_TZ, target_T, windows, estimate_TZ = (
             noisy_TZ + self._context_TZ,
             self._is_target_T,
@@ -63,12 +65,13 @@ class GuidedVelocity:
             target_T = target_T.repeat(2)
             windows = Segments.from_lengths(windows.lengths * 2, windows.device)
             estimate_TZ = None if estimate_TZ is None else estimate_TZ.repeat(2, 1)
-        time_T = torch.full(target_T.shape, t, device=z_TZ.device)
-        found = self._dit(inputs_TZ, target_T, time_T, windows, estimate_TZ, None, self._temperature)
+        times_T = time_T.repeat(2) if guided else time_T
+        found = self._dit(inputs_TZ, target_T, times_T, windows, estimate_TZ, None, self._temperature)
         velocity_TZ = found.velocity_TZ.to(z_TZ.device)
         if guided:
-            velocity_TZ = guide(velocity_TZ[: len(z_TZ)], velocity_TZ[len(z_TZ) :], self._scale)
-            time_T = time_T[: len(z_TZ)]
+            conditional_TZ, unconditional_TZ = velocity_TZ.split(len(z_TZ))
+            guided_TZ = guide(conditional_TZ, unconditional_TZ, self._scale)
+            velocity_TZ = torch.where(inside, guided_TZ, conditional_TZ) if torch.is_tensor(inside) else guided_TZ
         if self._dit.config.self_conditioning:
             self._estimate_TZ = self._dit.estimate(velocity_TZ, z_TZ, time_T)
         return velocity_TZ * is_target_T1

@@ -1,5 +1,7 @@
 """ODE solvers of the flow, dz/dt = v(z, t), from noise to data: one function each over a falling grid of times.
 
+A time is one number for all tokens, or float64 [T, 1] where each has its own; all begin at 1 and end at 0 together.
+
 Shape letters: T packed tokens, Z latent dim.
 """
 
@@ -8,15 +10,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from typing import Any
 
 import torch
 
 from . import flow
+from .times import move_logit
 
-Velocity = Callable[[torch.Tensor, float], torch.Tensor]
-"""v(z_TZ, t) -> [T, Z]."""
+Time = float | torch.Tensor
+"""t of all tokens, or of each, float64 [T, 1]."""
+Velocity = Callable[[torch.Tensor, Any], torch.Tensor]
+"""v(z_TZ, t) -> [T, Z], for a `Time` t."""
 OnStep = Callable[[int, float, torch.Tensor], None]
-"""Called with (step, t, one-step estimate of z [T, Z])."""
+"""Called with (step, t of the grid, one-step estimate of z [T, Z])."""
 
 GROUP = "textldm.solvers"
 """Entry points by which installed packages add a `Solver`."""
@@ -36,33 +42,33 @@ class Solver:
     name: str
     order: int
     evaluations: int
-    solve: Callable[[Velocity, torch.Tensor, Sequence[float]], torch.Tensor]
+    solve: Callable[[Velocity, torch.Tensor, Sequence[Any]], torch.Tensor]
 
 
-def euler(velocity: Velocity, z_TZ: torch.Tensor, times: Sequence[float]) -> torch.Tensor:
+def euler(velocity: Velocity, z_TZ: torch.Tensor, times: Sequence[Any]) -> torch.Tensor:
     """Straight ahead along the velocity at the step's beginning."""
     for t, s in itertools.pairwise(times):
         z_TZ = z_TZ + (s - t) * velocity(z_TZ, t)
     return z_TZ
 
 
-def heun(velocity: Velocity, z_TZ: torch.Tensor, times: Sequence[float]) -> torch.Tensor:
+def heun(velocity: Velocity, z_TZ: torch.Tensor, times: Sequence[Any]) -> torch.Tensor:
     """Along the mean of the velocities at the beginning and at Euler's end; Euler in a step to t = 0, where no velocity is trained."""
     for t, s in itertools.pairwise(times):
         slope_TZ = velocity(z_TZ, t)
-        if s > 0:
+        if not _is_data(s):
             slope_TZ = 0.5 * (slope_TZ + velocity(z_TZ + (s - t) * slope_TZ, s))
         z_TZ = z_TZ + (s - t) * slope_TZ
     return z_TZ
 
 
-def multistep(velocity: Velocity, z_TZ: torch.Tensor, times: Sequence[float]) -> torch.Tensor:
+def multistep(velocity: Velocity, z_TZ: torch.Tensor, times: Sequence[Any]) -> torch.Tensor:
     """Exact for an estimate of z that is linear in t.
 
     A step goes ahead with the estimate's slope over the step before; the evaluation at its end gives the slope over this step, with
     which it is done over (predictor and corrector, as in UniPC, arXiv 2302.04867).
     """
-    begin: tuple[float, torch.Tensor, torch.Tensor] | None = None
+    begin: tuple[Any, torch.Tensor, torch.Tensor] | None = None
     trend_TZ = torch.zeros_like(z_TZ)
     for t, s in itertools.pairwise(times):
         data_TZ = flow.data_from_velocity(z_TZ, velocity(z_TZ, t), t)
@@ -75,11 +81,16 @@ def multistep(velocity: Velocity, z_TZ: torch.Tensor, times: Sequence[float]) ->
     return z_TZ
 
 
-def _with_trend(z_TZ: torch.Tensor, data_TZ: torch.Tensor, trend_TZ: torch.Tensor, t: float, s: float) -> torch.Tensor:
+def _is_data(t: Time) -> bool:
+    return float(t) == 0 if isinstance(t, float) else not t.any()
+
+
+def _with_trend(z_TZ: torch.Tensor, data_TZ: torch.Tensor, trend_TZ: torch.Tensor, t: Any, s: Any) -> torch.Tensor:
     """z_s of dz/dtau = (z - x) / tau for the estimate x = data + (tau - t) trend; at s = 0, where no trend would be safe, data itself."""
-    if s == 0:
+    if _is_data(s):
         return data_TZ
-    return (s / t) * z_TZ + (1 - s / t) * data_TZ + (s * math.log(t / s) - (t - s)) * trend_TZ
+    log = math.log(t / s) if isinstance(t, float) else torch.log(t / s)
+    return (s / t) * z_TZ + (1 - s / t) * data_TZ + (s * log - (t - s)) * trend_TZ
 
 
 SOLVERS = {
@@ -109,6 +120,7 @@ def integrate(
     times: Sequence[float],
     solver: str | Solver = "euler",
     on_step: OnStep | None = None,
+    offsets_T1: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Follow dz/dt = v(z, t) from noise at times[0] to data at times[-1].
 
@@ -117,6 +129,7 @@ def integrate(
         times: falling, e.g. `TimeDistribution.grid(50)`.
         solver: a name (`find_solver`) or a `Solver` itself.
         on_step: called with (step, t, one-step estimate of z) in every step.
+        offsets_T1: of the logit of each token's time from that of the grid's, [T, 1]; the velocity is then called with times of all tokens.
 
     Raises: ValueError for an unknown solver, times that do not fall, or a solver whose steps begin elsewhere than it declares.
     """
@@ -124,19 +137,26 @@ def integrate(
     if any(late <= early for late, early in itertools.pairwise(times)):
         raise ValueError(f"times must fall from noise to data, found {[round(t, 4) for t in times[:6]]} ...")
     evaluated = itertools.count()
+    own_times: Sequence[Any] = times
+    if offsets_T1 is not None:
+        grid = torch.tensor(times, dtype=torch.float64, device=noise_TZ.device)
+        own_times = [move_logit(t, offsets_T1.double()) for t in grid]
 
-    def watched(z_TZ: torch.Tensor, t: float) -> torch.Tensor:
+    def watched(z_TZ: torch.Tensor, t: Time) -> torch.Tensor:
         """The velocity; the first evaluation of a step is reported."""
-        velocity_TZ = velocity(z_TZ, t)
+        velocity_TZ = velocity(z_TZ.to(noise_TZ.dtype), t)
         step, within = divmod(next(evaluated), solver.evaluations)
         if not within:
-            if t != times[min(step, len(times) - 1)]:
+            place = min(step, len(times) - 1)
+            if not torch.equal(torch.as_tensor(t), torch.as_tensor(own_times[place])):
                 raise ValueError(
-                    f"solver {solver.name} began step {step} at t = {t:g}, which is not that step's time in the grid: as it"
-                    f" declares {solver.evaluations} evaluations a step, the first of every {solver.evaluations} must be there"
+                    f"solver {solver.name} began step {step} at t = {float(torch.as_tensor(t).mean()):g}, which is not that step's time in"
+                    f" the grid: as it declares {solver.evaluations} evaluations a step, the first of every {solver.evaluations} must be"
+                    " there"
                 )
             if on_step is not None:
-                on_step(step, t, flow.data_from_velocity(z_TZ, velocity_TZ, t))
+                on_step(step, times[place], flow.data_from_velocity(z_TZ, velocity_TZ, t).to(noise_TZ.dtype))
         return velocity_TZ
 
-    return solver.solve(watched, noise_TZ, times)
+    # Tokens' own times are float64, near 1 and 0 too close to each other for less, and so is what is computed with them.
+    return solver.solve(watched, noise_TZ, own_times).to(noise_TZ.dtype)

@@ -31,11 +31,11 @@ class TextLDMConfig(PretrainedConfig):
 
     Attributes:
         vae, dit: fields of TextVAEConfig and TextDiTConfig.
-        times: fields of TimeDistribution; the training distribution is the sampling schedule.
+        times: fields of TimeDistribution; the training distribution is the sampling schedule, and where it spreads the times of a
+            window's tokens, so do `generate` and `nll`.
         num_steps, guidance_scale, solver, grid: defaults of `generate` (the paper: 50 Euler steps, scale 7, the training times).
         token_temperature: likewise; other than 1 with the categorical head alone (guidance.GuidedVelocity).
         likelihood_t0: default of `nll`, the time at which the diagnosis found the least bound.
-        time_spread: deviation of the logits of the tokens' times within a window, in training and in `nll`; 0: all have one time.
         max_window: longest window, context and continuation together, in tokens.
     """
 
@@ -52,7 +52,6 @@ class TextLDMConfig(PretrainedConfig):
         grid: str = "training",
         token_temperature: float = 1.0,
         likelihood_t0: float = 0.6,
-        time_spread: float = 0.0,
         max_window: int = 1024,
         **kwargs: Any,
     ):
@@ -62,7 +61,7 @@ class TextLDMConfig(PretrainedConfig):
         self.times["path"] = list(self.times.get("path", ()))  # as JSON gives it back
         self.num_steps, self.guidance_scale, self.solver, self.grid = num_steps, guidance_scale, solver, grid
         self.token_temperature, self.max_window = token_temperature, max_window
-        self.likelihood_t0, self.time_spread = likelihood_t0, time_spread
+        self.likelihood_t0 = likelihood_t0
         super().__init__(**kwargs)
 
 
@@ -134,7 +133,9 @@ class TextLDM(PreTrainedModel, GenerationMixin):
         self._check(prompts, max_new_tokens, num_steps, noise)
         if noise is None:
             noise = [self._noise(seed, i, max_new_tokens) for i in range(len(prompts))]
-        lengths = [max_new_tokens] * len(prompts)
+        lengths, offsets = [max_new_tokens] * len(prompts), None
+        if spread := self._times.spread:
+            offsets = [spread * self._noise(seed, -1 - i, max_new_tokens)[:, 0] for i in range(len(prompts))]
 
         def report(step: int, t: float, estimate_NZ: torch.Tensor) -> None:
             assert on_step is not None
@@ -145,12 +146,13 @@ class TextLDM(PreTrainedModel, GenerationMixin):
             self.dit,
             prompts,
             noise,
-            TimeDistribution(**config.times).grid(num_steps, grid or config.grid).tolist(),
+            self._times.grid(num_steps, grid or config.grid).tolist(),
             solver=solver or config.solver,
             guidance_scale=config.guidance_scale if guidance_scale is None else guidance_scale,
             guidance_interval=guidance_interval,
             token_temperature=config.token_temperature if token_temperature is None else token_temperature,
             on_step=report if on_step else None,
+            offsets=offsets,
         )
         tokens = decode_targets(self.vae, latents_NZ, lengths)
         eos = eos_token_id if eos_token_id is not None else getattr(config, "eos_token_id", None)
@@ -195,7 +197,7 @@ class TextLDM(PreTrainedModel, GenerationMixin):
             for i, target in enumerate(targets)
         ]
         offsets = None
-        if spread := self.config.time_spread:
+        if spread := self._times.spread:
             drawn = [self._noise(seed, (i + 1) * (num_times + 1) - 1, len(target)) for i, target in enumerate(targets)]
             offsets = [spread * noise_TZ[:, 0] for noise_TZ in drawn]
         return target_nats(self.vae, self.dit, prompts, targets, noise, t0, offsets).bounds_NG[:, 0]
@@ -243,6 +245,10 @@ class TextLDM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"token id {beyond[0]} is beyond the vocabulary of {vocab_size}; use this model's tokenizer"
             )
+
+    @property
+    def _times(self) -> TimeDistribution:
+        return TimeDistribution(**self.config.times)
 
     def _noise(self, seed: int, index: int, new: int) -> torch.Tensor:
         if not 0 <= seed < SEEDS:

@@ -20,6 +20,7 @@ class TimeDistribution:
         kind: "logit_normal": logit(t) ~ N(mean, std^2), or "uniform".
         mean, std: of the logit; the paper has std 1.5 (Sec. 3, TextLDM).
         shift: t -> shift t / (1 + (shift - 1) t), moves mass towards noise for > 1, as larger latents need (arXiv 2403.03206, Eq. 23).
+        spread: deviation of the logits of a window's tokens' times about the window's, each token having a time of its own; 0: one for all.
         path: `EstimatePath.even_times` of a trained model, for the even grid.
     """
 
@@ -27,28 +28,34 @@ class TimeDistribution:
     mean: float = 0.0
     std: float = 1.5
     shift: float = 1.0
+    spread: float = 0.0
     path: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in ("logit_normal", "uniform"):
             raise ValueError(f"time distribution {self.kind!r} is unknown; expected logit_normal or uniform")
-        if self.std <= 0 or self.shift <= 0:
-            raise ValueError(f"time std and shift must be positive, found {self.std} and {self.shift}")
+        if self.std <= 0 or self.shift <= 0 or self.spread < 0:
+            raise ValueError(
+                f"time std and shift must be positive, spread at least 0, found {self.std}, {self.shift} and {self.spread}"
+            )
         falls = all(late > early for late, early in itertools.pairwise(self.path))
         if self.path and not (falls and self.path[0] == 1 and self.path[-1] == 0):
             raise ValueError(f"the times of the even grid must fall from 1 to 0, found {self.path}")
 
     def quantile(self, uniform: torch.Tensor) -> torch.Tensor:
-        """The time below which the share `uniform` of training times lies; in double precision, 0 -> 0 and 1 -> 1."""
+        """The time below which the share `uniform` of windows' training times lies; in double precision, 0 -> 0 and 1 -> 1."""
+        return self._quantile(uniform, self.std)
+
+    def _quantile(self, uniform: torch.Tensor, std: float) -> torch.Tensor:
         u = uniform.double()
-        t = u if self.kind == "uniform" else torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+        t = u if self.kind == "uniform" else torch.sigmoid(self.mean + std * torch.special.ndtri(u))
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def grid(self, num_steps: int, kind: str = "training") -> torch.Tensor:
-        """Float64 [num_steps + 1] from 1 (noise) down to 0 (data).
+        """Float64 [num_steps + 1] from 1 (noise) down to 0 (data): windows' times, about which those of their tokens may be spread.
 
-        "training" is dense where training was dense, "uniform" has equal steps, "even" steps between which the model's estimate of z
-        changes equally, as measured (`path`). Raises: ValueError for another kind, and for "even" without a measurement.
+        "training" is dense where the tokens' times in training are, "uniform" has equal steps, "even" steps between which the model's
+        estimate of z changes equally, as measured (`path`). Raises: ValueError for another kind, and for "even" without a measurement.
         """
         if kind not in GRIDS:
             raise ValueError(f"time grid {kind!r} is unknown; expected one of {', '.join(GRIDS)}")
@@ -56,7 +63,7 @@ class TimeDistribution:
         if kind == "uniform":
             return falling
         if kind == "training":
-            return self.quantile(falling)
+            return self._quantile(falling, math.hypot(self.std, self.spread))
         if len(self.path) < 2:
             raise ValueError(
                 'time grid "even" needs the times measured on the trained model, and this one has none: run textldm diagnose on the run'

@@ -39,7 +39,6 @@ def export(source: Source) -> Exported:
         dit=dataclasses.asdict(shape),
         max_window=source.manifest.max_window,
         eos_token_id=source.manifest.tokenizer.eos_id,
-        time_spread=config.flow.time_spread,
         auto_map={"AutoConfig": "textldm.TextLDMConfig", "AutoModel": "textldm.TextLDM"},
         **diagnosed(times, source.run),
         **source.sampling.settings(config.diagnose),

@@ -39,7 +39,13 @@ BOUND_PREFIX = "nats_at_"
 def times_of(settings: Flow, latent_dim: int) -> TimeDistribution:
     """Distribution of t, in training and as the sampling schedule."""
     shift = shift_for_dimension(settings.time_shift, latent_dim, settings.time_shift_base_dim)
-    return TimeDistribution(kind=settings.time_kind, mean=settings.time_mean, std=settings.time_std, shift=shift)
+    return TimeDistribution(
+        kind=settings.time_kind,
+        mean=settings.time_mean,
+        std=settings.time_std,
+        shift=shift,
+        spread=settings.time_spread,
+    )
 
 
 @dataclass(frozen=True)

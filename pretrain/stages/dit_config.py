@@ -36,8 +36,8 @@ class Flow(Section):
     """t -> shift t / (1 + (shift - 1) t); above 1 moves training towards noise."""
     time_spread: NonNegativeFloat = 0.0
     """In training each target token has a time of its own: logit(t) is the window's plus N(0, time_spread^2). Cleaner tokens beside
-    noisier ones teach what neighbours say of each other. The diagnosis measures the bound with times so spread; sampling and evaluations
-    during training keep one time a window [paper: 0]."""
+    noisier ones teach what neighbours say of each other. Sampling and the diagnosis's bound go along times so spread; the bound of
+    evaluations during training has one time a window [paper: 0]."""
     time_shift_base_dim: NonNegativeInt = 0
     """Latent dimension for which time_shift is meant: others multiply it by sqrt(latent_dim / this); 0: the same for all."""
     context_drop: Share = 0.1

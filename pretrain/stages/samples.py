@@ -49,6 +49,9 @@ def sample(
     """Generate a target of the true length for each prompt, at the run's diagnose.token_temperature; `path` is told of the estimates."""
     generator = torch.Generator().manual_seed(seed)
     lengths, channels = [len(prompt.target_T) for prompt in prompts], stage.vae.config.latent_dim
+    noise, offsets = [torch.randn(length, channels, generator=generator) for length in lengths], None
+    if spread := stage.times.spread:
+        offsets = [spread * torch.randn(length, generator=generator) for length in lengths]
 
     def on_step(step: int, t: float, estimate_NZ: Tensor) -> None:
         tick()
@@ -59,12 +62,13 @@ def sample(
         stage.vae,
         stage.dit,
         [prompt.context_T for prompt in prompts],
-        [torch.randn(length, channels, generator=generator) for length in lengths],
+        noise,
         stage.times.grid(num_steps, grid).tolist(),
         solver=solver,
         guidance_scale=guidance_scale,
         token_temperature=stage.config.diagnose.token_temperature,
         on_step=on_step,
+        offsets=offsets,
     )
     return Samples(latents_NZ, [tokens_T.tolist() for tokens_T in decode_targets(stage.vae, latents_NZ, lengths)])
 

@@ -54,6 +54,34 @@ def test_a_window_is_continued_as_it_is_alone(models: tuple[TextVAE, TextDiT]) -
         assert torch.equal(tokens_T, vae.decode_tokens(part_NZ, Segments.from_lengths([len(eps_NZ)])))
 
 
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.75)])
+def test_tokens_with_times_of_their_own_see_each_other_at_these_times(
+    models: tuple[TextVAE, TextDiT], interval: tuple[float, float]
+) -> None:
+    """Two Euler steps written out, and guidance where each token's own time lies in its interval."""
+    vae, dit = models
+    eps_NZ, offsets_N = torch.randn(5, 4, generator=torch.Generator().manual_seed(1)), torch.linspace(-2, 2, 5)
+    context_T = torch.tensor([7])
+    options = {"guidance_scale": 3.0, "guidance_interval": interval}
+    found_NZ = sample_targets(vae, dit, [context_T], [eps_NZ], [1.0, 0.5, 0.0], offsets=[offsets_N], **options)
+    context_TZ = vae.standardize(vae.encode(context_T, Segments.from_lengths([1]))[0])
+    windows, is_target_T, z_NZ = Segments.from_lengths([6]), torch.arange(6) > 0, eps_NZ
+    half_N = offsets_N.sigmoid()
+    for time_N, next_N in ((torch.ones(5), half_N), (half_N, torch.zeros(5))):
+        time_T = torch.cat((torch.zeros(1), time_N))
+        with_NZ, without_NZ = (
+            dit(torch.cat((x, z_NZ)), is_target_T, time_T, windows).velocity_TZ[1:]
+            for x in (context_TZ, torch.zeros_like(context_TZ))
+        )
+        inside_N1 = ((time_N >= interval[0]) & (time_N <= interval[1]))[:, None]
+        velocity_NZ = torch.where(inside_N1, without_NZ + 3 * (with_NZ - without_NZ), with_NZ)
+        z_NZ = z_NZ + (next_N - time_N)[:, None] * velocity_NZ
+    torch.testing.assert_close(found_NZ, z_NZ, rtol=1e-5, atol=1e-5)
+    assert interval[0] == 0 or 0 < int(((half_N >= interval[0]) & (half_N <= interval[1])).sum()) < 5
+    common_NZ = sample_targets(vae, dit, [context_T], [eps_NZ], [1.0, 0.5, 0.0], **options)
+    assert (common_NZ - found_NZ).abs().max() > 1e-3
+
+
 def test_without_any_context(models: tuple[TextVAE, TextDiT]) -> None:
     noise = [torch.ones(2, 4), torch.zeros(3, 4)]
     empty = torch.zeros(0, dtype=torch.int64)

@@ -13,7 +13,7 @@ from torch.distributions import Normal
 from modeling import flow
 from modeling.solvers import SOLVERS, Solver, find_solver, integrate, solver_names
 from modeling.textldm import TextLDM, TextLDMConfig
-from modeling.times import TimeDistribution
+from modeling.times import TimeDistribution, move_logit
 from pretrain.config.sections import Diagnose
 from tests.modeling.mixture import Mixture
 
@@ -49,6 +49,23 @@ def inner_grid(num_steps: int) -> list[float]:
 
 
 GRIDS = {"uniform": TimeDistribution(kind="uniform").grid, "quantiles": inner_grid}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_token_with_times_of_its_own_goes_the_way_it_goes_alone_at_these_times(solver: str) -> None:
+    """In fp32, too, though near noise and data such times lie closer together than fp32 tells apart."""
+    grid, offsets = TimeDistribution(spread=1.5).grid(12).tolist(), (-9.0, 0.0, 2.5, 12.0)
+    seen = []
+    offsets_T1, eps_TZ = torch.tensor(offsets)[:, None], noise(4).float()
+    together_TZ = integrate(
+        gaussian_velocity, eps_TZ, grid, solver, lambda step, t, z_TZ: seen.append((t, z_TZ.dtype)), offsets_T1
+    )
+    assert seen == [(t, torch.float32) for t in grid[:-1]]
+    assert together_TZ.dtype == torch.float32
+    for offset, one_TZ, found_TZ in zip(offsets, eps_TZ.split(1), together_TZ.split(1)):
+        own = move_logit(torch.tensor(grid, dtype=torch.float64), torch.tensor(offset, dtype=torch.float64))
+        alone_TZ = integrate(gaussian_velocity, one_TZ.double(), own.tolist(), solver)
+        torch.testing.assert_close(found_TZ.double(), alone_TZ, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -235,6 +235,19 @@ def test_bounds_on_the_likelihood_are_a_documents_own(options: dict) -> None:
     assert not torch.isclose(model.nll(PROMPTS[:1], TARGETS[:1], num_times=5, t0=0.3), together_N[:1]).any()
 
 
+@pytest.mark.parametrize("solver", ["euler", "multistep"])
+def test_where_training_spreads_tokens_times_a_continuation_is_still_of_prompt_and_seed_alone(solver: str) -> None:
+    model = make_model(head="categorical", vocab_size=60)
+    plain, plain_nats_N = lists(model.generate(PROMPTS, NEW, solver=solver)), model.nll(PROMPTS, TARGETS, num_times=5)
+    model.config.times["spread"] = 1.5
+    spread = lists(model.generate(PROMPTS, NEW, solver=solver))
+    assert spread != plain
+    assert lists(model.generate(PROMPTS[:2], NEW, solver=solver)) == spread[:2]
+    assert lists(model.generate(PROMPTS, NEW, solver=solver)) == spread
+    assert lists(model.generate(PROMPTS, NEW, solver=solver, seed=1)) != spread
+    assert not torch.isclose(model.nll(PROMPTS, TARGETS, num_times=5), plain_nats_N).any()
+
+
 def test_a_model_that_knows_the_frequencies_alone_has_their_cross_entropy_as_its_bound() -> None:
     model = make_model(head="categorical", vocab_size=60)
     torch.nn.init.zeros_(model.dit.head.to_logits.weight)

@@ -52,7 +52,15 @@ def test_the_grid_falls_through_the_quantiles() -> None:
     assert grid[25] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("wrong", [{"kind": "beta"}, {"std": 0.0}, {"shift": -1.0}])
+def test_the_grid_of_windows_is_as_wide_as_the_times_of_their_tokens() -> None:
+    """logit(t) of tokens is N(mean, std^2 + spread^2); what windows draw in training is not changed by it."""
+    spread, wide = TimeDistribution(mean=0.8, std=0.9, spread=1.2), TimeDistribution(mean=0.8, std=1.5)
+    torch.testing.assert_close(spread.grid(20), wide.grid(20), rtol=0, atol=1e-12)
+    shares = torch.linspace(0, 1, 9)
+    assert torch.equal(spread.quantile(shares), TimeDistribution(mean=0.8, std=0.9).quantile(shares))
+
+
+@pytest.mark.parametrize("wrong", [{"kind": "beta"}, {"std": 0.0}, {"shift": -1.0}, {"spread": -0.1}])
 def test_unknown_distributions_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=r"unknown|must be positive"):
         TimeDistribution(**wrong)
