@@ -101,7 +101,7 @@ def with_config(args: argparse.Namespace) -> argparse.Namespace:
         "data": config.data.path,
         "output": config.repa.features,
         "teacher": config.repa.teacher or config.repa.online_teacher,
-        "revision": config.repa.revision or config.repa.online_revision,
+        "revision": config.repa.revision,
         "layer": config.repa.layer,
     }
     given = vars(args)

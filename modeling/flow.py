@@ -45,8 +45,3 @@ def covariance_floor(time: torch.Tensor, eigenvalues_L: torch.Tensor) -> torch.T
     t, eigenvalue = time[..., None], eigenvalues_L
     explained = (t - (1 - t) * eigenvalue) ** 2 / (t**2 + (1 - t) ** 2 * eigenvalue)
     return (1 + eigenvalue - explained).mean(-1)
-
-
-def loss_of_data_error(squared_error: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-    """Flow loss of a predictor of z with this squared error: v - v* = (z - z_hat) / t."""
-    return squared_error / time**2

@@ -105,15 +105,6 @@ class EstimatePath:
         return (1.0, *torch.lerp(times[after - 1], times[after], share).tolist(), 0.0)
 
 
-def shift_for_dimension(shift: float, latent_dim: int, base_dim: int) -> float:
-    """The shift at which latent_dim channels lose their token as fast as base_dim channels do at `shift`: times sqrt(Z / base).
-
-    More channels carry the same token through more noise; their signal-to-noise ratio, summed over channels, is kept
-    (arXiv 2403.03206, Sec. 5.3.2, for pixels). base_dim 0 leaves the shift as it is.
-    """
-    return shift * math.sqrt(latent_dim / base_dim) if base_dim else shift
-
-
 def move_logit(time: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """The time whose logit is larger by `offset`, i.e. whose signal-to-noise ratio (1 - t) / t is exp(-offset) times as large."""
     return torch.sigmoid(torch.logit(time) + offset)

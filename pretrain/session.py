@@ -92,8 +92,6 @@ class Session:
         if self.step == self.saved_step and self.writer.settle():
             return
         stalled_s = self.writer.save(self.step, self.engine, extra=self.record().extra(), blocking=blocking)
-        if not self.config.train.checkpoint_async:
-            self.writer.settle()
         self.saved_step = self.step
         self.telemetry.event("checkpoint", step=self.step, stalled_s=stalled_s, blocking=blocking)
 
@@ -288,7 +286,7 @@ def open_records(
 ) -> tuple[SpikeGuard, Telemetry, CheckpointWriter]:
     """What goes on from the checkpoint beside the weights."""
     train = config.train
-    guard = SpikeGuard(train.spike_sigmas, train.spike_window, train.max_skips, train.skip_window)
+    guard = SpikeGuard(train.spike_sigmas, train.max_skips, train.skip_window)
     if earlier.record:
         guard.load(earlier.record.guard)
     telemetry = Telemetry(
@@ -321,7 +319,6 @@ def open_loader(config: RunConfig, topology: Topology, start_step: int) -> Train
         rank=topology.rank,
         world_size=topology.world_size,
         start_step=start_step,
-        prefetch_steps=data.prefetch_steps,
         workers=data.workers,
         **data.reading(),
     )

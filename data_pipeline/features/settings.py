@@ -19,10 +19,8 @@ class Repa(Section):
     teacher: str | None = None
     """Hub id or folder of the causal language model whose features the cache holds; textldm cache reads it here."""
     revision: str | None = None
-    """Commit of that teacher on the hub."""
+    """Commit of the teacher, cached or online, on the hub."""
     online_teacher: str | None = None
     """Instead of a cache: hub id or folder of a causal language model, run in the loop."""
-    online_revision: str | None = None
-    """Commit of the online teacher on the hub."""
     layer: int = -3
     """Hidden state that is the target, index into transformers' hidden_states [paper: third-to-last]."""

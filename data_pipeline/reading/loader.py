@@ -28,6 +28,7 @@ from data_pipeline.reading.shard_pool import FeatureRows, TokenRows
 from data_pipeline.reading.streams import check_micro_batch, rank_streams
 
 _OPENERS = 8
+_STEPS_AHEAD = 2
 _OPEN_AHEAD_STEPS = 32
 _BLOCK_BYTES = 16 << 20  # of steps built together
 
@@ -44,8 +45,7 @@ class TrainLoader:
         rows_per_step: rows of the global batch.
         micro_batch_rows: rows of one Batch; must divide the rank's share of a step.
         start_step: first step to give; costs the same whatever it is.
-        workers: threads that build steps ahead (0: built when asked for); prefetch_steps: how many steps ahead at
-            least.
+        workers: threads that build steps, `_STEPS_AHEAD` of them ahead at least (0: built when asked for).
         verify: compare every shard's SHA-256 with the manifest before its first use.
         cache_dir, cache_gigabytes: where shards of URLs are kept, and how many; see storage.py.
 
@@ -66,7 +66,6 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
-        prefetch_steps: int = 2,
         workers: int = 1,
         verify: bool = True,
         cache_dir: str | None = None,
@@ -90,7 +89,7 @@ class TrainLoader:
         self._start_step = self._next_step = start_step
         # Steps built together stay within an eighth of a shard, so that the last is not due long after the first.
         self._block_steps = max(1, min(self._block_limit(), min(shard_rows) // (8 * self.order.rows_per_stream)))
-        self._blocks_ahead = max(1, workers, -(-prefetch_steps // self._block_steps))
+        self._blocks_ahead = max(1, workers, -(-_STEPS_AHEAD // self._block_steps))
         self._executor = ThreadPoolExecutor(workers, "loader") if workers else None
         self._openers = ThreadPoolExecutor(_OPENERS, "shards") if workers else None
         # Shards are opened (downloaded, hashed) this many steps before their first row is due, but within half a shard, so

@@ -56,9 +56,7 @@ class Data(Section):
     verify: Annotated[bool, OnResume.FREE] = True
     """Check each shard's SHA-256 when it is opened."""
     workers: Annotated[NonNegativeInt, OnResume.FREE] = 1
-    """Threads that read and decode rows ahead; 0: when they are asked for."""
-    prefetch_steps: Annotated[PositiveInt, OnResume.FREE] = 2
-    """Steps that are prepared ahead."""
+    """Threads that read and decode rows, two steps ahead at least; 0: when they are asked for."""
     cache_dir: Annotated[str | None, OnResume.FREE] = None
     """Folder for copies of remote shards (a URL in data.path); none: textldm/shards in the user's cache folder."""
     cache_gigabytes: Annotated[PositiveFloat, OnResume.FREE] = 100.0

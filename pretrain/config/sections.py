@@ -3,7 +3,7 @@
 Every key has its type, default, unit and meaning; [paper] is stated by TextLDM (arXiv 2605.07748).
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -43,9 +43,7 @@ class Train(Sharding):
     deterministic: Annotated[bool, OnResume.FREE] = False
     """torch.use_deterministic_algorithms: bit-equal repeats on GPUs, slower."""
     checkpoint_every: Annotated[PositiveInt, OnResume.FREE] = 1000
-    """Steps between checkpoints; the last step always has one."""
-    checkpoint_async: Annotated[bool, OnResume.FREE] = True
-    """Write from a host copy while training goes on."""
+    """Steps between checkpoints, written from a host copy while training goes on; the last step always has one."""
     keep_last: Annotated[PositiveInt, OnResume.FREE] = 2
     """Checkpoints to keep, besides the one that the job resumed from."""
     keep_every: Annotated[NonNegativeInt, OnResume.FREE] = 0
@@ -65,9 +63,7 @@ class Train(Sharding):
     grace_s: Annotated[PositiveFloat, OnResume.FREE] = 120.0
     """Seconds from SIGTERM, SIGUSR1 or SIGHUP to the end of the checkpoint (then exit code 85)."""
     spike_sigmas: NonNegativeFloat = 0.0
-    """Skip a step whose gradient norm exceeds the recent median by so many robust deviations; 0: if not finite only."""
-    spike_window: PositiveInt = 128
-    """Recent steps from which the median and deviation are taken."""
+    """Skip a step whose gradient norm exceeds the median of the last 128 by so many robust deviations; 0: if not finite only."""
     max_skips: Annotated[NonNegativeInt, OnResume.FREE] = 5
     """Skipped steps that are tolerated within skip_window; one more stops the run."""
     skip_window: Annotated[PositiveInt, OnResume.FREE] = 100
@@ -146,12 +142,9 @@ class Diagnose(Section):
 class TelemetrySection(Section):
     """What is recorded besides metrics.jsonl."""
 
-    progress_bar: bool = True
-    """In a terminal; elsewhere one plain line every log_every steps."""
     wandb: bool = False
-    """Send the logged lines to Weights & Biases."""
-    wandb_mode: Literal["auto", "online", "offline"] = "auto"
-    """auto: online when an API key is configured, else offline (upload later with `wandb sync`). WANDB_MODE=offline or disabled wins."""
+    """Send the logged lines to Weights & Biases: online when an API key is configured, else offline (upload later with `wandb sync`).
+    WANDB_MODE=online, offline or disabled in the environment wins."""
     wandb_project: str = "textldm"
     """Project at Weights & Biases."""
     tensorboard: bool = False

@@ -53,8 +53,8 @@ def _teacher(vae: VAERun, data: str) -> tuple[str, str | None] | None:
         made_by = load_cache(features, manifest).manifest.teacher
         return teacher_of(features, made_by["name"]), made_by["revision"]
     if vae.repa.weight and vae.repa.online_teacher:
-        check_same_tokenizer(vae.repa.online_teacher, vae.repa.online_revision, data, manifest)
-        return vae.repa.online_teacher, vae.repa.online_revision
+        check_same_tokenizer(vae.repa.online_teacher, vae.repa.revision, data, manifest)
+        return vae.repa.online_teacher, vae.repa.revision
     return None
 
 

@@ -29,9 +29,7 @@ class OptimizerSettings(Section):
     grad_clip: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 leaves gradients as they are."""
     ema_decay: Share = 0.9999
-    """Share of the average that a step keeps."""
-    ema_warmup: bool = True
-    """Decay at step s is min(ema_decay, (1 + s) / (10 + s)): a young average forgets its random start faster."""
+    """Share of the average that a step keeps; step s at most (1 + s) / (10 + s), so that a young average forgets its random start."""
 
     @model_validator(mode="after")
     def _check_ema(self) -> Self:
@@ -42,8 +40,8 @@ class OptimizerSettings(Section):
         return self
 
     def ema_decay_at(self, step: int) -> float:
-        """Decay used by update number `step` (from 0): min(ema_decay, (1 + step) / (10 + step)) with warm-up."""
-        return min(self.ema_decay, (1 + step) / (10 + step)) if self.ema_warmup else self.ema_decay
+        """Decay used by update number `step` (from 0): min(ema_decay, (1 + step) / (10 + step))."""
+        return min(self.ema_decay, (1 + step) / (10 + step))
 
 
 class AdamWSettings(OptimizerSettings):

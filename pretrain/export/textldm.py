@@ -33,7 +33,7 @@ def export(source: Source) -> Exported:
     frozen = frozen_vae_of(source, config)
     shape = config.model.architecture()
     shape.vocab_size = frozen.config.vocab_size
-    times = times_of(config.flow, frozen.config.latent_dim)
+    times = times_of(config.flow)
     model_config = TextLDMConfig(
         vae=dataclasses.asdict(frozen.config),
         dit=dataclasses.asdict(shape),

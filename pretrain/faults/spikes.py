@@ -35,16 +35,16 @@ class SpikeGuard:
     """Decides which steps are skipped, from numbers that are the same on every rank, and stops when there are too many.
 
     A step is skipped when its loss or gradient norm is not finite, or (sigmas > 0) when its norm exceeds the median of
-    the last `window` accepted norms by more than `sigmas` robust standard deviations (1.4826 x median absolute
+    the last `WINDOW` accepted norms by more than `sigmas` robust standard deviations (1.4826 x median absolute
     deviation, at least 1 % of the median). The state belongs into checkpoints: a resumed run must
     decide as the uninterrupted one.
     """
 
-    MIN_HISTORY = 16
+    MIN_HISTORY, WINDOW = 16, 128
 
-    def __init__(self, sigmas: float, window: int, max_skips: int, skip_window: int):
+    def __init__(self, sigmas: float, max_skips: int, skip_window: int):
         self._sigmas, self._max_skips, self._skip_window = sigmas, max_skips, skip_window
-        self._norms: deque[float] = deque(maxlen=window)
+        self._norms: deque[float] = deque(maxlen=self.WINDOW)
         self._skipped_steps: list[int] = []
 
     def verdict(self, step: int, loss: float, grad_norm: float) -> str | None:
@@ -71,7 +71,7 @@ class SpikeGuard:
             return f"the loss is {loss}"
         if not math.isfinite(grad_norm):
             return f"the gradient norm is {grad_norm}"
-        if self._sigmas and len(self._norms) >= min(self.MIN_HISTORY, self._norms.maxlen or 1):
+        if self._sigmas and len(self._norms) >= self.MIN_HISTORY:
             median = statistics.median(self._norms)
             deviation = 1.4826 * statistics.median(abs(norm - median) for norm in self._norms)
             sigma = max(deviation, 0.01 * median)

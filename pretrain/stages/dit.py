@@ -19,7 +19,7 @@ from modeling.heads import CategoricalHead, TokenHead, TokenTargets, VelocityHea
 from modeling.likelihood import Denoiser, DocumentNats, denoiser, document_nats, spread_nats, time_grid, told_latents
 from modeling.text_dit import TextDiT
 from modeling.text_vae import TextVAE
-from modeling.times import TimeDistribution, move_logit, shift_for_dimension
+from modeling.times import TimeDistribution, move_logit
 from pretrain.checkpoint.storage import Checkpoint
 from pretrain.stages.base import Stage, StageOutput, row_noise, weighted
 from pretrain.stages.dit_config import DiTRun, Flow
@@ -28,6 +28,8 @@ from pretrain.stages.latent_statistics import LATENTS_NAME, LatentStatistics
 from pretrain.telemetry.flops import transformer_flops
 
 QUARTERS = 4
+SELF_CONDITIONED = 0.5
+"""Share of training's windows that are given an earlier estimate of z, with model.self_conditioning (arXiv 2208.04202)."""
 TIME_NOISE, POSTERIOR_NOISE, LIKELIHOOD_NOISE = 1, 2, 1024
 """Purposes of keyed noise beside the flow's own: the spread of times over a window's tokens, draws from the VAE's posterior, and from
 here on the times of the bound on the likelihood."""
@@ -36,14 +38,13 @@ TIMES, HELDOUT_TIMES = time_grid(), time_grid(10, 0.35)
 BOUND_PREFIX = "nats_at_"
 
 
-def times_of(settings: Flow, latent_dim: int) -> TimeDistribution:
+def times_of(settings: Flow) -> TimeDistribution:
     """Distribution of t, in training and as the sampling schedule."""
-    shift = shift_for_dimension(settings.time_shift, latent_dim, settings.time_shift_base_dim)
     return TimeDistribution(
         kind=settings.time_kind,
         mean=settings.time_mean,
         std=settings.time_std,
-        shift=shift,
+        shift=settings.time_shift,
         spread=settings.time_spread,
     )
 
@@ -112,7 +113,7 @@ class DiTStage(Stage):
         # Part of the checkpoint, so that an export needs nothing but it.
         self.register_buffer("latents_mean", vae.latents_mean.clone())
         self.register_buffer("latents_std", vae.latents_std.clone())
-        self.times = times_of(config.flow, config.model.latent_dim)
+        self.times = times_of(config.flow)
 
     @property
     def vae(self) -> TextVAE:
@@ -296,7 +297,7 @@ class DiTStage(Stage):
         if not self.training:
             return estimate_TZ
         # The time's uniform number, scrambled: no further key is needed, and it stays a function of the row.
-        gate_W = (batch.window_uniforms_W2[:, 0] * 65536) % 1 < self.config.flow.self_conditioning_share
+        gate_W = (batch.window_uniforms_W2[:, 0] * 65536) % 1 < SELF_CONDITIONED
         return estimate_TZ * gate_W.to(inputs_TZ.device)[windows.ids_T][:, None]
 
 

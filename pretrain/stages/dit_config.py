@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from data_pipeline.core.settings import STRICT, OnResume, Section, Share
@@ -33,19 +33,16 @@ class Flow(Section):
     time_std: PositiveFloat = 1.5
     """Standard deviation of logit(t) [paper: 1.5]."""
     time_shift: PositiveFloat = 1.0
-    """t -> shift t / (1 + (shift - 1) t); above 1 moves training towards noise."""
+    """t -> shift t / (1 + (shift - 1) t); above 1 moves training towards noise. Latents of k times as many channels keep their
+    signal-to-noise ratio with sqrt(k) times the shift (arXiv 2403.03206, Sec. 5.3.2)."""
     time_spread: NonNegativeFloat = 0.0
     """In training each target token has a time of its own: logit(t) is the window's plus N(0, time_spread^2). Cleaner tokens beside
     noisier ones teach what neighbours say of each other. Sampling and the diagnosis's bound go along times so spread; the bound of
     evaluations during training has one time a window [paper: 0]."""
-    time_shift_base_dim: NonNegativeInt = 0
-    """Latent dimension for which time_shift is meant: others multiply it by sqrt(latent_dim / this); 0: the same for all."""
     context_drop: Share = 0.1
     """Share of windows whose context latents are zero, for classifier-free guidance [paper: 0.1]."""
     target: Literal["mean", "sample"] = "mean"
     """Latents to model: the posterior's mean, or a sample of it."""
-    self_conditioning_share: Share = 0.5
-    """Share of windows that are given an earlier estimate of z, when model.self_conditioning is on."""
     token_loss_weight: NonNegativeFloat = 0.0
     """Weight of an auxiliary cross-entropy of the target tokens: of the categorical head's logits, else of a linear map of the
     DiT's hidden states; 0: none [paper: none]."""

@@ -74,9 +74,9 @@ def repa_target(config: "VAERun", manifest: Manifest, device: torch.device) -> R
     if features := config.features_folder():
         return CachedFeatures(load_cache(features, manifest).codec.to(device))
     if repa.weight and repa.online_teacher:
-        check_same_tokenizer(repa.online_teacher, repa.online_revision, config.data.path, manifest)
+        check_same_tokenizer(repa.online_teacher, repa.revision, config.data.path, manifest)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        teacher = load_teacher(repa.online_teacher, repa.layer, repa.online_revision, dtype=dtype)
+        teacher = load_teacher(repa.online_teacher, repa.layer, repa.revision, dtype=dtype)
         check_fit(teacher, config.data.path, manifest)
         return OnlineFeatures(teacher.to(device))
     return None

@@ -66,7 +66,7 @@ class Sinks:
         self.first_start = _first_time(run / METRICS_NAME) or time.time()
         self._metrics, self._log = LineFile(run / METRICS_NAME), LineFile(run / LOG_NAME)
         self._bar = None
-        if config.telemetry.progress_bar and sys.stderr.isatty():
+        if sys.stderr.isatty():
             self._bar = tqdm(total=self._steps, initial=start_step, unit="step", dynamic_ncols=True)
         self._close_s = min(CLOSE_S, config.train.watchdog_s / 8)
         self._terminal = Background("the terminal", lambda: (self._show, lambda: None), self._to_log)
@@ -140,7 +140,7 @@ def start_wandb(run: Path, config: RunConfig) -> tuple[Callable, Callable]:
         id=run_id(run),
         resume="allow",
         dir=run,
-        mode=wandb_mode(config.telemetry.wandb_mode),  # type: ignore[arg-type]
+        mode=wandb_mode(),  # type: ignore[arg-type]
         config=config.model_dump(mode="json"),
         settings=wandb.Settings(silent=True),
     )
@@ -151,8 +151,8 @@ def start_wandb(run: Path, config: RunConfig) -> tuple[Callable, Callable]:
     return lambda numbers, step: session.log({**numbers, "step": step}), session.finish
 
 
-def wandb_mode(configured: str) -> str:
-    """What wandb is to do: WANDB_MODE (or `wandb offline`, `wandb disabled`) may forbid the network, whatever is configured."""
+def wandb_mode() -> str:
+    """What wandb is to do: what WANDB_MODE (or `wandb offline`, `wandb disabled`) says, else online if there is a key."""
     import wandb
 
     settings = wandb.setup().settings
@@ -161,8 +161,8 @@ def wandb_mode(configured: str) -> str:
         return "disabled"
     if said in ("offline", "dryrun"):
         return "offline"
-    if configured != "auto":
-        return configured
+    if os.environ.get("WANDB_MODE"):
+        return "online"
     host = urlparse(os.environ.get("WANDB_BASE_URL") or settings.base_url).hostname
     return "online" if os.environ.get("WANDB_API_KEY") or settings.api_key or _in_netrc(host or "") else "offline"
 

@@ -1,11 +1,9 @@
 """Times: quantiles of what training draws, and grids that solvers step through."""
 
-import math
-
 import pytest
 import torch
 
-from modeling.times import EstimatePath, TimeDistribution, move_logit, shift_for_dimension
+from modeling.times import EstimatePath, TimeDistribution, move_logit
 
 double = {"dtype": torch.float64}
 
@@ -97,12 +95,3 @@ def test_the_uniform_grid_falls_in_equal_steps_whatever_the_training_times() -> 
     torch.testing.assert_close(grid, torch.linspace(1, 0, 11, **double))
     with pytest.raises(ValueError, match="time grid 'cosine' is unknown; expected one of training, even, uniform"):
         TimeDistribution().grid(10, "cosine")
-
-
-@pytest.mark.parametrize("latent_dim", [16, 64, 256])
-def test_the_shift_keeps_what_all_channels_together_know(latent_dim: int) -> None:
-    """Z channels that carry one shared number: its error at the shifted time is that of 64 channels at the plain one."""
-    shift, time = shift_for_dimension(1.0, latent_dim, 64), 0.6
-    shifted = shift * time / (1 + (shift - 1) * time)
-    assert math.sqrt(latent_dim) * (1 - shifted) / shifted == pytest.approx(8 * (1 - time) / time)
-    assert shift_for_dimension(3.0, latent_dim, 0) == 3.0

@@ -44,7 +44,7 @@ def test_a_dit_starts_at_the_loss_of_what_it_predicts_without_weights(name: str)
     dit = TextDiT(shape)
     data_TZ, noise_TZ = torch.randn(2, TOKENS, shape.latent_dim)
     uniform_T = (torch.arange(TOKENS) + 0.5) / TOKENS
-    time_T = times_of(config.flow, shape.latent_dim).quantile(uniform_T).float()
+    time_T = times_of(config.flow).quantile(uniform_T).float()
     is_target_T = torch.ones(TOKENS, dtype=torch.bool)
     noisy_TZ = flow.interpolate(data_TZ, noise_TZ, time_T[:, None])
     velocity_TZ = dit(noisy_TZ, is_target_T, time_T, segments()).velocity_TZ

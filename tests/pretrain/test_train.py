@@ -31,6 +31,7 @@ from pretrain.faults.signals import SAME_PRESS_S
 from pretrain.faults.watchdog import Watchdog
 from pretrain.runs.owner import Ownership
 from pretrain.runs.resume import refuse_other_inputs
+from pretrain.session import Session
 from pretrain.telemetry.record import STRAGGLER
 from pretrain.telemetry.sinks import read_metrics
 from tests.pretrain import forked_ranks, tiny_run
@@ -84,6 +85,17 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("pretrain.session.build_stage", lambda config, manifest, device: tiny_run.TinyStage())
         assert start(config) == 0
     return folder / "run"
+
+
+def save_at_once(patch: pytest.MonkeyPatch) -> None:
+    """Saves are over when the loop goes on: what is complete at a step does not depend on the disk."""
+    save = Session.save
+
+    def save_and_wait(session: Session, blocking: bool = False) -> None:
+        save(session, blocking)
+        session.writer.settle()
+
+    patch.setattr(Session, "save", save_and_wait)
 
 
 def make_config(tmp_path: Path, data: Path, **train_keys: object) -> Path:
@@ -171,7 +183,8 @@ def test_a_second_ctrl_c_ends_at_once_and_says_what_is_saved(
     left = []
     monkeypatch.setattr(Watchdog, "beat", interrupted_in(2, times=2))
     monkeypatch.setattr("pretrain.session.leave", left.append)
-    start(make_config(tmp_path, data, checkpoint_async=False))
+    save_at_once(monkeypatch)
+    start(make_config(tmp_path, data))
     assert left == [EXIT_INTERRUPTED]
     assert "Ctrl-C, twice: ended at once; the newest checkpoint is that of step 2" in capfd.readouterr().err
 
@@ -182,7 +195,8 @@ def test_an_evaluation_that_fails_costs_no_steps(
     def out_of_memory(_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    config = make_config(tmp_path, data, eval_every=2, checkpoint_async=False)
+    config = make_config(tmp_path, data, eval_every=2)
+    save_at_once(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate", out_of_memory)
         assert start(config) == EXIT_FAILED
@@ -207,9 +221,8 @@ def test_sigterm_after_a_failed_save_saves_all_the_same(
     assert_same(saved_states(tmp_path / "run"), saved_states(straight))
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_disk_that_is_full_for_a_while_costs_lines_and_saves_alone(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asynchronous: bool
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fill(watchdog: Watchdog, step: int, phase: str) -> None:
         full = 1 <= step < 5 and phase != "end"
@@ -221,7 +234,7 @@ def test_a_disk_that_is_full_for_a_while_costs_lines_and_saves_alone(
     for name in ("log.txt", "skipped.jsonl"):
         (tmp_path / "run" / name).symlink_to("/dev/full")
     monkeypatch.setenv("TINY_NAN", "9")
-    assert start(make_config(tmp_path, data, checkpoint_every=1, checkpoint_async=asynchronous)) == 0
+    assert start(make_config(tmp_path, data, checkpoint_every=1)) == 0
     error = capsys.readouterr().err
     assert "the one before it stands\n" in error
     assert "log.txt: No space left on device; lines are lost" in error
@@ -303,9 +316,8 @@ def test_rewinding_leaves_out_the_rows_from_the_last_good_checkpoint_on(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TINY_NAN", "26,34")  # steps 3 and 4; the newest checkpoint before them is that after step 1
-    config = make_config(
-        tmp_path, data, max_skips=1, rewind=True, checkpoint_every=2, checkpoint_async=False, keep_last=9
-    )
+    config = make_config(tmp_path, data, max_skips=1, rewind=True, checkpoint_every=2, keep_last=9)
+    save_at_once(monkeypatch)
     assert start(config) == 0
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (rewind,) = [event for event in events if event.get("event") == "rewind"]

@@ -186,12 +186,11 @@ def test_every_key_is_described() -> None:
 
 
 def test_times_follow_the_section_flow():
-    overrides = ["flow.time_kind=uniform", "flow.time_shift=2", "flow.time_shift_base_dim=16"]
-    config = load_config("dit_b", overrides)
+    config = load_config("dit_b", ["flow.time_kind=uniform", "flow.time_shift=2"])
     assert isinstance(config, DiTRun)
-    times = times_of(config.flow, config.model.latent_dim)  # 64 channels: twice the shift of 16
-    assert (times.kind, times.shift) == ("uniform", 4.0)
-    plain = times_of(load_config("dit_b").flow, 64)
+    times = times_of(config.flow)
+    assert (times.kind, times.shift) == ("uniform", 2.0)
+    plain = times_of(load_config("dit_b").flow)
     assert (plain.kind, plain.std, plain.shift) == ("logit_normal", 1.5, 1.0)
 
 

@@ -35,7 +35,6 @@ def test_ema_decay_warms_up():
     assert settings.ema_decay_at(0) == pytest.approx(0.1)
     assert settings.ema_decay_at(90) == pytest.approx(0.91)
     assert settings.ema_decay_at(10**6) == 0.99
-    assert AdamWSettings(lr=1e-3, ema_decay=0.99, ema_warmup=False).ema_decay_at(0) == 0.99
 
 
 def test_groups_by_kind_of_parameter():

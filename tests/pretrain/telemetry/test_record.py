@@ -155,10 +155,12 @@ def test_stragglers() -> None:
     assert find_stragglers([0.0, 0.0, 0.0], window_s=1.0) == {}
 
 
-def test_a_recorder_that_cannot_start_is_left_out(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recorder_that_cannot_start_is_left_out(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("wandb")
     config.telemetry.wandb = True
-    config.telemetry.wandb_mode = "nonsense"  # type: ignore[assignment]
+    monkeypatch.setattr("pretrain.telemetry.sinks.wandb_mode", lambda: "nonsense")
     telemetry = make_telemetry(config)
     take_step(telemetry, 0)
     take_step(telemetry, 1)
@@ -222,22 +224,21 @@ def test_a_terminal_that_is_paused_holds_up_nobody(config: RunConfig, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("variables", "configured", "expected"),
+    ("variables", "expected"),
     [
-        ({}, "auto", "offline"),
-        ({}, "online", "online"),
-        ({"WANDB_API_KEY": "k"}, "auto", "online"),
-        ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "auto", "offline"),
-        ({"WANDB_MODE": "dryrun"}, "online", "offline"),
-        ({"WANDB_MODE": "disabled"}, "online", "disabled"),
-        ({"WANDB_DISABLED": "true"}, "offline", "disabled"),
-        ({"WANDB_MODE": "online"}, "offline", "offline"),
-        ({"WANDB_BASE_URL": "https://wandb.lab.example:8080"}, "auto", "online"),
-        ({"WANDB_BASE_URL": "https://api.wandb.ai"}, "auto", "offline"),
+        ({}, "offline"),
+        ({"WANDB_API_KEY": "k"}, "online"),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "dryrun"}, "offline"),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}, "disabled"),
+        ({"WANDB_DISABLED": "true"}, "disabled"),
+        ({"WANDB_MODE": "online"}, "online"),
+        ({"WANDB_BASE_URL": "https://wandb.lab.example:8080"}, "online"),
+        ({"WANDB_BASE_URL": "https://api.wandb.ai"}, "offline"),
     ],
 )
 def test_what_wandb_may_do_is_what_its_variables_and_keys_say(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], configured: str, expected: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str
 ) -> None:
     pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED", "WANDB_BASE_URL", "NETRC"):
@@ -246,7 +247,7 @@ def test_what_wandb_may_do_is_what_its_variables_and_keys_say(
     (tmp_path / ".netrc").write_text("machine wandb.lab.example\n  login user\n  password key\n")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert wandb_mode(configured) == expected
+    assert wandb_mode() == expected
 
 
 def test_an_id_goes_with_the_folder_but_not_with_its_copies(tmp_path: Path) -> None:
@@ -268,7 +269,8 @@ def test_an_id_goes_with_the_folder_but_not_with_its_copies(tmp_path: Path) -> N
 def test_wandb_offline(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    config.telemetry.wandb, config.telemetry.wandb_mode = True, "offline"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config.telemetry.wandb = True
     telemetry = make_telemetry(config)
     take_step(telemetry, 0)
     take_step(telemetry, 1)
