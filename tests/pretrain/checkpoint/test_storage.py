@@ -16,6 +16,7 @@ from pretrain.checkpoint.find import (
     had_checkpoints,
     newest_complete,
     saved_steps,
+    unfinished,
 )
 from pretrain.checkpoint.manifest import MANIFEST
 from pretrain.checkpoint.read import read_tensors, restore, verify
@@ -156,3 +157,25 @@ def test_a_folder_shows_whole_files_alone_and_replaces_as_a_whole(tmp_path: Path
     folder.remove("a")
     folder.remove("a")
     assert folder.list() == []
+
+
+@pytest.mark.parametrize("name", ["step-000000099.reports", "step-000000099.partial", "step-000000099"])
+def test_a_removal_that_was_killed_half_way_hinders_no_other_of_that_name_and_is_cleared_away(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    storage = Folder(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # killed before it
+        storage.put(name, "file", [b"1"])
+        storage.remove(name)
+    assert name not in storage.list()
+    (left,) = unfinished(storage)
+    storage.put(name, "file", [b"2"])
+    storage.remove(name)
+    assert storage.list() == []
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        storage.put(name, "file", [b"1"])
+        storage.remove(name)
+    storage.remove(left)
+    assert storage.list() == []
