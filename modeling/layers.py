@@ -214,8 +214,12 @@ def initialize(module: nn.Module) -> None:
     |                                                 | offset -1, as many at +1                             |
     | Linear with attribute `zero_init`               | 0: the DiT's output head and the VAE's log-variance  |
 
+    Where all of them are on the meta device, which has no values, nothing is done: each draw there takes milliseconds.
+
     Raises: TypeError for a module with direct parameters that the table does not name.
     """
+    if all(p.is_meta for p in module.parameters()):
+        return
     for child in module.modules():
         if isinstance(child, nn.Linear):
             std = 0.0 if getattr(child, "zero_init", False) else linear_std(child)

@@ -6,9 +6,11 @@ A package adds a part without touching ours by declaring it, e.g. in its pyproje
     my_stage = "my_package.my_stage:KIND"
 """
 
+import functools
 import importlib
+import sys
 from collections.abc import Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from typing import Any
 
 from data_pipeline.core.errors import UserError, reason
@@ -16,7 +18,7 @@ from data_pipeline.core.errors import UserError, reason
 
 def names(group: str, own: Mapping[str, str]) -> list[str]:
     """All parts of a group, our own first."""
-    return [*own, *sorted(set(entry_points(group=f"textldm.{group}").names) - own.keys())]
+    return [*own, *sorted(set(_installed(group).names) - own.keys())]
 
 
 def load(group: str, name: str, own: Mapping[str, str]) -> Any:
@@ -24,7 +26,7 @@ def load(group: str, name: str, own: Mapping[str, str]) -> Any:
     if name in own:
         module, _, attribute = own[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
-    found = [point for point in entry_points(group=f"textldm.{group}") if point.name == name]
+    found = [point for point in _installed(group) if point.name == name]
     if not found:
         raise UserError(f"{name!r} is none of the known {group}: {', '.join(names(group, own))}")
     try:
@@ -33,3 +35,14 @@ def load(group: str, name: str, own: Mapping[str, str]) -> Any:
         raise UserError(
             f"{name!r} of {group} ({found[0].value}) cannot be loaded: {reason(error)}; mend or uninstall the package that declares it"
         ) from error
+
+
+def _installed(group: str) -> EntryPoints:
+    """What installed packages declare of a group."""
+    return _all_installed(tuple(sys.path)).select(group=f"textldm.{group}")
+
+
+@functools.lru_cache(maxsize=1)
+def _all_installed(path: tuple[str, ...]) -> EntryPoints:
+    """All entry points of the packages on the path: a file of every package is read, which a configuration would do several times."""
+    return entry_points()

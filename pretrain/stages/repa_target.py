@@ -14,7 +14,6 @@ from data_pipeline.features.cache import load_cache
 from data_pipeline.features.codec import ExactCodec, FeatureCodec
 from data_pipeline.features.teacher import Teacher
 from data_pipeline.features.teacher_fit import check_fit, check_same_tokenizer
-from data_pipeline.features.teacher_loading import load_teacher
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import FILLER, Batch
 
@@ -74,6 +73,8 @@ def repa_target(config: "VAERun", manifest: Manifest, device: torch.device) -> R
     if features := config.features_folder():
         return CachedFeatures(load_cache(features, manifest).codec.to(device))
     if repa.weight and repa.online_teacher:
+        from data_pipeline.features.teacher_loading import load_teacher  # with transformers, which takes a second
+
         check_same_tokenizer(repa.online_teacher, repa.revision, config.data.path, manifest)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         teacher = load_teacher(repa.online_teacher, repa.layer, repa.revision, dtype=dtype)
