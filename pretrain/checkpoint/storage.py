@@ -85,8 +85,10 @@ class Folder:
 
     def remove(self, checkpoint: str) -> None:
         """Rename the folder to a name that is not listed, then delete it, so that a kill leaves nothing that looks whole."""
-        doomed = self.path / f"{checkpoint.partition('.')[0]}.deleted"  # a name that the next start clears away, after a kill
-        shutil.rmtree(doomed, ignore_errors=True)  # left by such a kill; no folder is renamed to one that holds something
+        # A name that the next start clears away. What an earlier kill left under it goes first: no folder can be renamed to
+        # one that holds something.
+        doomed = self.path / f"{checkpoint.partition('.')[0]}.deleted"
+        shutil.rmtree(doomed, ignore_errors=True)
         with suppress(FileNotFoundError):
             (self.path / checkpoint).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
