@@ -31,7 +31,8 @@ from pretrain.checkpoint.slices import BUFFER, write_slices
 from pretrain.checkpoint.storage import Checkpoint, storage_of
 from pretrain.engine.engine import Engine
 from pretrain.engine.file_memory import empty_in_file
-from pretrain.engine.partition import Held, Partition
+from pretrain.engine.held import Held
+from pretrain.engine.partition import Partition
 from pretrain.ranks.distributed import Topology, all_reduce_sum, any_rank, barrier
 
 POLL_S = 0.02

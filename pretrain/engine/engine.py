@@ -117,7 +117,11 @@ class Engine:
             self.partition.keep_parameters_in_files(folder)
         if base.matrices:
             counts = {names[p]: count for p, count in base.matrices.items()}  # type: ignore[index]
-            base.whole = whole_matrices(self.partition, counts, topology.rank, topology.world_size, topology.device)
+            shapes = {name: parameter.shape for name, parameter in self.partition.parameters.items()}
+            base.whole = whole_matrices(
+                counts, shapes, self.partition.held, self.partition.flats,
+                topology.rank, topology.world_size, topology.device,
+            )  # fmt: skip
         self.updates = 0
         self._base, self._groups = base, groups
         self._losses: list[Tensor] = []

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.engine.partition import Held, Partition
+from pretrain.engine.held import Held
 
 ROUND_ELEMENTS = 1 << 24
 """Elements of the matrices that an owner gathers at a time (64 MiB of fp32), unless a single one is larger."""
@@ -303,21 +303,29 @@ def _scatter(received: Tensor, targets: list[Tensor]) -> None:
 
 
 def whole_matrices(
-    partition: Partition, counts: dict[str, int], rank: int, num_ranks: int, device: torch.device
+    counts: Mapping[str, int],
+    shapes: Mapping[str, Sequence[int]],
+    held: Iterable[Held],
+    masters: Sequence[Tensor],
+    rank: int,
+    num_ranks: int,
+    device: torch.device,
 ) -> WholeMatrices:
-    """Of a partitioned model; `counts`: by name, how many matrices are stacked in a parameter. Collective."""
-    matrices = [
-        matrix for name, count in counts.items() for matrix in stacked(name, partition.parameters[name].shape, count)
-    ]
+    """Of a partitioned model, of which this rank holds the ranges `held` of the flats `masters`. Collective.
+
+    counts: by name, how many matrices are stacked in a parameter; shapes: its whole shape.
+    """
+    matrices = [matrix for name, count in counts.items() for matrix in stacked(name, shapes[name], count)]
     names = list(counts)
-    mine = [held for held in partition.held if held.name in counts]
+    mine = [piece for piece in held if piece.name in counts]
     table = torch.tensor(
-        [[names.index(held.name), held.start, held.numel, held.flat, held.offset] for held in mine], dtype=torch.int64
+        [[names.index(piece.name), piece.start, piece.numel, piece.flat, piece.offset] for piece in mine],
+        dtype=torch.int64,
     ).view(-1, 5)
     return WholeMatrices(
         matrices,
         [[Held(names[row[0]], *row[1:]) for row in rows.tolist()] for rows in _all_rows(table, num_ranks, device)],
-        partition.flats,
+        masters,
         rank,
         device,
     )

@@ -13,16 +13,14 @@ before each update (`prepare`); no scheduler has a state to save.
 import pkgutil
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
+from pretrain.engine.matrices import WholeMatrices
 from pretrain.engine.optimizer_settings import OptimizerSettings
-
-if TYPE_CHECKING:
-    from pretrain.engine.matrices import WholeMatrices
 
 WEIGHT, EMA = "weight", "ema"
 """What every parameter has, whatever the optimizer: the fp32 master, and the moving average of it."""
@@ -47,7 +45,7 @@ class Optimizer(torch.optim.Optimizer):
 
     states: ClassVar[tuple[str, ...]] = ()
     matrices: Mapping[Tensor, int] = MappingProxyType({})
-    whole: "WholeMatrices | None" = None
+    whole: WholeMatrices | None = None
 
     def __init__(self, module: nn.Module, settings: Any) -> None:
         self.settings = settings

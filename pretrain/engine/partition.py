@@ -1,7 +1,7 @@
 """Who holds what: DeepSpeed's partitions as ranges of named parameters. The one place that reads DeepSpeed's inside.
 
 Every ZeRO stage keeps the fp32 masters, and the optimizer's states beside them, as flat tensors ("flats") in which parameters,
-or this rank's pieces of them, lie one behind the other, with padding between or after. A `Held` range says: elements
+or this rank's pieces of them, lie one behind the other, with padding between or after. A `Held` range (held.py) says: elements
 [start, start + numel) of the flattened parameter `name` are elements [offset, offset + numel) of flat number `flat`.
 With these, saving, restoring, the gradient norm and the EMA swap need not know the stage:
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
 from pretrain.engine.file_memory import in_file
+from pretrain.engine.held import Held
 from pretrain.engine.optim import EMA, WEIGHT, Optimizer, full_shape
 
 SWAP_CHUNK = 1 << 22
@@ -45,17 +46,6 @@ class Parameter:
     def numel(self) -> int:
         """Elements of the full parameter."""
         return torch.Size(self.shape).numel()
-
-
-@dataclass(frozen=True)
-class Held:
-    """Elements [start, start + numel) of parameter `name` are [offset, offset + numel) of flat tensor number `flat`."""
-
-    name: str
-    start: int
-    numel: int
-    flat: int
-    offset: int
 
 
 class Partition:

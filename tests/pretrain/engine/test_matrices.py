@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from pretrain.engine import matrices as module
+from pretrain.engine.held import Held
 from pretrain.engine.matrices import Matrix, WholeMatrices, choose_owners, parts_of, stacked
-from pretrain.engine.partition import Held
 
 BLOCK = {"qkv": (24, 8, 3), "out": (8, 8, 1), "mlp_in": (32, 8, 1), "mlp_out": (8, 32, 1)}
 SHAPES = {f"{layer}.{name}": shape for layer in range(12) for name, shape in BLOCK.items()}
