@@ -6,14 +6,12 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import NamedTuple
 
-# Children are forked from a server that has imported what takes seconds to import, so that kills meet work, not start-up.
-_CONTEXT = get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["data_pipeline.prepare.__main__", "data_pipeline.cache_features", "webdataset.writer"])
+from tests.forks import FORKS
+
 _POLL_S = 0.003
 _POLL_FOR_HALF_S = 0.0005  # a file is half written for a millisecond; still a pause, since the command wants the cores
 _TIMEOUT_S = 120
@@ -78,7 +76,7 @@ def kill_again_and_again(
 
 
 def _start(command: Callable[[], None]) -> ForkServerProcess:
-    process = _CONTEXT.Process(target=command)
+    process = FORKS.Process(target=command)  # so that kills meet work, not start-up
     process.start()
     return process
 

@@ -1,11 +1,10 @@
-"""Ranks of pretrain/train.py, or of another program, forked from one process that has its imports behind it.
+"""Ranks of pretrain/train.py, or of another program, forked from one process that has its imports behind it (tests/forks.py).
 
 A start takes a second, not ten; the first one pays for the imports.
 """
 
 import gc
 import importlib
-import multiprocessing
 import os
 import sys
 import traceback
@@ -13,17 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from pretrain.ranks.launcher import free_port
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        *("torch._dynamo", "torch._inductor.test_operators", "safetensors.torch"),
-        *("deepspeed", "deepspeed.module_inject.auto_ep_layer", "deepspeed.comm.mori"),
-        *("pretrain.train", "pretrain.engine.adamw", "pretrain.engine.muon"),
-        *("pretrain.stages.vae", "pretrain.stages.dit", "pretrain.stages.samples"),
-    ]
-)
-"""All that a training process imports in the end."""
+from tests.forks import FORKS
 
 
 def start(
@@ -63,7 +52,7 @@ def be_a_rank(module: str, arguments: list[str], variables: dict[str, str], log:
         from pretrain.ranks.distributed import shutdown
 
         torch.set_num_threads(1)
-        code = importlib.import_module(module).main(arguments)
+        code = importlib.import_module(module).main(arguments) or 0
         shutdown()
     except BaseException:
         traceback.print_exc()

@@ -66,12 +66,17 @@ class Host:
 
     def ranks(self) -> list[int]:
         """Process ids of the training processes proper."""
-        found = self.processes("train.py")
-        return [pid for pid, argv in found.items() if argv[1:2] == ["-u"] and argv[2].endswith("train.py")]
+        return [pid for pid, argv in self.processes("train.py").items() if is_rank(argv)]
 
-    def launchers(self) -> list[int]:
-        """Process ids of what deepspeed runs on every host."""
-        return list(self.processes("deepspeed.launcher.launch"))
+    def job(self) -> list[int]:
+        """Those, and those of the launcher that deepspeed runs on every host."""
+        found = self.processes("train.py")
+        return [pid for pid, argv in found.items() if is_rank(argv) or "deepspeed.launcher.launch" in argv]
+
+
+def is_rank(argv: list[str]) -> bool:
+    """Whether a command line is that of a training process proper."""
+    return argv[1:2] == ["-u"] and argv[2].endswith("train.py")
 
 
 @dataclass
@@ -188,13 +193,13 @@ def run(argv: list[str]) -> str:
     return done.stdout
 
 
-def wait_for(condition: Callable[[], T | None], seconds: float, otherwise: str) -> T:
+def wait_for(condition: Callable[[], T | None], seconds: float, otherwise: str, poll_s: float = 0.05) -> T:
     """What `condition` returns once it is true. Raises: TimeoutError."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"{otherwise} within {seconds:.0f} s")
-        time.sleep(0.05)
+        time.sleep(poll_s)
     return found
 
 

@@ -4,14 +4,19 @@ import contextlib
 import json
 import math
 import os
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from data_pipeline.core.errors import UserError
 from pretrain.quickstart import recipe
 from pretrain.quickstart.plan import Ledger, Plan, Sizes, Step
+from tests.pretrain import forked_ranks
 
 
 def step(name: str, folder: Path, code: int = 0) -> Step:
@@ -182,9 +187,36 @@ WORDS = (
 )
 
 
+FORKED = ("teacher", "diagnose", "convert", "report")
+
+
+def run_or_fork(log: Path) -> Callable[..., SimpleNamespace | subprocess.CompletedProcess]:
+    """`subprocess.run`, but the same functions in forked processes for what else would import torch for seconds, eight times.
+
+    As commands are started: the tokenizer, prepare, the feature cache under deepspeed, generate. train.py under deepspeed is what
+    test_interruptions and test_two_hosts are about.
+    """
+    run, script = subprocess.run, "pretrain/train.py"
+
+    def run_or_fork(command: list[str], **options: Any) -> SimpleNamespace | subprocess.CompletedProcess:
+        if script in command:
+            arguments = command[command.index(script) + 1 :]
+            processes = forked_ranks.start_module("pretrain.train", arguments, log, recipe.RANKS)
+        elif command[0] == "textldm" and command[1] in FORKED:
+            processes = forked_ranks.start_module("pretrain.__main__", command[1:], log, ranks=1)
+        else:
+            return run(command, **options)
+        codes = forked_ranks.finish(processes)
+        assert set(codes) <= {0, 1}, log.read_text()[-5000:]
+        return SimpleNamespace(returncode=codes[0])
+
+    return run_or_fork
+
+
 @pytest.mark.slow
 def test_the_whole_recipe_on_a_handful_of_documents(tmp_path, monkeypatch, capfd):
     """Every public command in its order, each in its own process, and figures at the end."""
+    monkeypatch.setattr(recipe.subprocess, "run", run_or_fork(tmp_path / "forked.log"))
     texts = [" ".join(WORDS[(i * j + i) % len(WORDS)] for j in range(40 + i % 50)) + "." for i in range(1, 600)]
     source = tmp_path / "text.jsonl"
     source.write_text("\n".join(json.dumps({"text": text}) for text in texts))
