@@ -39,10 +39,10 @@ def load(group: str, name: str, own: Mapping[str, str]) -> Any:
 
 def _installed(group: str) -> EntryPoints:
     """What installed packages declare of a group."""
-    return _all_installed(tuple(sys.path)).select(group=f"textldm.{group}")
+    return _on_path(group, tuple(sys.path))
 
 
-@functools.lru_cache(maxsize=1)
-def _all_installed(path: tuple[str, ...]) -> EntryPoints:
-    """All entry points of the packages on the path: a file of every package is read, which a configuration would do several times."""
-    return entry_points()
+@functools.lru_cache(maxsize=16)
+def _on_path(group: str, path: tuple[str, ...]) -> EntryPoints:
+    """What the packages on the path declare: a file of every one is read, which a configuration would do several times."""
+    return entry_points(group=f"textldm.{group}")

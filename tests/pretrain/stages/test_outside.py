@@ -139,12 +139,13 @@ KIND = StageKind(
 OTHERS = """
     from pretrain.__main__ import main
 
+    assert main(["train", "--config", "toy.json"]) == 0
     assert main(["train", "--config", "toy.json", "--set", "model.smoothing=2"]) == 2
     assert main(["diagnose", "--run", "run"]) == 0
     for _ in range(2):  # an export makes room for another
         assert not main(["convert", "--run", "run", "--output", "export"])
 """
-"""The commands that need no process of their own."""
+"""The commands that need no process of their own: a start takes five seconds."""
 
 
 @pytest.fixture
@@ -181,11 +182,11 @@ def test_a_stage_from_outside_is_trained_resumed_diagnosed_and_exported(toy: Pat
     run, train = toy / "run", (str(ROOT / "pretrain" / "train.py"), "--config", "toy.json")
     assert "stage toy in" in command(toy, *train, "--set", "train.steps=2")
     counts = (run / "counts.json").read_bytes()
-    assert "resuming" in command(toy, *train)
+    said = command(toy, "-c", textwrap.dedent(OTHERS))
+    assert "resuming" in said
     assert (run / "counts.json").read_bytes() == counts
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4]
     assert [line["step"] for line in read_metrics(run, "sample")] == [2, 4]
-    said = command(toy, "-c", textwrap.dedent(OTHERS))
     assert "model.smoothing was 0.5, is 2" in said  # a key of the configuration and, to this stage, an input
     assert "GO: all 1 thresholds met" in said
     nats = json.loads((run / "diagnosis.json").read_text())["nats"]
