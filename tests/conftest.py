@@ -11,8 +11,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the workers share the cores
 
 LONGEST_FIRST = (
-    "test_two_hosts",
     "test_interruptions",
+    "test_two_hosts",
     "test_recipe",
     "test_kills",
     "test_train",
