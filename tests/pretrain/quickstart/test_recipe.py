@@ -187,13 +187,13 @@ WORDS = (
 )
 
 
-FORKED = ("teacher", "diagnose", "convert", "report")
+FORKED = ("teacher", "diagnose", "convert", "generate", "report")
 
 
 def run_or_fork(log: Path) -> Callable[..., SimpleNamespace | subprocess.CompletedProcess]:
     """`subprocess.run`, but the same functions in forked processes for what else would import torch for seconds, eight times.
 
-    As commands are started: the tokenizer, prepare, the feature cache under deepspeed, generate. train.py under deepspeed is what
+    As commands are started: the tokenizer, prepare, the feature cache under deepspeed. train.py under deepspeed is what
     test_interruptions and test_two_hosts are about.
     """
     run, script = subprocess.run, "pretrain/train.py"
