@@ -71,7 +71,7 @@ class Host:
     def job(self) -> list[int]:
         """Those, and those of the launcher that deepspeed runs on every host."""
         found = self.processes("train.py")
-        return [pid for pid, argv in found.items() if is_rank(argv) or "deepspeed.launcher.launch" in argv]
+        return [pid for pid, argv in found.items() if is_rank(argv) or "deepspeed.launcher.launch" in " ".join(argv)]
 
 
 def is_rank(argv: list[str]) -> bool:
