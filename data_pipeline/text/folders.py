@@ -4,7 +4,7 @@
 |---|---|
 | hidden | names that begin with a dot, and the waste bins and leavings of other systems, with all that lies below them |
 | no reader | files of a kind that no reader takes, and what is no file |
-| packed | archives (.tar, .zip): unpack them |
+| packed | archives (.tar, .zip), and files compressed in ways that no reader opens (.lz4): unpack them |
 | beside text | .json and .csv where other files hold the text: often they describe those |
 | another split | of files that names call train, validation and test, those that are not train |
 | read already | a second name (a link) of a file or folder that is read, and `a.jsonl.zst` beside `a.jsonl` |
@@ -28,10 +28,17 @@ from data_pipeline.text.readers.streams import compression
 
 ALL_SPLITS = "all"
 
-_SYSTEM_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "lost+found"}
-_COMPRESSED = rf"(?:\.(?:{'|'.join(COMPRESSIONS)}|lz4|lzma|br|z))?"
+_SYSTEM_FOLDERS = {
+    *("__macosx", "$recycle.bin", "recycler", "system volume information", "lost+found"),
+    *("#recycle", "#snapshot", "@eadir", "~snapshot"),  # of network storage
+    *("_temporary", "_delta_log", "_spark_metadata"),  # of Spark: what was not committed, and what describes
+}
+_UNREAD = ("lz4", "lzma", "br", "z", "lzo", "sz", "snappy")
+_COMPRESSED = rf"(?:\.(?:{'|'.join(COMPRESSIONS)}|{'|'.join(_UNREAD)}))?"
 _ENDING = re.compile(rf"(?:\.\w+)?{_COMPRESSED}$", re.IGNORECASE)
-ARCHIVE = re.compile(rf"\.(?:(?:tar|cpio){_COMPRESSED}|tgz|tbz2?|txz|tzst|zip|7z|rar|whl)$", re.IGNORECASE)
+ARCHIVE = re.compile(
+    rf"\.(?:(?:tar|cpio){_COMPRESSED}|tgz|tbz2?|txz|tzst|zip|7z|rar|whl|{'|'.join(_UNREAD)})$", re.IGNORECASE
+)
 _SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -306,5 +313,7 @@ def unpacking(path: str) -> str:
     if not ARCHIVE.search(name):
         return ""
     ending = name.rpartition(".")[2].lower()
+    if ending in _UNREAD:
+        return f"the compression .{ending} is not read: decompress it, or compress anew with gzip, zstd, bzip2 or xz"
     command = {"zip": "unzip", "7z": "7z x", "rar": "unrar x"}.get(ending, "tar -xf")
     return f"archives are not read: unpack them into a folder and give that, for example `{command} {name}`"

@@ -24,6 +24,11 @@ class CsvTable(Reader):
             columns = next(rows, [])
             if text_field not in columns:
                 raise missing_field(unit.location, text_field, columns)
+            if columns.count(text_field) > 1:
+                raise UserError(
+                    f"source {unit.location}: {columns.count(text_field)} columns are called {text_field!r}; rename all but the one that "
+                    "holds the text"
+                )
             column = columns.index(text_field)
             for row in rows:
                 if row and len(row) != len(columns):

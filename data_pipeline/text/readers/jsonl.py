@@ -57,11 +57,15 @@ def _parse(line: bytes, text_field: str, place: str) -> str | None:
     except UnicodeDecodeError as error:
         raise UserError(f"source {place}: not UTF-8 ({error}); convert the file, for example with iconv") from error
     except ValueError as error:
+        several = (
+            "; a file of several objects a line is read if it is called .json" if "Extra data" in str(error) else ""
+        )
         raise UserError(
-            f"source {place}: not valid JSON ({error}); expected one object a line: mend the line, or take it out"
+            f"source {place}: not valid JSON ({error}); expected one object a line: mend the line, or take it out{several}"
         ) from error
     except RecursionError as error:
         raise UserError(f"source {place}: brackets nested too deeply; mend the line, or take it out") from error
     if not isinstance(record, dict):
-        raise UserError(f"source {place}: found {type(record).__name__}, expected one JSON object a line")
+        array = "; a file that is one array is read if it is called .json" if isinstance(record, list) else ""
+        raise UserError(f"source {place}: found {type(record).__name__}, expected one JSON object a line{array}")
     return text_of(record, text_field, place)

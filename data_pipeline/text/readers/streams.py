@@ -42,19 +42,25 @@ def open_plain(location: str) -> IO[bytes]:
 
 
 def _open_zstd(location: str) -> IO[bytes]:
-    return cast(IO[bytes], io.BufferedReader(_ZstdFile(location), 1 << 20))
+    import zstandard
+
+    return _in_frames(location, zstandard.ZstdDecompressor(max_window_size=LARGEST_ZSTD_WINDOW).decompressobj)
 
 
-class _ZstdFile(io.RawIOBase):
-    """Plain bytes of a .zst file. zstandard's own reader takes a file that was cut short for a complete one; this one
-    raises EOFError.
+def _in_frames(location: str, new_frame: Callable[[], Any]) -> IO[bytes]:
+    return cast(IO[bytes], io.BufferedReader(_FramesFile(location, new_frame), 1 << 20))
+
+
+class _FramesFile(io.RawIOBase):
+    """Plain bytes of a file of one or more compressed frames, as parallel compressors write them.
+
+    The libraries' own readers lose text without a word: zstandard's takes a file that was cut short for a complete one, those of
+    bz2 and lzma pass over all that comes behind a damaged beginning of a later frame. This one raises what is wrong.
     """
 
-    def __init__(self, location: str):
-        import zstandard
-
+    def __init__(self, location: str, new_frame: Callable[[], Any]):
         self._file = open(location, "rb")  # noqa: SIM115 (closed by close)
-        self._new_frame = zstandard.ZstdDecompressor(max_window_size=LARGEST_ZSTD_WINDOW).decompressobj
+        self._new_frame = new_frame
         self._frame = self._new_frame()
         self._compressed = self._plain = b""
 
@@ -64,12 +70,15 @@ class _ZstdFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._plain:
             self._compressed = self._compressed or self._file.read(1 << 18)
-            if self._frame.eof:
-                if not self._compressed:
+            if not self._compressed:
+                if self._frame.eof:
                     return 0
+                raise EOFError("the file ends within a compressed frame")
+            if self._frame.eof:
+                self._compressed = self._compressed.lstrip(b"\0")  # padding, with which no frame begins
+                if not self._compressed:
+                    continue
                 self._frame = self._new_frame()
-            elif not self._compressed:
-                raise EOFError("the file ends within a Zstandard frame")
             self._plain = self._frame.decompress(self._compressed)
             self._compressed = self._frame.unused_data
         count = min(len(buffer), len(self._plain))
@@ -89,8 +98,8 @@ _BZIP2 = tuple(b"BZh%d%b" % (level, what) for level in range(1, 10) for what in 
 _COMPRESSIONS = {
     "gz": _Compression("gzip", (b"\x1f\x8b",), gzip.open),
     "zst": _Compression("Zstandard", (b"\x28\xb5\x2f\xfd", *_SKIPPABLE_ZSTD), _open_zstd),
-    "bz2": _Compression("bzip2", _BZIP2, bz2.open),
-    "xz": _Compression("xz", (b"\xfd7zXZ\x00",), lzma.open),
+    "bz2": _Compression("bzip2", _BZIP2, lambda location: _in_frames(location, bz2.BZ2Decompressor)),
+    "xz": _Compression("xz", (b"\xfd7zXZ\x00",), lambda location: _in_frames(location, lzma.LZMADecompressor)),
 }
 
 

@@ -4,10 +4,12 @@ import math
 import os
 from collections.abc import Iterator
 
+from data_pipeline.core.errors import UserError
 from data_pipeline.text.readers.base import Reader, Unit, endings
 from data_pipeline.text.readers.streams import compression, open_plain, skip_begun_line
 
 _DOCUMENT_END = b"<|endoftext|>"
+_MOST_ZEROS = 10  # one byte in so many: text of Latin letters in UTF-16 has one in two
 
 
 class Text(Reader):
@@ -40,13 +42,20 @@ class Text(Reader):
                     document.append(before)
                 for piece in after:
                     if document is not None:
-                        yield _plain(document)
+                        yield _plain(document, unit.location)
                     if not is_mine:
                         return
                     document = [piece]
             if document is not None:
-                yield _plain(document)
+                yield _plain(document, unit.location)
 
 
-def _plain(document: list[bytes]) -> str:
-    return b"".join(document).decode("utf-8-sig").strip()
+def _plain(document: list[bytes], location: str) -> str:
+    data = b"".join(document)
+    text = data.decode("utf-8-sig")
+    if _MOST_ZEROS * data.count(0) > len(data):
+        raise UserError(
+            f"source {location}: holds {data.count(0)} zero bytes in {len(data)}, so that it is no UTF-8 text: UTF-16 without its mark "
+            "(convert it: iconv -f utf-16le -t utf-8), a file that a crash left without its contents, or no text at all"
+        )
+    return text.strip()

@@ -49,6 +49,12 @@ CASES: dict[str, tuple[list[str], list[str], str]] = {
         ["a.txt"],
         "1 $RECYCLE.BIN, 1 __MACOSX, 1 lost+found (hidden)",
     ),
+    "of Spark and of network storage": (
+        ["a.txt", "_SUCCESS", "_temporary/0/a.txt", "@eaDir/a.txt", "#recycle/a.txt", "x/_delta_log/0.json"],
+        ["a.txt"],
+        "1 #recycle, 1 @eaDir, 1 _delta_log, 1 _temporary (hidden), 1 without ending (no reader)",
+    ),
+    "another compression": (["a.txt", "b.txt", "c.txt.lz4"], ["a.txt", "b.txt"], "1 .txt.lz4 (packed)"),
     "descriptions": (["a.jsonl", "b.jsonl", "info.json", "c.csv"], ["a.jsonl", "b.jsonl"], "1 .csv, 1 .json (beside text)"),
     "only what else describes": (["a.json", "b.json"], ["a.json", "b.json"], ""),
     "compressed beside plain": (["a.jsonl", "a.jsonl.gz", "b.jsonl.zst"], ["a.jsonl", "b.jsonl.zst"], "1 .jsonl.gz (read already)"),
@@ -243,6 +249,10 @@ def test_a_licence_is_not_the_corpus(tmp_path: Path, ending: str) -> None:
         ([".a.jsonl"], r"found 1 \.a\.jsonl .hidden"),
         (["openwebtext2.jsonl.zst.tar"], r"unpack them.*`tar -xf openwebtext2\.jsonl\.zst\.tar`"),
         (["urlsf_subset00-0_data.tar.xz"], r"unpack them.*`tar -xf urlsf_subset00-0_data\.tar\.xz`"),
+        (
+            ["a.jsonl", "b.jsonl.lz4", "c.jsonl.Z"],
+            r"either 1 \.jsonl or the others.*compression \.lz4 is not read: decompress it",
+        ),
         (["corpus.zip", "more.tgz"], r"1 \.tgz, 1 \.zip .packed.*unpack them.*`unzip corpus\.zip`"),
         (
             ["README.txt", "a.tar", "b.tar", "c.tar"],

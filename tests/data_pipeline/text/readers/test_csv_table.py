@@ -38,6 +38,7 @@ def test_texts_arrive_whole(tmp_path: Path, name: str) -> None:
     [
         ("id,body\n1,x\n", r"a\.csv: no field 'text' .found 'id', 'body'"),
         ("", r"a\.csv: no field 'text' .found none"),
+        ("text,text\nx,y\n", "2 columns are called 'text'; rename all but"),
         ("id,text\n1,x\n2\n", "line 3: 1 cells, but the first line names 2 columns"),
         ("id,text\n1,x,y\n", "line 2: 3 cells, but the first line names 2 columns"),
         ('id,text\n1,"never closed\n2,x\n', r"a\.csv: cannot be read \(Error"),

@@ -39,7 +39,8 @@ def test_compressed_lines_are_shared_out_by_blocks(
     ("line", "named"),
     [
         (b"{broken", "byte 16: not valid JSON.*mend the line"),
-        (b"[1]", "byte 16: found list"),
+        (b"[1]", "byte 16: found list.*read if it is called"),
+        (b'{"text": "a"},', "byte 16: not valid JSON .Extra data.*read if it is called"),
         (b'{"title": "x"}', "byte 16: no field 'text' .found 'title'.; name the right one with --text-field"),
         (b"{}", "byte 16: no field 'text' .found none"),
         (b'{"text": 5}', "is int, expected text"),

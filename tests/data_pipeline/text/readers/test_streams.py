@@ -83,3 +83,18 @@ def test_text_that_begins_like_an_archive_is_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("BZh9 is how they begin")
     with open_plain(str(tmp_path / "a.txt")) as file:
         assert file.read() == b"BZh9 is how they begin"
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst", "bz2", "xz"])
+def test_of_several_frames_none_is_lost(tmp_path: Path, ending: str) -> None:
+    """As parallel compressors and `cat a.gz b.gz` write them; a later one whose beginning is damaged is refused, not left out."""
+    half = len(LINES) // 2
+    first, second = compress(LINES[:half], ending), compress(LINES[half:], ending)
+    path = tmp_path / f"a.jsonl.{ending}"
+    path.write_bytes(first + second)
+    assert documents(path) == TEXTS
+    path.write_bytes(first + second + bytes(512))  # padding to a block of a tape
+    assert documents(path) == TEXTS
+    path.write_bytes(first + b"junk" + second[4:])
+    with pytest.raises(UserError, match=rf"a\.jsonl\.{ending}: cannot be read"):
+        documents(path)

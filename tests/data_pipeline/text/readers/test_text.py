@@ -59,3 +59,15 @@ def test_another_encoding_is_refused_with_its_remedy(tmp_path: Path, encoding: s
     (tmp_path / "a.txt").write_bytes("Ärger über Größe".encode(encoding))
     with pytest.raises(UserError, match=r"a\.txt: cannot be read .*it is not UTF-8: convert it"):
         documents(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "data", ["no mark in front".encode("utf-16-le"), bytes(4096), b"ELF" + bytes(100) + b"x" * 100]
+)
+def test_zero_bytes_are_no_text(tmp_path: Path, data: bytes) -> None:
+    """They are valid UTF-8, so that nothing else would refuse them."""
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.txt: holds \d+ zero bytes in .*iconv -f utf-16le"):
+        documents(tmp_path)
+    (tmp_path / "a.txt").write_bytes(b"a stray \0 in a text")
+    assert documents(tmp_path) == ["a stray \0 in a text"]
