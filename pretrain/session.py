@@ -44,7 +44,8 @@ from pretrain.faults.signals import INTERRUPT, Signals
 from pretrain.faults.spikes import SpikeGuard
 from pretrain.faults.watchdog import Watchdog
 from pretrain.ranks.distributed import Topology, any_rank, barrier
-from pretrain.runs.folder import put_aside, write_config
+from pretrain.runs.folder import begun_anew, put_aside, remove_unstarted, write_config
+from pretrain.runs.inputs import Inputs, find_inputs
 from pretrain.runs.owner import Ownership
 from pretrain.runs.record import RunRecord
 from pretrain.runs.resume import allowed_differences, refuse_lost_checkpoints
@@ -59,7 +60,7 @@ class Session:
 
     config: RunConfig
     topology: Topology
-    inputs: "Inputs"
+    inputs: Inputs
     stage: Stage
     engine: Engine
     loader: TrainLoader
@@ -176,26 +177,12 @@ def open_session(
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What a run reads: the prepared data, and the fingerprints of all that is frozen, by the key that names it."""
-
-    manifest: Manifest
-    fingerprints: dict[str, str]
-
-
-@dataclass(frozen=True)
 class Earlier:
     """The checkpoint that a run goes on from, what it says of its run, and the allowed differences; all empty for a new run."""
 
     checkpoint: Checkpoint | None = None
     record: RunRecord | None = None
     differences: list[Difference] = field(default_factory=list)
-
-
-def find_inputs(config: RunConfig) -> Inputs:
-    """What the run would read. Raises: UserError for what is not there."""
-    manifest, place = Manifest.load(config.data.path), stage_kind(config.stage).inputs
-    return Inputs(manifest, part(place)(config) if place else {})
 
 
 def check(config: RunConfig, topology: Topology) -> Inputs:
@@ -217,7 +204,11 @@ def own(config: RunConfig, topology: Topology, stack: ExitStack, fresh: bool) ->
         try:
             if fresh:
                 put_aside(config.run_folder)
+            remove = remove_unstarted(config.run_folder)
             stack.callback(Ownership(config.run_folder).release)
+            stack.callback(remove)
+            if fresh:
+                begun_anew(config.run_folder)
         except UserError as error:
             refusal = error
     if any_rank(refusal is not None):

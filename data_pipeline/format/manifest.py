@@ -86,9 +86,17 @@ class Manifest(_Strict):
     statistics: dict[str, int]
 
     @classmethod
-    def load(cls, folder: str | object) -> "Manifest":
-        """Read and check `<folder>/manifest.json`; the folder may be a URL. Raises UserError on any deviation."""
-        return load_checked(cls, folder, "prepare the data again (textldm prepare ... --fresh)")
+    def load(cls, folder: str | object, named_by: str = "--data") -> "Manifest":
+        """Read and check `<folder>/manifest.json`; the folder may be a URL.
+
+        Raises UserError on any deviation; of a folder that is not there it says that the option or key `named_by` names its place.
+        """
+        return load_checked(
+            cls,
+            folder,
+            "copy it again from where it was prepared, or prepare the data again (textldm prepare ... --fresh)",
+            f"if it was moved, say where it is now with {named_by}; if textldm prepare was interrupted, run it again to its end",
+        )
 
     @classmethod
     def create(cls, **fields: Any) -> "Manifest":
@@ -137,9 +145,14 @@ class FeatureManifest(_Strict):
     statistics: dict[str, float] = {}
 
     @classmethod
-    def load(cls, folder: str | object) -> "FeatureManifest":
-        """Read and check `<folder>/manifest.json`. Raises UserError on any deviation."""
-        return load_checked(cls, folder, "cache the features again (data_pipeline/cache_features.py)")
+    def load(cls, folder: str | object, named_by: str = "--features") -> "FeatureManifest":
+        """Read and check `<folder>/manifest.json`. Raises UserError on any deviation, as `Manifest.load` does."""
+        return load_checked(
+            cls,
+            folder,
+            "copy it again, or cache the features again (data_pipeline/cache_features.py)",
+            f"if it was moved, say where it is now with {named_by}; else textldm cache makes it, or goes on with what is begun",
+        )
 
     @classmethod
     def create(cls, **fields: Any) -> "FeatureManifest":
@@ -215,13 +228,13 @@ def create_fingerprinted(kind: type[AnyManifest], **fields: Any) -> AnyManifest:
     return draft.model_copy(update={"fingerprint": fingerprint(draft.content())})
 
 
-def load_checked(kind: type[AnyManifest], folder: object, remedy: str) -> AnyManifest:
-    """Read a manifest, check every field, and recompute its fingerprint."""
+def load_checked(kind: type[AnyManifest], folder: object, remedy: str, where: str) -> AnyManifest:
+    """Read a manifest, check every field, recompute its fingerprint; `remedy` for one that is damaged, `where` if it is not there."""
     path = f"{folder}/{MANIFEST_NAME}"
     try:
         text = storage.read_bytes(str(folder), MANIFEST_NAME)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {folder} is not a finished prepared folder; {remedy}") from None
+        raise UserError(f"{path} does not exist: {folder} is no finished folder; {where}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     try:

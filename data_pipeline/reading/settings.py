@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from data_pipeline.core.settings import STRICT, OnResume, Section, Share
+from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.streams import check_ranks, check_streams, largest_micro_batch
 
 
@@ -66,6 +67,10 @@ class Data(Section):
     def _check(self) -> Self:
         check_streams(self.streams, self.rows_per_step)
         return self
+
+    def manifest(self) -> Manifest:
+        """Of the prepared text. Raises: UserError."""
+        return Manifest.load(self.path, "--set data.path=")
 
     def reading(self) -> dict[str, Any]:
         """How shards are opened: what loaders and `TokenRows` take beside the folder."""

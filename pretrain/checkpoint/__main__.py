@@ -17,7 +17,7 @@ from pretrain.checkpoint.read import verify
 
 
 def _describe(manifest: Manifest) -> str:
-    num_parameters = sum(manifest.shape(name).numel() for name in manifest.parameters)
+    num_parameters = sum(parameter.numel for parameter in manifest.parameters.values())
     num_bytes = sum(file.bytes for file in manifest.files.values())
     lines = [
         f"{manifest.checkpoint}: step {manifest.step:,}, saved by {manifest.world_size} rank(s), "

@@ -1,4 +1,7 @@
-"""Which checkpoints there are, which of them is the newest complete one, and which are given up before a rewind."""
+"""Which checkpoints there are, which of them is the newest complete one, and which are given up before a rewind.
+
+Without torch, unless ranks agree on something: the supervisor and command lines look for checkpoints, too.
+"""
 
 import contextlib
 import itertools
@@ -6,11 +9,14 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_pipeline.core.errors import UserError
 from pretrain.checkpoint.manifest import MANIFEST, check_hashes, check_sizes, read_manifest
 from pretrain.checkpoint.storage import CHECKPOINTS, ROOT, Checkpoint, Folder, Storage, storage_of
-from pretrain.ranks.distributed import Topology, all_reduce_sum, any_rank, barrier
+
+if TYPE_CHECKING:
+    from pretrain.ranks.distributed import Topology
 
 LATEST = "latest"
 """A file beside the checkpoints that names the newest, for people and scripts."""
@@ -55,13 +61,15 @@ def _to_stderr(message: str) -> None:
 
 
 def newest_complete(
-    run: Path, topology: Topology | None = None, report: Callable[[str], None] = _to_stderr
+    run: Path, topology: "Topology | None" = None, report: Callable[[str], None] = _to_stderr
 ) -> Checkpoint | None:
     """The newest checkpoint of a run whose manifest, sizes and hashes are right; None if there is none.
 
     Each one passed over goes to `report` with its name and the reason. With a topology it is collective: rank 0 chooses
     the candidates, the ranks share the hashing, and all get the same answer.
     """
+    if topology:
+        from pretrain.ranks.distributed import all_reduce_sum, any_rank
     storage = storage_of(run)
     rank, world_size = (topology.rank, topology.world_size) if topology else (0, 1)
     if rank == 0:
@@ -90,7 +98,7 @@ def newest_complete(
             return checkpoint
 
 
-def discard_after(run: Path, step: int, topology: Topology | None = None) -> None:
+def discard_after(run: Path, step: int, topology: "Topology | None" = None) -> None:
     """Before a rewind to `step`: remove the later checkpoints, a continuation given up. Collective with a topology."""
     if topology is None or topology.is_main:
         storage = storage_of(run)
@@ -100,7 +108,7 @@ def discard_after(run: Path, step: int, topology: Topology | None = None) -> Non
         for newest in saved_steps(run)[:1]:
             name_latest(storage, newest)
     if topology is not None:
-        barrier()
+        _barrier()
 
 
 def complete_steps(run: Path) -> dict[int, str]:
@@ -114,7 +122,7 @@ def complete_steps(run: Path) -> dict[int, str]:
     return found
 
 
-def put_aside_after(run: Path, step: int, topology: Topology) -> None:
+def put_aside_after(run: Path, step: int, topology: "Topology") -> None:
     """What is newer than the checkpoint that a run goes on from was passed over: rename it, so that neither the next search nor what
     decides what is kept counts it. Collective.
     """
@@ -126,6 +134,12 @@ def put_aside_after(run: Path, step: int, topology: Topology) -> None:
                 aside = next(new for n in itertools.count(1) if (new := f"{name}-{n}") not in taken)
                 storage.commit(checkpoint_name(saved), aside)
         name_latest(storage, step)
+    _barrier()
+
+
+def _barrier() -> None:
+    from pretrain.ranks.distributed import barrier
+
     barrier()
 
 
@@ -137,8 +151,10 @@ def checkpoint_at(run: Path, step: int) -> Checkpoint:
     return Checkpoint(storage_of(run), checkpoint_name(step))
 
 
-def checkpoint_of(run: str | Path) -> Checkpoint:
-    """The newest complete checkpoint of a run folder, or the checkpoint itself when its folder is named. Raises: UserError."""
+def checkpoint_of(run: str | Path, named_by: str = "") -> Checkpoint:
+    """The newest complete checkpoint of a run folder, or the checkpoint itself when its folder is named. Raises: UserError, which says
+    that the option or key `named_by` tells where a folder is that has been moved.
+    """
     path = Path(run)
     if (path / MANIFEST).is_file():
         path = path.absolute()  # "." has no name
@@ -148,5 +164,7 @@ def checkpoint_of(run: str | Path) -> Checkpoint:
         raise UserError(
             f"{run} is neither a checkpoint (with {MANIFEST}) nor a run with a complete checkpoint in {CHECKPOINTS}/;"
             " expected the folder of a trained run, e.g. runs/vae_base"
+            + f"; if it was moved, say where it is now with {named_by}"
+            * bool(named_by)
         )
     return found

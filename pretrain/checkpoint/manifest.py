@@ -8,11 +8,9 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-import torch
-
 from data_pipeline.core.errors import UserError
 from pretrain.checkpoint.storage import Checkpoint, Folder
-from pretrain.engine.partition import Parameter
+from pretrain.engine.parameter import Parameter
 
 FORMAT = "textldm-checkpoint-2"
 MANIFEST = "manifest.json"
@@ -64,9 +62,9 @@ class Manifest:
         text = json.dumps(content | {"sha256": _digest(content)}, indent=1)
         checkpoint.storage.put(checkpoint.name, MANIFEST, [text.encode()])
 
-    def shape(self, name: str) -> torch.Size:
+    def shape(self, name: str) -> tuple[int, ...]:
         """Full shape of a parameter."""
-        return torch.Size(self.parameters[name].shape)
+        return self.parameters[name].shape
 
 
 def read_manifest(checkpoint: Checkpoint) -> Manifest:

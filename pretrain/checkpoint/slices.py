@@ -157,7 +157,7 @@ class SliceReader:
     def full(self, state: str, parameter: str) -> Tensor:
         """A whole parameter's state, in its shape."""
         shape = self.manifest.shape(parameter)
-        tensor = torch.empty(shape.numel())
+        tensor = torch.empty(math.prod(shape))
         self.read_into(tensor, state, parameter, 0)
         return tensor.view(shape)
 

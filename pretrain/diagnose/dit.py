@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 
 from data_pipeline.core.errors import UserError
-from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import Batch
 from data_pipeline.reading.prompts import prompts_of
 from modeling.times import EstimatePath
@@ -47,7 +46,7 @@ def stage_of_vae(stage: DiTStage, device: torch.device) -> VAEStage:
     assert isinstance(config, VAERun)  # load_vae has refused others
     config.diagnose = stage.config.diagnose
     try:
-        Manifest.load(config.data.path)
+        config.data.manifest()
     except UserError:
         config.data.path = stage.config.data.path
     try:
@@ -104,7 +103,7 @@ def likelihood_figures(stage: DiTStage, vae: VAERun, batches: Sequence[Batch]) -
 def text_figures(stage: DiTStage, device: torch.device) -> Figures:
     """Checks 7 to 9 on generated continuations of held-out contexts."""
     config, settings = stage.config, stage.config.diagnose
-    manifest = Manifest.load(config.data.path)
+    manifest = config.data.manifest()
     prompts = prompts_of(heldout(config, device), settings.sample_tokens)
     if not prompts:
         say("  no held-out window has a context: generated text is not measured")

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from matplotlib.axes import Axes
 
-from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import SUFFIX, Batch
 from data_pipeline.reading.counts import token_counts
 from modeling.token_statistics import unigram_nats
@@ -18,7 +17,7 @@ from pretrain.diagnose.verdicts import Figures, Verdict, above, at_most
 def unigram_figures(config: RunConfig, batches: Sequence[Batch]) -> tuple[Figures, torch.Tensor]:
     """`unigram_nats` of the batches' targets, and the tokens' counts [V] over all of the training shards from which it follows."""
     with phase("tokens of the training split"):
-        counts_V = token_counts(config.data.path, Manifest.load(config.data.path), **config.data.reading())
+        counts_V = token_counts(config.data.path, config.data.manifest(), **config.data.reading())
     targets_M = torch.cat([batch.tokens_T.cpu()[batch.roles_T == SUFFIX] for batch in batches])
     return {"unigram_nats": unigram_nats(counts_V, targets_M)}, counts_V
 

@@ -26,7 +26,7 @@ NUM_DRAWS = 16
 def measure(stage: TokenStage, device: torch.device) -> Figures:
     """Nats of held-out targets, with their own contexts and with others' (checks 1 and 5), training rows (9), and texts (8, 9)."""
     config = stage.config
-    manifest, batches = Manifest.load(config.data.path), heldout(config, device)
+    manifest, batches = config.data.manifest(), heldout(config, device)
     tokens_N = torch.cat([target_tokens(batch) for batch in batches])
     has_targets_N = tokens_N > 0
     if not has_targets_N.any():

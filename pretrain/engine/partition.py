@@ -18,7 +18,6 @@ Written against DeepSpeed 0.19.8 and checked by tests/pretrain/engine/test_engin
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +28,10 @@ from data_pipeline.core.errors import UserError
 from pretrain.engine.file_memory import in_file
 from pretrain.engine.held import Held
 from pretrain.engine.optim import EMA, WEIGHT, Optimizer, full_shape
+from pretrain.engine.parameter import Parameter
 
 SWAP_CHUNK = 1 << 22
 """Elements exchanged at a time (16 MiB of fp32): the only extra memory that evaluation with the EMA needs."""
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """What the checkpoint says of a parameter: full shape, whether weight decay acts on it, names of its states."""
-
-    shape: tuple[int, ...]
-    decays: bool
-    states: tuple[str, ...]
-
-    @property
-    def numel(self) -> int:
-        """Elements of the full parameter."""
-        return torch.Size(self.shape).numel()
 
 
 class Partition:

@@ -29,8 +29,11 @@ from data_pipeline.text.tokenization import LoadedTokenizer, load_prepared_token
 from modeling.solvers import solver_names
 from pretrain.checkpoint.find import checkpoint_at, checkpoint_of
 from pretrain.checkpoint.manifest import read_manifest
+from pretrain.checkpoint.storage import Checkpoint
 from pretrain.config.registry import part, stage_kind, stage_names
+from pretrain.config.schema import RunConfig
 from pretrain.export.parts import Exported, Sampling, Source
+from pretrain.runs.folder import CONFIG_NAME, config_of
 from pretrain.runs.record import RunRecord
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -75,9 +78,9 @@ def convert(
         raise UserError(
             f"{run} is a run of stage {record.stage}, which has no export; expected stage {' or '.join(able)}"
         )
-    config = record.run_config(str(path))
+    config = present_config(run, path, record)
     data = data or config.data.path
-    manifest = Manifest.load(data)
+    manifest = Manifest.load(data, "--data")
     if manifest.fingerprint != record.data_fingerprint:
         raise UserError(
             f"{run} was trained on data with fingerprint {record.data_fingerprint[:16]}, {data} has"
@@ -93,6 +96,22 @@ def convert(
     exported.model.to(DTYPES[dtype])  # type: ignore[arg-type]
     write(exported, tokenizer, output)
     return output
+
+
+def present_config(run: Path, checkpoint: Checkpoint, record: RunRecord) -> RunConfig:
+    """The run's configuration as it is now, in its folder: where its data and VAE are, and how to sample, may have changed since the
+    checkpoint, whose own configuration counts where it lies elsewhere. Raises: UserError.
+    """
+    folder = run if (run / CONFIG_NAME).is_file() else Path(str(checkpoint)).parent.parent
+    if not (folder / CONFIG_NAME).is_file():
+        return record.run_config(str(checkpoint))
+    config = config_of(folder)
+    if config.stage != record.stage:
+        raise UserError(
+            f"{folder / CONFIG_NAME} is of stage {config.stage}, the checkpoint {checkpoint} of stage {record.stage}: put the run's own"
+            " configuration back"
+        )
+    return config
 
 
 def write(exported: Exported, tokenizer: LoadedTokenizer, output: Path) -> None:

@@ -21,7 +21,8 @@ from pretrain.export.model_card import model_card
 from pretrain.export.parts import Exported, Source
 from pretrain.stages.dit import times_of
 from pretrain.stages.dit_config import DiTRun
-from pretrain.stages.frozen_vae import load_vae, vae_fingerprint
+from pretrain.stages.frozen_vae import load_vae
+from pretrain.stages.inputs import vae_fingerprint
 
 ENTRY = "textldm.py"
 
@@ -58,7 +59,7 @@ def export(source: Source) -> Exported:
 def frozen_vae_of(source: Source, config: DiTRun) -> TextVAE:
     """The VAE that the run was trained with. Raises: UserError if it is not there, or is another by now."""
     vae = source.vae or config.model.vae
-    frozen = load_vae(vae, source.manifest)
+    frozen = load_vae(vae, source.manifest, named_by="--vae")
     expected, found = source.record.inputs["model.vae"], vae_fingerprint(vae)
     if found != expected:
         raise UserError(

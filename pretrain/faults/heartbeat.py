@@ -27,8 +27,9 @@ class Heartbeat:
     time: float
 
     def write(self, run: Path) -> None:
-        """Replace the rank's file as a whole. Raises: OSError."""
-        write_text(heartbeat_file(run, self.rank), json.dumps(asdict(self)), durable=False)
+        """Replace the rank's file as a whole; not where the run folder is gone, as after a start that failed. Raises: OSError."""
+        if run.is_dir():
+            write_text(heartbeat_file(run, self.rank), json.dumps(asdict(self)), durable=False)
 
     @classmethod
     def read(cls, path: Path) -> Self | None:

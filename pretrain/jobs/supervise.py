@@ -39,8 +39,8 @@ from pretrain.faults.heartbeat import read_heartbeats
 from pretrain.faults.output import lasting_output
 from pretrain.jobs.hosts import ROOT, answering, launch_variables, on_hosts, read_hostfile
 from pretrain.ranks.launcher import on_free_port, stop_signals
-from pretrain.runs.folder import put_aside
-from pretrain.session import find_inputs
+from pretrain.runs.folder import begun_anew, put_aside
+from pretrain.runs.inputs import find_inputs
 
 JOB = "TEXTLDM_JOB"
 """A variable in the environment of all of a job's processes, by which those that outlive it are found, and its name (ranks/launcher.py)."""
@@ -97,6 +97,7 @@ class Supervisor:
                 return EXIT_REQUEUE
             if fresh:
                 put_aside(self.plan.run)
+                begun_anew(self.plan.run)
                 fresh = False
             before = self.plan.checkpoints()
             where = ", ".join(f"{host} ({slots})" for host, slots in hosts.items()) or "this machine"

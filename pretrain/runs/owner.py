@@ -20,7 +20,6 @@ from typing import Self
 
 from data_pipeline.core.errors import UserError
 from pretrain.faults.exit_codes import EXIT_FAILED
-from pretrain.faults.exits import leave
 from pretrain.ranks.launcher import job_name
 
 OWNER = "owner.json"
@@ -180,6 +179,8 @@ class Ownership:
 
 
 def _end(why: str) -> None:
+    from pretrain.faults.exits import leave  # with torch, which who owns a folder for a moment does without
+
     print(f"{why}: this process, which had stood still, ends", file=sys.stderr, flush=True)
     leave(EXIT_FAILED)
 

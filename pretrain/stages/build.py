@@ -33,7 +33,7 @@ def build_stage(config: RunConfig, manifest: Manifest, device: torch.device) -> 
 def load_stage(config: RunConfig, path: Checkpoint, device: torch.device) -> Any:
     """The stage with the EMA weights of a checkpoint, in eval mode, without DeepSpeed, for one process. Raises: UserError."""
     config.train.compile, config.train.activation_checkpointing = False, 0
-    manifest = Manifest.load(config.data.path)
+    manifest = config.data.manifest()
     measure(config, manifest, device)
     stage = build_stage(config, manifest, device)
     stage.load_trained(read_tensors(path, "ema"), path)

@@ -23,7 +23,7 @@ from modeling.times import TimeDistribution, move_logit
 from pretrain.checkpoint.storage import Checkpoint
 from pretrain.stages.base import Stage, StageOutput, row_noise, weighted
 from pretrain.stages.dit_config import DiTRun, Flow
-from pretrain.stages.frozen_vae import load_vae, posterior_mean, vae_fingerprint
+from pretrain.stages.frozen_vae import load_vae, posterior_mean
 from pretrain.stages.latent_statistics import LATENTS_NAME, LatentStatistics
 from pretrain.telemetry.flops import transformer_flops
 
@@ -299,8 +299,3 @@ class DiTStage(Stage):
         # The time's uniform number, scrambled: no further key is needed, and it stays a function of the row.
         gate_W = (batch.window_uniforms_W2[:, 0] * 65536) % 1 < SELF_CONDITIONED
         return estimate_TZ * gate_W.to(inputs_TZ.device)[windows.ids_T][:, None]
-
-
-def inputs(config: DiTRun) -> dict[str, str]:
-    """The VAE's checkpoint."""
-    return {"model.vae": vae_fingerprint(config.model.vae)}

@@ -76,7 +76,7 @@ class DiTRun(RunConfig):
 KIND = StageKind(
     config=DiTRun,
     stage="pretrain.stages.dit:DiTStage",
-    inputs="pretrain.stages.dit:inputs",
+    inputs="pretrain.stages.inputs:of_dit",
     measure="pretrain.stages.latent_statistics:measure",
     samples="pretrain.stages.samples:continuations",
     diagnosis="pretrain.diagnose.dit:DIAGNOSIS",

@@ -18,20 +18,21 @@ from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.read import load_weights, read_tensors
 from pretrain.runs.record import RunRecord
+from pretrain.stages.inputs import VAE_KEY
 
 
-def vae_fingerprint(run: str | Path) -> str:
-    """Hash of the checkpoint that `load_vae` takes: which VAE a DiT was trained with. Raises: UserError."""
-    return read_manifest(checkpoint_of(run)).fingerprint
-
-
-def load_vae(run: str | Path, manifest: Manifest | None = None, latent_dim: int | None = None) -> TextVAE:
+def load_vae(
+    run: str | Path,
+    manifest: Manifest | None = None,
+    latent_dim: int | None = None,
+    named_by: str = f"--set {VAE_KEY}=",
+) -> TextVAE:
     """The TextVAE of a stage-1 run, frozen, in eval mode, with EMA weights.
 
     Raises: UserError when the run is not of stage 1, has no complete checkpoint, was trained with another tokenizer than
     that of `manifest`, or has another `latent_dim` than the one given.
     """
-    path = checkpoint_of(run)
+    path = checkpoint_of(run, named_by)
     record = RunRecord.of_checkpoint(read_manifest(path))
     if record.stage != "vae":
         raise UserError(f"{run} is a run of stage {record.stage}; expected stage vae: set model.vae to a stage-1 run")

@@ -6,7 +6,7 @@ Shape letters: T packed tokens, D width, Z latent dim, F teacher features.
 import torch
 from torch import Tensor
 
-from data_pipeline.format.manifest import FeatureManifest, Manifest
+from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import FILLER, PREFIX, SUFFIX, Batch
 from modeling import losses
 from modeling.attention import Segments
@@ -86,9 +86,3 @@ class VAEStage(Stage):
             metrics["repa_cosine"] = weighted(cosine_T, aligned_T)
             metrics["repa_cosine_excess"] = weighted(cosine_T - shuffled_T, both_T)
         return StageOutput(loss, metrics)
-
-
-def inputs(config: VAERun) -> dict[str, str]:
-    """The feature cache, if one is read."""
-    features = config.features_folder()
-    return {"repa.features": FeatureManifest.load(features).fingerprint} if features else {}

@@ -66,6 +66,6 @@ class VAERun(RunConfig):
 KIND = StageKind(
     config=VAERun,
     stage="pretrain.stages.vae:VAEStage",
-    inputs="pretrain.stages.vae:inputs",
+    inputs="pretrain.stages.inputs:of_vae",
     diagnosis="pretrain.diagnose.vae:DIAGNOSIS",
 )

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ IDENTITY = "identity.json"
 
 def run_id(run: Path) -> str:
     """The id in a run's folder. It stays where the folder is renamed or mounted elsewhere (the same inode) and where it comes back from a
-    backup (the same path); a folder with neither is a copy, which continues as a run of its own. Raises: OSError.
+    backup (the same path on the same host); a folder with neither is a copy, which continues as a run of its own. Raises: OSError.
     """
-    here = {"path": str(run.resolve()), "inode": run.stat().st_ino}
+    here = {"path": f"{socket.gethostname()}:{run.resolve()}", "inode": run.stat().st_ino}
     known: dict[str, Any] = {}
     with contextlib.suppress(FileNotFoundError, ValueError):
         known = json.loads((run / IDENTITY).read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -308,30 +309,61 @@ def test_what_was_made_of_an_export_is_never_deleted(trained: Trained, exported:
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
+def put(place: Any, key: str, value: object) -> None:
+    """Set a value in nested dictionaries; sections are parted by two underscores."""
+    *sections, last = key.split("__")
+    for section in sections:
+        place = place[section]
+    place[last] = value
+
+
 def altered(trained: Trained, folder: Path, **changes: object) -> Path:
-    """A copy of the DiT's run whose checkpoint says something else in `extra`; dotted keys."""
+    """A copy of the DiT's run whose checkpoint says something else in `extra`, and its configuration with it."""
     run = Path(shutil.copytree(trained.dit, folder / "dit"))
     path = newest_complete(run)
     assert path is not None
     saved = read_manifest(path)
+    config = {"config": json.loads((run / "config.json").read_text())}
     for key, value in changes.items():
-        *sections, last = key.split("__")
-        place = saved.extra
-        for section in sections:
-            place = place[section]
-        place[last] = value
+        put(saved.extra, key, value)
+        if key.startswith("config__"):
+            put(config, key, value)
     saved.save(path)
+    (run / "config.json").write_text(json.dumps(config["config"]))
     return run
+
+
+def test_the_runs_present_configuration_counts(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the data and the VAE are now, and how to sample; a checkpoint without its run goes by its own."""
+    run = altered(
+        trained, tmp_path, config__data__path="gone", config__model__vae="gone", config__diagnose__num_steps=4
+    )
+    config = json.loads((run / "config.json").read_text())
+    for key, value in (("data__path", str(trained.data)), ("model__vae", str(trained.vae)), ("diagnose__num_steps", 3)):
+        put(config, key, value)
+    (run / "config.json").write_text(json.dumps(config))
+    checkpoint = str(newest_complete(run))
+    for number, named in enumerate((str(run), checkpoint)):
+        assert main(["--run", named, "--output", str(tmp_path / f"x{number}")]) == 0
+        assert json.loads((tmp_path / f"x{number}" / "config.json").read_text())["num_steps"] == 3
+    (run / "config.json").unlink()
+    assert main(["--run", checkpoint, "--output", str(tmp_path / "y")]) == 2
+    assert "gone/manifest.json does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config__model__vae": "nowhere"}, "nowhere is neither a checkpoint"),
+        ({"config__model__vae": "nowhere"}, "where it is now with --vae"),
         ({"config__model__latent_dim": 5}, "does not fit the model"),
         ({"config__model__width": 48}, "does not fit the model"),
         ({"data_fingerprint": "f" * 64}, "trained on data with fingerprint ffff"),
-        ({"config__data__path": "gone"}, "gone/manifest.json does not exist"),
+        (
+            {"config__data__path": "gone"},
+            "gone is no finished folder; if it was moved, say where it is now with --data;",
+        ),
     ],
 )
 def test_mistakes_are_one_message_and_leave_nothing(

@@ -14,7 +14,7 @@ import pytest
 
 from data_pipeline.core.errors import UserError
 from pretrain.runs import owner
-from pretrain.runs.folder import put_aside
+from pretrain.runs.folder import begun_anew, put_aside, remove_unstarted
 from pretrain.runs.owner import OWNER, Owner, Ownership
 
 
@@ -174,6 +174,39 @@ def test_a_folder_that_is_none_or_cannot_be_written_is_one_line(
             with pytest.raises(UserError, match="No space left"):
                 Ownership(tmp_path / function)
     assert not (tmp_path / "_write" / OWNER).exists()  # an empty one would be another job's to the next start
+
+
+def test_a_requeued_job_that_died_before_it_began_anew_does_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told from one that did by the job's name in the folder."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").touch()  # of an older job
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    put_aside(run)
+    assert not run.exists()
+    begun_anew(run)
+    (run / "config.json").touch()
+    put_aside(run)
+    assert (run / "config.json").exists()
+    assert [path.name for path in tmp_path.glob("run.*")] == ["run.1"]
+
+
+def test_a_start_that_fails_leaves_no_folder_of_its_own_making(tmp_path: Path) -> None:
+    def start(run: Path, written: str) -> None:
+        remove = remove_unstarted(run)
+        hold = Ownership(run)
+        (run / "heartbeats").mkdir(exist_ok=True)
+        (run / written).touch()
+        remove()
+        hold.release()
+
+    start(tmp_path / "failed", "latents.npz")
+    assert not (tmp_path / "failed").exists()
+    for _ in range(2):  # the second start finds a folder
+        start(tmp_path / "began", "config.json")
+    start(tmp_path / "began", "more")
+    assert sorted(path.name for path in (tmp_path / "began").iterdir()) == ["config.json", "heartbeats", "more"]
 
 
 @pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])

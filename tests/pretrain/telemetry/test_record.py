@@ -250,6 +250,21 @@ def test_what_wandb_may_do_is_what_its_variables_and_keys_say(
     assert wandb_mode() == expected
 
 
+def test_a_copy_at_the_same_path_of_another_machine_is_a_run_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    own = run_id(run)
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    assert run_id(run) == own  # on a file system that both see
+    shutil.copytree(run, tmp_path / "copy")
+    run.rename(tmp_path / "away")
+    (tmp_path / "copy").rename(run)
+    monkeypatch.setattr("socket.gethostname", lambda: "a third one")
+    assert run_id(run) != own
+
+
 def test_an_id_goes_with_the_folder_but_not_with_its_copies(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

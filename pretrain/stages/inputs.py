@@ -1,0 +1,30 @@
+"""What our stages read besides tokens, by fingerprints (`StageKind.inputs`). Without torch: it is asked for before anything slow."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_pipeline.format.manifest import FeatureManifest
+from pretrain.checkpoint.find import checkpoint_of
+from pretrain.checkpoint.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from pretrain.stages.dit_config import DiTRun
+    from pretrain.stages.vae_config import VAERun
+
+VAE_KEY, FEATURES_KEY = "model.vae", "repa.features"
+
+
+def of_vae(config: "VAERun") -> dict[str, str]:
+    """The feature cache, if one is read. Raises: UserError."""
+    features = config.features_folder()
+    return {FEATURES_KEY: FeatureManifest.load(features, f"--set {FEATURES_KEY}=").fingerprint} if features else {}
+
+
+def of_dit(config: "DiTRun") -> dict[str, str]:
+    """The VAE's checkpoint. Raises: UserError."""
+    return {VAE_KEY: vae_fingerprint(config.model.vae)}
+
+
+def vae_fingerprint(run: str | Path, named_by: str = f"--set {VAE_KEY}=") -> str:
+    """Hash of the checkpoint that `load_vae` takes: which VAE a DiT was trained with. Raises: UserError, see `checkpoint_of`."""
+    return read_manifest(checkpoint_of(run, named_by)).fingerprint
