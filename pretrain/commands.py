@@ -23,7 +23,11 @@ GROUPS = {
         "prepare": Command(
             "data_pipeline.prepare.__main__", "text into packed, shuffled shards; `prepare inspect | verify FOLDER`"
         ),
-        "cache": Command("data_pipeline.cache_features", "the frozen language model's features, once; `cache check`"),
+        "cache": Command(
+            "data_pipeline.cache_features",
+            "the frozen language model's features, once; `cache check`",
+            "data_pipeline.features.command_line",
+        ),
         "tokenizer": Command(
             "data_pipeline.text.tokenization", "train a byte-level BPE on text, where no hub is at hand"
         ),
@@ -43,7 +47,9 @@ GROUPS = {
         "checkpoint": Command("pretrain.checkpoint.__main__", "inspect or verify a checkpoint"),
     },
     "judge and use": {
-        "diagnose": Command("pretrain.diagnose.__main__", "go or no-go: is the run alive?"),
+        "diagnose": Command(
+            "pretrain.diagnose.__main__", "go or no-go: is the run alive?", "pretrain.diagnose.command_line"
+        ),
         "convert": Command("pretrain.export.convert", "a run into one Hugging Face folder"),
         "generate": Command("pretrain.export.generate", "continue prompts with an exported model"),
     },

@@ -15,13 +15,14 @@ import torch
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.storage import is_url
 from data_pipeline.features.codec import Codec, load_codec
+from data_pipeline.features.settings import CODEC_NAME
 from data_pipeline.format.manifest import MANIFEST_NAME, FeatureManifest, Manifest, MemberInfo
 from data_pipeline.format.shards import Member
 from data_pipeline.reading.batch import CodedFeatures
 from data_pipeline.reading.order import Span
 from data_pipeline.reading.shard_pool import FeatureRows
 
-CODEC_NAME, JOB_NAME = "codec.safetensors", "job.json"
+JOB_NAME = "job.json"
 TEACHER_PATH = "teacher_path"
 """Key of the job: where a local teacher lay when it was cached. No part of the cache's identity, for it may be moved."""
 

@@ -6,6 +6,9 @@ from pydantic import NonNegativeFloat, NonNegativeInt
 
 from data_pipeline.core.settings import OnResume, Section
 
+CODEC_NAME = "codec.safetensors"
+"""In the folder of a cache, by which it is known before it is finished."""
+
 
 class Repa(Section):
     """Representation alignment of the VAE's encoder with a frozen language model (stage 1)."""

@@ -53,7 +53,9 @@ def read(argv: list[str] | None = None) -> tuple[argparse.Namespace, RunConfig]:
 def check(argv: list[str] | None = None) -> None:
     """End the process with a line and EXIT_USER if the arguments or the configuration hold a mistake."""
     try:
-        read(argv)
+        _, config = read(argv)
+        if os.environ.get("WORLD_SIZE", "1") == "1" and "SLURM_PROCID" not in os.environ:
+            config.data.manifest()  # of several ranks none may end alone, before they have met
     except UserError as error:
         sys.exit(say_mistake(error, own_rank(os.environ)))
 

@@ -1,14 +1,5 @@
-"""Go or no-go: the checks that tell a healthy run from one whose loss only looks fine (docs/diagnosis.md).
+"""Go or no-go: measure, judge, write and print. How it is called, and what comes out: command_line.py."""
 
-    textldm diagnose --run runs/vae_base        is this latent space fit for diffusion?
-    textldm diagnose --run runs/dit_xl          does it model language? (its VAE included)
-
-Measures the EMA weights of the newest complete checkpoint on held-out rows, prints a table, and writes diagnosis.json and
-diagnosis.png into the run folder. Thresholds and sizes: section `diagnose` of the run's configuration (--set diagnose.rows=64).
-Exit code 0: go, 1: no-go, 2: it could not be measured.
-"""
-
-import argparse
 import json
 import math
 import time
@@ -25,12 +16,12 @@ from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.config.registry import part, stage_kind
 from pretrain.config.schema import RunConfig
+from pretrain.diagnose.command_line import JSON_NAME, PAGE_NAME, make_parser, read
 from pretrain.diagnose.page import Panel, draw
 from pretrain.diagnose.verdicts import Figures, Verdict, table
-from pretrain.runs.folder import config_of
 from pretrain.stages.build import load_stage
 
-JSON_NAME, PAGE_NAME = "diagnosis.json", "diagnosis.png"
+__all__ = ["main", "make_parser"]
 
 
 def diagnose(config: RunConfig, run: Path, device: torch.device) -> tuple[Figures, list[Verdict], list[Panel]]:
@@ -56,21 +47,6 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="textldm diagnose", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", type=Path, required=True, help="folder of a stage-1 or stage-2 run")
-    parser.add_argument("--output", type=Path, help=f"folder for {JSON_NAME} and {PAGE_NAME} (the run folder)")
-    parser.add_argument("--rows", type=int, help="held-out rows to measure (diagnose.rows)")
-    parser.add_argument("--guidance-scale", type=float, help="of the generated text (diagnose.guidance_scale)")
-    parser.add_argument("--num-steps", type=int, help="solver steps of the generated text (diagnose.num_steps)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     try:
@@ -83,10 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 @cli
 def run(argv: list[str] | None = None) -> int:
     """Measure, judge, write and print."""
-    arguments = make_parser().parse_args(argv)
-    given = {name: getattr(arguments, name) for name in ("rows", "guidance_scale", "num_steps")}
-    overrides = [f"diagnose.{name}={value}" for name, value in given.items() if value is not None]
-    config = config_of(arguments.run, [*arguments.set, *overrides])
+    arguments, config = read(argv)
     device = device_of(arguments.device)
     output = arguments.output or arguments.run
     output.mkdir(parents=True, exist_ok=True)

@@ -2,13 +2,17 @@
 
 import argparse
 import importlib
+import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from pretrain.__main__ import main, overview
 from pretrain.commands import COMMANDS, GROUPS
+from tests.pretrain.tiny_run import config_values, write_config
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
@@ -66,6 +70,51 @@ slow = {{"torch", "deepspeed", "transformers", "datasets", "numpy", "pydantic"}}
 raise SystemExit(f"imported {{slow}}" if slow else 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_mistakes_in_a_command_line_are_found_without_torch(tmp_path: Path) -> None:
+    """In arguments, configurations and paths; of the commands that need torch to work, and of those that never do."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    write_config(tmp_path / "c.json", config_values(data, run))
+    write_config(tmp_path / "typo.json", config_values(data, run) | {"trian": {}})
+    (tmp_path / "unmade").mkdir()
+    shutil.copy(tmp_path / "c.json", tmp_path / "unmade" / "config.json")
+    config, typo = ["--config", str(tmp_path / "c.json")], ["--config", str(tmp_path / "typo.json")]
+    launcher = ["--launcher", "true", "--hostfile", str(tmp_path / "hosts")]
+    mistakes = [
+        (["train", *typo], "unknown key trian"),
+        (["train", *config], "data is no finished folder; if it was moved, say where it is now with --set data.path="),
+        (["cache", *typo, "--set", "repa.layr=3"], "repa.layr"),
+        (["cache", "--data", str(data)], "--teacher is missing"),
+        (["cache", "--data", str(data), "--teacher", "x/y"], "say where it is now with --data;"),
+        (["cache", "check", "--data", str(data)], "say where it is now with --data;"),
+        (["diagnose", "--run", str(tmp_path / "none")], "has no config.json"),
+        (["diagnose", "--run", str(tmp_path / "unmade"), "--set", "diagnose.row=3"], "diagnose.rows"),
+        (["diagnose", "--run", str(tmp_path / "unmade")], "no checkpoint yet"),
+        (["supervise", "--", *typo], "unknown key trian"),
+        (["supervise", *launcher, "--", *config], "there is no hostfile"),
+        (["supervise", "--launcher", "true", "--", *config, "--fresh"], "say where it is now with --set data.path="),
+        (["hosts", "check", str(tmp_path / "hosts")], "there is no hostfile"),
+        (["prepare", "--source", "nowhere.jsonl", "--tokenizer", "x", "--output", str(data)], "nowhere.jsonl"),
+    ]
+    code = """
+import contextlib, io, json, sys
+from pretrain.__main__ import main
+for arguments, expected in json.load(sys.stdin):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            code = main(arguments)
+        except SystemExit as ended:
+            code = ended.code
+    slow = {"torch", "deepspeed", "transformers", "datasets", "matplotlib"} & sys.modules.keys()
+    if code != 2 or expected not in said.getvalue() or slow:
+        raise SystemExit(f"{arguments}: {code}, {said.getvalue()!r}, expected {expected!r}; imported {slow}")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(mistakes), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
