@@ -53,6 +53,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--split",
         help="of a folder whose names tell splits apart, or of a dataset: this one (train), or all files of a folder: all",
     )
+    parser.add_argument(
+        "--max-documents", type=int, metavar="N", help="the first N documents of the source, to try things (all)"
+    )
     parser.add_argument("--row-tokens", type=int, default=4096, help="tokens of a row (%(default)s)")
     parser.add_argument(
         "--max-document-length", type=int, default=1024, help="tokens of the longest window (%(default)s)"

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,7 @@ from tokenizers import Tokenizer
 from data_pipeline.core.errors import UserError, reason
 from data_pipeline.core.storage import write_text
 from data_pipeline.prepare.spill import write_chunk
-from data_pipeline.text.readers.registry import read_unit
-from data_pipeline.text.sources import Bundle
+from data_pipeline.text.sources import Bundle, read_bundle
 from data_pipeline.text.tokenization import LoadedTokenizer, encoder
 
 CHUNK_TOKENS = 16 << 20  # memory of a worker: a chunk is held until it is written
@@ -37,6 +36,7 @@ class EncodeTask:
     token_dtype: str
     min_window: int
     seed: int
+    max_documents: int | None = None
 
 
 @dataclass
@@ -109,7 +109,7 @@ def _batches(task: EncodeTask, result: BundleResult) -> Iterator[list[str]]:
     """Non-empty documents, a megabyte of text at a time, across the bundle's units."""
     batch: list[str] = []
     size = 0
-    for text in chain.from_iterable(read_unit(unit, task.text_field) for unit in task.units):
+    for text in islice(read_bundle(task.units, task.text_field), task.max_documents):
         result.documents += 1
         if text is None:
             result.without_text += 1

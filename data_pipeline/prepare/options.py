@@ -26,6 +26,7 @@ class PrepareOptions:
     shards: int | None = None
     heldout_fraction: float = 0.005
     seed: int = 0
+    max_documents: int | None = None
     dedupe: bool = False
     workers: int = 1
 
@@ -47,6 +48,8 @@ class PrepareOptions:
             )
         if self.shards is not None and not 1 <= self.shards <= MAX_SHARDS:
             raise UserError(f"--shards {self.shards}: expected 1 to {MAX_SHARDS}, or auto")
+        if self.max_documents is not None and self.max_documents < 1:
+            raise UserError(f"--max-documents {self.max_documents}: expected at least 1")
         if not 0 <= self.heldout_fraction < 1:
             raise UserError(f"--heldout-fraction {self.heldout_fraction}: expected a share in [0, 1)")
 
@@ -61,6 +64,7 @@ class PrepareOptions:
             "--min-document-length": self.min_document_length,
             "--heldout-fraction": float(self.heldout_fraction),
             "--seed": self.seed,
+            "--max-documents": self.max_documents or "all",
             "--dedupe": self.dedupe,
             "--shards": self.shards or "auto",
         }

@@ -27,7 +27,7 @@ from data_pipeline.prepare.resume import (
     remove_leftovers,
 )
 from data_pipeline.prepare.workers import Progress, Workers, disk_errors
-from data_pipeline.text.sources import Source, files_hash, open_source
+from data_pipeline.text.sources import Source, files_hash, first_documents, open_source
 from data_pipeline.text.tokenization import LoadedTokenizer, load_tokenizer
 
 _COUNTS = ("documents", "without_text", "empty", "too_short", "text_bytes")
@@ -63,7 +63,7 @@ def prepare(
     if part is None:
         import webdataset.writer  # noqa: F401  once, before the workers are forked: it takes 1.5 s, for it imports torch
     with Workers(options.workers) as workers:
-        source = open_source(options.source, options.text_field, options.split, str(output))
+        source = _source(options)
         work = open_work(output, source, tokenizer, arguments, alone=part is None and not merge)
         indices = range(len(source.bundles)) if part is None else range(part[0], len(source.bundles), part[1])
         if merge:
@@ -76,6 +76,11 @@ def prepare(
         f"{output}: part {part[0]}/{part[1]} encoded; when all are, run the same command with --merge instead of --part"
     )
     return None
+
+
+def _source(options: PrepareOptions) -> Source:
+    source = open_source(options.source, options.text_field, options.split, str(options.output))
+    return source if options.max_documents is None else first_documents(source, options.max_documents)
 
 
 def _encode(
@@ -97,6 +102,7 @@ def _encode(
             token_dtype=_token_dtype(tokenizer),
             min_window=options.min_document_length,
             seed=options.seed,
+            max_documents=source.last if index + 1 == len(source.bundles) else None,
         )
         for index in indices
         if load_result(work, index) is None
@@ -164,6 +170,8 @@ def _manifest(
     for group in groups:
         splits[group["split"]] += [ShardInfo(**shard) for shard in group["shards"]]
     statistics = source.statistics | {name: sum(getattr(bundle, name) for bundle in bundles) for name in _COUNTS}
+    if options.max_documents is not None:
+        statistics["max_documents"] = options.max_documents
     statistics["duplicates"] = sum(group["duplicates"] for group in groups)
     for split in splits:
         statistics[f"{split}_documents"] = sum(group["documents"] for group in groups if group["split"] == split)
@@ -206,7 +214,7 @@ def _finished(options: PrepareOptions, arguments: dict[str, Any]) -> Manifest:
         del earlier["--shards"]
     check_same(earlier, {name: value for name, value in arguments.items() if name in earlier}, options.output)
     if SOURCE_FILES in earlier:
-        source = open_source(options.source, options.text_field, options.split, str(options.output))
+        source = _source(options)
         check_same(earlier, {SOURCE_FILES: files_hash(options.source, source.units())}, options.output)
     shutil.rmtree(options.output / WORK_FOLDER, ignore_errors=True)
     print(f"{options.output}: already prepared")

@@ -31,6 +31,7 @@ def finished_arguments(manifest: Manifest) -> dict[str, Any]:
         "--min-document-length": manifest.min_window,
         "--heldout-fraction": manifest.heldout_fraction,
         "--seed": manifest.seed,
+        "--max-documents": manifest.statistics.get("max_documents") or "all",
         "--dedupe": manifest.dedupe,
         "--shards": len(manifest.splits["train"]),
     }

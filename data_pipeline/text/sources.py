@@ -16,7 +16,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError
@@ -39,20 +40,40 @@ class Source:
     Attributes:
         bundles: units in order; those of small files are bundled, so that work is by bytes, not by files.
         statistics: how many files were found, read and left out for which reason; of a name that is no file, none.
+        last: how many documents of the last bundle belong to it; None: all.
     """
 
     name: str
     bundles: list[Bundle]
     text_field: str = "text"
     statistics: dict[str, int] = field(default_factory=dict)
+    last: int | None = None
 
     def __iter__(self) -> Iterator[str]:
-        for unit in self.units():
-            yield from (text for text in read_unit(unit, self.text_field) if text is not None)
+        for number, bundle in enumerate(self.bundles, 1):
+            most = self.last if number == len(self.bundles) else None
+            yield from (text for text in islice(read_bundle(bundle, self.text_field), most) if text is not None)
 
     def units(self) -> Iterator[Unit]:
         """All units in order."""
         return (unit for bundle in self.bundles for unit in bundle)
+
+
+def read_bundle(bundle: Bundle, text_field: str) -> Iterator[str | None]:
+    """Documents of a bundle's units in order, as `read_unit` gives them."""
+    return chain.from_iterable(read_unit(unit, text_field) for unit in bundle)
+
+
+def first_documents(source: Source, count: int) -> Source:
+    """The source without what comes behind its first `count` documents, which are read to count them. Raises: UserError."""
+    kept: list[Bundle] = []
+    for bundle in source.bundles:
+        kept.append(bundle)
+        found = sum(1 for _ in islice(read_bundle(bundle, source.text_field), count))
+        if found == count:
+            return replace(source, bundles=kept, last=found)
+        count -= found
+    return source
 
 
 def source_name(spec: str, split: str | None = None) -> str:

@@ -96,7 +96,10 @@ def test_mistakes_in_a_command_line_are_found_without_torch(tmp_path: Path) -> N
         (["supervise", *launcher, "--", *config], "there is no hostfile"),
         (["supervise", "--launcher", "true", "--", *config, "--fresh"], "say where it is now with --set data.path="),
         (["hosts", "check", str(tmp_path / "hosts")], "there is no hostfile"),
-        (["prepare", "--source", "nowhere.jsonl", "--tokenizer", "x", "--output", str(data)], "nowhere.jsonl"),
+        (
+            ["prepare", "--source", "nowhere.jsonl", "--tokenizer", "./x", "--output", str(data)],
+            "./x: no such folder or file",
+        ),
     ]
     code = """
 import contextlib, io, json, sys

@@ -106,6 +106,15 @@ def test_every_document_arrives_once_and_whole(place: Path, tmp_path: Path, dedu
     assert manifest.statistics["duplicates"] == (4 if dedupe else 0)
 
 
+def test_the_first_documents_alone(place: Path, tmp_path: Path) -> None:
+    manifest = run(place, tmp_path, max_documents=7)
+    assert manifest.statistics["documents"] == manifest.statistics["max_documents"] == 7
+    assert run(place, tmp_path, max_documents=7).fingerprint == manifest.fingerprint  # finished already
+    for other in (8, None):
+        with pytest.raises(UserError, match=r"--max-documents was 7, now (8|'all')"):
+            run(place, tmp_path, max_documents=other)
+
+
 def prepare_windows(length: int) -> list[int]:
     from data_pipeline.prepare.pack import window_lengths
 

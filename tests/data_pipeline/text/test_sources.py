@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.text import sources
-from data_pipeline.text.sources import files_hash, open_source, source_name
+from data_pipeline.text.sources import files_hash, first_documents, open_source, source_name
 from tests.data_pipeline.text.texts import TEXTS, write_jsonl
 
 
@@ -107,3 +108,17 @@ def test_the_hash_is_of_names_and_sizes(tmp_path: Path) -> None:
     assert first == same != other
     assert json.dumps(first)
     assert files_hash("owner/name", []) is None
+
+
+@pytest.mark.parametrize("count", [1, 99, 100, 101, 250, 299, 300, 301, 10**6])
+def test_the_first_documents_are_those_of_the_whole_and_no_more_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr(sources, "UNIT_BYTES", 2000)
+    for part in range(3):
+        write_jsonl(tmp_path / f"{part}.jsonl", [f"document {part} {number}" for number in range(100)])
+    whole = open_source(str(tmp_path))
+    first = first_documents(whole, count)
+    assert list(first) == list(whole)[:count]
+    if count <= 300:
+        assert list(replace(first, bundles=first.bundles[:-1], last=None)) == list(first)[: -first.last]
