@@ -140,7 +140,9 @@ def judge(figures: Figures, config: DiTRun) -> list[Verdict]:
         at_least(
             3, "one-step estimate decoded at t = 0.05", figures["estimate_accuracy"][0], limits.min_estimate_accuracy
         ),
-        Verdict(5, "loss of a foreign context, by t", quarters(figures["context_gap"], "+.4f")),
+        Verdict(
+            5, "loss of a foreign context, by t", quarters(figures["context_gap"], "+.4f", figures["context_gap_error"])
+        ),
         at_most(6, "loss of the worst length / mean", ratio, limits.max_length_ratio, ".2f"),
         at_most(9, "held-out / training loss - 1", figures["generalisation_gap"], limits.max_generalisation_gap),
     ]

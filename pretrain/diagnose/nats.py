@@ -11,7 +11,7 @@ from modeling.token_statistics import unigram_nats
 from pretrain.config.schema import RunConfig
 from pretrain.diagnose.diagnosis import phase
 from pretrain.diagnose.page import FOREIGN, MODEL, TRUE
-from pretrain.diagnose.verdicts import Figures, Verdict, above, at_most
+from pretrain.diagnose.verdicts import Figures, Verdict, above, at_most, with_error
 
 
 def unigram_figures(config: RunConfig, batches: Sequence[Batch]) -> tuple[Figures, torch.Tensor]:
@@ -25,12 +25,13 @@ def unigram_figures(config: RunConfig, batches: Sequence[Batch]) -> tuple[Figure
 def nats_verdicts(figures: Figures) -> list[Verdict]:
     """Does it know language (check 1), and does it read the context (5)? Two standard errors must lie between it and what does not."""
     nats, error = figures["nats_per_token"], figures["nats_per_token_error"]
+    worth, worth_error = figures["context_nats"], figures["context_nats_error"]
     teacher = figures.get("teacher_nats")
     return [
-        Verdict(1, "nats per token", f"{nats:.4f} +- {error:.4f}"),
+        Verdict(1, "nats per token", with_error(nats, error, ".4f")),
         *([Verdict(1, "the teacher's nats per token", f"{teacher:.4f}")] if teacher is not None else []),
         at_most(1, "nats per token + 2 errors, below the unigram's", nats + 2 * error, figures["unigram_nats"]),
-        above(5, "nats that the context is worth", figures["context_nats"], 2 * figures["context_nats_error"]),
+        above(5, "nats that the context is worth", worth, 2 * worth_error, error=worth_error),
     ]
 
 

@@ -31,9 +31,9 @@ def at_least(check: int, name: str, value: float | None, limit: float, form: str
     return Verdict(check, name, f"{value:{form}}", f">= {limit:g}", bool(value >= limit))
 
 
-def above(check: int, name: str, value: float, limit: float, form: str = ".3f") -> Verdict:
-    """A verdict that passes if value > limit; nan fails."""
-    return Verdict(check, name, f"{value:{form}}", f"> {limit:g}", bool(value > limit))
+def above(check: int, name: str, value: float, limit: float, form: str = ".3f", error: float | None = None) -> Verdict:
+    """A verdict that passes if value > limit; nan fails. Beside the figure stands its standard error, where there is one."""
+    return Verdict(check, name, with_error(value, error, form), f"> {limit:g}", bool(value > limit))
 
 
 def at_most(check: int, name: str, value: float | None, limit: float, form: str = ".3f") -> Verdict:
@@ -43,9 +43,14 @@ def at_most(check: int, name: str, value: float | None, limit: float, form: str 
     return Verdict(check, name, f"{value:{form}}", f"<= {limit:g}", bool(value <= limit))
 
 
-def quarters(values: Sequence[float], form: str = ".3f") -> str:
-    """The four quarters' numbers, formatted, with spaces between."""
-    return "  ".join(f"{value:{form}}" for value in values)
+def with_error(value: float, error: float | None, form: str = ".3f") -> str:
+    """A figure and its standard error."""
+    return f"{value:{form}}" if error is None else f"{value:{form}} +- {error:{form.removeprefix('+')}}"
+
+
+def quarters(values: Sequence[float], form: str = ".3f", errors: Sequence[float] | None = None) -> str:
+    """The four quarters' numbers, formatted, with spaces between; with their standard errors, where given."""
+    return "  ".join(with_error(value, error, form) for value, error in zip(values, errors or [None] * len(values)))
 
 
 def table(verdicts: Sequence[Verdict]) -> str:

@@ -275,7 +275,9 @@ def make_parser() -> argparse.ArgumentParser:
         prog="textldm supervise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hostfile", type=Path, help="hosts of the job; without it, this machine")
-    parser.add_argument("--launcher", default="deepspeed", help='its command, e.g. "deepspeed --master_port 29501"')
+    parser.add_argument(
+        "--launcher", default="deepspeed -q", help='its command, e.g. "deepspeed --master_port 29501" (deepspeed -q)'
+    )
     parser.add_argument(
         "--max-failures", type=int, default=3, metavar="N", help="in a row, without a new checkpoint (3)"
     )

@@ -270,7 +270,7 @@ def _command(name: str, *arguments: str, **options: Any) -> list[str]:
 
 
 def _launch(script: str, *arguments: str, **options: Any) -> list[str]:
-    return ["deepspeed", "--num_accelerators", str(RANKS), script, *arguments, *_flags(options)]
+    return ["deepspeed", "-q", "--num_accelerators", str(RANKS), script, *arguments, *_flags(options)]
 
 
 def _train(config: str, run: Path, settings: dict[str, Any]) -> list[str]:

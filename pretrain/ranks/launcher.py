@@ -26,6 +26,23 @@ def first_launchers() -> tuple[int, int] | None:
     return launchers()
 
 
+def missing_hostfile() -> str | None:
+    """The hostfile that `deepspeed` was given and did not find, whereupon it goes on with this machine alone; None if all is well."""
+    with contextlib.suppress(psutil.Error, AttributeError):  # no parent's parent
+        runner = psutil.Process(os.getppid()).parent()
+        return _named_but_missing(runner.cmdline(), runner.cwd()) if launchers() else None
+    return None
+
+
+def _named_but_missing(words: list[str], folder: str) -> str | None:
+    for word, following in itertools.pairwise([*words, ""]):
+        option, equals, value = word.partition("=")
+        if option in ("-H", "--hostfile"):
+            path = value if equals else following
+            return None if os.path.isfile(os.path.join(folder, path)) else path
+    return None
+
+
 def stop_signals() -> list[signal.Signals]:
     """By which a scheduler, or a terminal that hangs up, asks a job to end; not those that this process ignores, under nohup."""
     asked = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
