@@ -3,7 +3,9 @@
 import argparse
 import importlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +73,21 @@ raise SystemExit(f"imported {{slow}}" if slow else 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [["pretrain/train.py"], ["data_pipeline/cache_features.py"], ["-m", "pretrain", "cache"]]
+)
+def test_an_interrupt_during_the_imports_is_silent(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "pydantic.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, *command, "--config", "vae_base"], cwd=root, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{root}"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_mistakes_in_a_command_line_are_found_without_torch(tmp_path: Path) -> None:

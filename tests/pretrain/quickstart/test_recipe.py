@@ -245,7 +245,7 @@ def test_the_whole_recipe_on_a_handful_of_documents(tmp_path, monkeypatch, capfd
     for name in ("losses.png", "denoising.png", "export/model.safetensors", "export/textldm.py"):
         assert (output / name).stat().st_size > 0
     printed = capfd.readouterr().out
-    assert "$ deepspeed --num_accelerators 2 pretrain/train.py" in printed
+    assert "$ deepspeed -q --num_accelerators 2 pretrain/train.py" in printed
     recipe.run(plan)  # nothing left to do
     assert capfd.readouterr().out.count("done before") == len(figures["step_seconds"])
 
