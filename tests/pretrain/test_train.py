@@ -418,6 +418,19 @@ def test_fresh_puts_the_old_run_aside(tmp_path: Path, data: Path) -> None:
     assert (tmp_path / "run").exists()  # a mistake puts nothing aside
 
 
+def test_a_start_that_fails_leaves_no_folder(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("the VAE has another width")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pretrain.session.build", fail)
+        assert start(make_config(tmp_path, data)) == EXIT_USER
+    assert "another width" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
+
+
 @pytest.mark.parametrize("flags", [[], ["--fresh"]])
 def test_a_run_in_use_is_left_alone(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str]
