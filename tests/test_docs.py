@@ -101,10 +101,9 @@ def understood_by(name: str, arguments: list[str]) -> None:
         return  # a name, not a command line
     if name == "prepare" and arguments[0] in ("inspect", "verify"):
         return
-    below = next((a for a in parser_of(name)._actions if isinstance(a, argparse._SubParsersAction)), None)
-    if below is not None and len(arguments) == 1:
-        assert arguments[0] in below.choices
-        return
+    choices = [choice for action in parser_of(name)._actions for choice in action.choices or ()]
+    if len(arguments) == 1 and arguments[0] in choices:
+        return  # the name of a part of a command
     parsed = parser_of(name).parse_args(arguments)
     if name == "train":
         load_config(parsed.config, [*parsed.set, *([f"train.run={parsed.run}"] if parsed.run else [])])
