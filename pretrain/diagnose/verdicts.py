@@ -50,7 +50,8 @@ def with_error(value: float, error: float | None, form: str = ".3f") -> str:
 
 def quarters(values: Sequence[float], form: str = ".3f", errors: Sequence[float] | None = None) -> str:
     """The four quarters' numbers, formatted, with spaces between; with their standard errors, where given."""
-    return "  ".join(with_error(value, error, form) for value, error in zip(values, errors or [None] * len(values)))
+    beside: Sequence[float | None] = errors or [None] * len(values)
+    return "  ".join(with_error(value, error, form) for value, error in zip(values, beside))
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
