@@ -67,7 +67,7 @@ def remove_unstarted(run: Path) -> Callable[[], None]:
         return lambda: None
 
     def remove() -> None:
-        if (run / CONFIG_NAME).exists():
+        if not run.is_dir() or (run / CONFIG_NAME).exists():
             return
         for path in run.iterdir():
             if path.is_dir():
