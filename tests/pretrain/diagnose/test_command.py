@@ -170,7 +170,8 @@ HEALTHY = {
     "repa_cosine_excess": 0.3, "flow_loss": [0.5, 0.5, 1.0, 1.0], "blind_floor_removed": [0.5] * 4,
     "covariance_floor_removed": [0.4] * 4, "nats_per_token": 4.5, "nats_per_token_error": 0.1, "unigram_nats": 5.8,
     "context_nats": 0.2, "context_nats_error": 0.05,
-    "estimate_accuracy": [0.99], "context_gap": [0.01, 0.02, 0.03, -0.001], "loss_by_target_length": {"<= 16": 0.9},
+    "estimate_accuracy": [0.99], "context_gap": [0.01, 0.02, 0.03, -0.001], "context_gap_error": [0.001] * 4,
+    "loss_by_target_length": {"<= 16": 0.9},
     "generalisation_gap": 0.01, "guidance_scale": 7.0, "latent_rms": 1.0, "distinct_2_ratio": 0.9, "entropy_ratio": 1.0,
     "guidance_sweep": [], "real_word_share": 0.95, "copied_share": 0.02, "true_copied_share": 0.01,
 }  # fmt: skip
