@@ -18,6 +18,7 @@ from pretrain.diagnose import __main__ as diagnose
 from pretrain.diagnose import model_checks
 from pretrain.diagnose.dit import judge
 from pretrain.diagnose.verdicts import table
+from pretrain.runs.folder import config_of
 from pretrain.stages.dit_config import DiTRun
 from tests.pretrain import tiny_run
 
@@ -107,7 +108,7 @@ def test_a_moved_run_is_diagnosed_where_it_is(runs: Path, tmp_path: Path) -> Non
 
 
 def test_the_ema_weights_are_measured(runs: Path) -> None:
-    config = diagnose.config_of(runs / "vae", [])
+    config = config_of(runs / "vae", [])
     path = diagnose.checkpoint_of(runs / "vae")
     stage = diagnose.load_stage(config, path, torch.device("cpu"))
     ema = read_tensors(path, "ema")
