@@ -1,13 +1,17 @@
 """The one error class for users' mistakes, and the wrapper that every command's `main` runs under."""
 
+import contextlib
 import functools
 import io
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
 
 from data_pipeline.core.home import settle_home
+from data_pipeline.core.telling import Tellable, tellable
 
 EXIT_USER = 2
 """The exit code of a user's mistake."""
@@ -19,7 +23,17 @@ _REASON_CHARACTERS = 800
 
 
 class UserError(ValueError):
-    """Bad input: the message says what was found, what was expected and what to do. Commands print it without a traceback."""
+    """Bad input: the message says what was found, what was expected and what to do. Commands print it without a traceback.
+
+    Names and contents of files go into messages as they are: control characters and passwords do not come out (telling.py).
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(tellable(message))
+
+
+ENDINGS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+"""What is not an error of whatever raised it. Everything else may be one: libraries in Rust panic with a bare BaseException."""
 
 
 def reason(error: BaseException) -> str:
@@ -55,7 +69,7 @@ def check_arguments(argv: Sequence[str]) -> None:
 def cli(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
     """Wrap a command's `main(argv)`: a UserError becomes one line on stderr and exit code 2, Ctrl-C becomes 130.
 
-    TEXTLDM_TRACEBACK=1 in the environment prints the traceback before that line.
+    TEXTLDM_TRACEBACK=1 in the environment prints the traceback before that line. What is printed is `tellable`.
     """
 
     @functools.wraps(main)
@@ -63,12 +77,15 @@ def cli(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
         settle_home()
         if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold what no encoding can print
             sys.stdout.reconfigure(errors="backslashreplace")
+        sys.excepthook = _tell_exception
         try:
             check_arguments(sys.argv[1:] if argv is None else argv)
-            return main(argv) or 0
+            stdout: Any = Tellable(sys.stdout)
+            with contextlib.redirect_stdout(stdout):
+                return main(argv) or 0
         except UserError as error:
             if os.environ.get(TRACEBACK, "") not in ("", "0"):
-                traceback.print_exc()
+                _tell_exception(type(error), error, error.__traceback__)
             print(f"error: {error}", file=sys.stderr)
             return EXIT_USER
         except KeyboardInterrupt:
@@ -79,3 +96,7 @@ def cli(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
             return 0
 
     return run
+
+
+def _tell_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(tellable("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)

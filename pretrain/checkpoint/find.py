@@ -143,8 +143,16 @@ def _barrier() -> None:
     barrier()
 
 
+def unaltered(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint itself, its files as its manifest says. Raises: UserError."""
+    manifest = read_manifest(checkpoint)
+    check_sizes(manifest)
+    check_hashes(manifest)
+    return checkpoint
+
+
 def checkpoint_at(run: Path, step: int) -> Checkpoint:
-    """A run's checkpoint of a step, unchecked. Raises: UserError with the steps that there are."""
+    """A run's checkpoint of a step, unchecked (`unaltered`). Raises: UserError with the steps that there are."""
     if step not in saved_steps(run):
         there_are = ", ".join(map(str, reversed(saved_steps(run)))) or "none"
         raise UserError(f"{run} has no checkpoint of step {step}; it has {there_are}")
@@ -152,13 +160,13 @@ def checkpoint_at(run: Path, step: int) -> Checkpoint:
 
 
 def checkpoint_of(run: str | Path, named_by: str = "") -> Checkpoint:
-    """The newest complete checkpoint of a run folder, or the checkpoint itself when its folder is named. Raises: UserError, which says
-    that the option or key `named_by` tells where a folder is that has been moved.
+    """The newest complete checkpoint of a run folder, or the checkpoint whose folder is named; hashed in either case. Raises: UserError,
+    which says that the option or key `named_by` tells where a folder is that has been moved.
     """
     path = Path(run)
     if (path / MANIFEST).is_file():
         path = path.absolute()  # "." has no name
-        return Checkpoint(Folder(path.parent), path.name)
+        return unaltered(Checkpoint(Folder(path.parent), path.name))
     found = newest_complete(path) if path.is_dir() else None
     if found is None:
         raise UserError(

@@ -1,20 +1,27 @@
 """What a checkpoint says of itself, in manifest.json: the step, the parameters with their states, and the hash of every file.
 
-The file holds the hash of its own content, too. It is written last, so a checkpoint that has one is complete.
+The file holds the hash of its own content, too. It is written last, so a checkpoint that has one is complete. It may come from
+anywhere: it names files by a grammar, and sizes that the files are held against before anything is allocated (slices.py).
 """
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.outside import parse_json, read_at_most
 from pretrain.checkpoint.storage import Checkpoint, Folder
 from pretrain.engine.parameter import Parameter
 
 FORMAT = "textldm-checkpoint-2"
 MANIFEST = "manifest.json"
 HASH_CHUNK_BYTES = 1 << 24
+_FILE = re.compile(r"rank-[0-9]{5,}\.safetensors")
+_Count = Annotated[int, Field(ge=0, lt=1 << 48)]
 
 
 @dataclass(frozen=True)
@@ -67,27 +74,65 @@ class Manifest:
         return self.parameters[name].shape
 
 
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _File(_Strict):
+    bytes: _Count
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class _Parameter(_Strict):
+    shape: list[_Count] = Field(max_length=8)
+    decays: bool
+    states: list[str]
+
+
+class _Content(_Strict):
+    """What manifest.json may hold."""
+
+    step: NonNegativeInt
+    updates: NonNegativeInt
+    world_size: NonNegativeInt
+    zero_stage: NonNegativeInt
+    precision: str
+    parameters: dict[str, _Parameter]
+    aliases: dict[str, str]
+    files: dict[Annotated[str, Field(pattern=_FILE)], _File]
+    extra: dict[str, Any]
+    versions: dict[str, str]
+    format: str
+
+
 def read_manifest(checkpoint: Checkpoint) -> Manifest:
     """The manifest of a checkpoint, its own hash checked. Raises: UserError with the reason."""
     try:
         with checkpoint.read(MANIFEST) as file:
-            content = json.loads(file.read())
+            content = parse_json(read_at_most(file))
         stated = content.pop("sha256")
         if content.get("format") != FORMAT:
             raise UserError(f"{checkpoint} has format {content.get('format')!r}; this version reads {FORMAT!r}")
         if stated != _digest(content):
             raise UserError(f"{checkpoint}/{MANIFEST} was altered: its content does not have the hash that it states")
-        content["files"] = {name: SavedFile(**file) for name, file in content["files"].items()}
-        content["parameters"] = {
-            name: Parameter(tuple(saved["shape"]), saved["decays"], tuple(saved["states"]))
-            for name, saved in content["parameters"].items()
+        checked = _Content.model_validate(content)
+        files = {name: SavedFile(file.bytes, file.sha256) for name, file in checked.files.items()}
+        parameters = {
+            name: Parameter(tuple(saved.shape), saved.decays, tuple(saved.states))
+            for name, saved in checked.parameters.items()
         }
-        return Manifest(**content, checkpoint=checkpoint)
+        return Manifest(**dict(checked) | {"files": files, "parameters": parameters}, checkpoint=checkpoint)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{checkpoint}/{MANIFEST} is not what training writes: {place}: {first['msg']} (found {first['input']!r:.80})"
+        ) from None
     except FileNotFoundError:
         raise UserError(
             f"{checkpoint} has no {MANIFEST}: the save was not finished, or this is not a checkpoint"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{checkpoint}/{MANIFEST} cannot be read: {error}") from None

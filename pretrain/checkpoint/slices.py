@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.outside import parse_json
 from pretrain.checkpoint.manifest import Manifest, SavedFile
 from pretrain.checkpoint.storage import Checkpoint
 
@@ -89,26 +90,40 @@ class _Entry:
 
 
 def _entries(file: BinaryIO) -> Iterator[tuple[str, _Entry]]:
-    """All tensors of a safetensors file by name. Raises: ValueError, KeyError, ... if it is none."""
+    """All tensors of a safetensors file by name. Raises: ValueError, KeyError, ... if it is none, or they do not share out its bytes."""
     size = file.seek(0, 2)
     file.seek(0)
     (length,) = struct.unpack("<Q", file.read(8))
     if length > min(size - 8, MAX_HEADER_BYTES):
         raise ValueError(f"its header would have {length} bytes")
-    header = json.loads(file.read(length))
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
+    header = parse_json(file.read(length), _once)
+    header.pop("__metadata__", None)
+    taken = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (begin, end) = _TORCH_DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-        if not 0 <= begin <= end <= size - 8 - length or end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name} does not lie within it")
+        if not all(type(number) is int and 0 <= number < 1 << 48 for number in (*shape, begin, end)):
+            raise ValueError(f"{name} has the shape {list(shape)!r:.80} at {begin!r:.40}")
+        # Each byte is one tensor's: else a small file could ask for any amount of memory.
+        if begin != taken or end > size - 8 - length or end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} does not lie within it, side by side with the others")
+        taken = end
         yield name, _Entry(file, dtype, shape, 8 + length + begin)
+    if taken != size - 8 - length:
+        raise ValueError(f"{size - 8 - length - taken} of its bytes are no tensor's")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises: ValueError for a name that stands twice."""
+    if len(found := dict(pairs)) != len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return found
 
 
 class SliceReader:
     """All slices of a checkpoint by state and parameter, read range by range. A context manager.
 
-    Raises: UserError if a file cannot be read or a wanted range is not covered.
+    They are held against the manifest before anything is read: every element of every state once, none twice, none besides.
+    Raises: UserError if they are not, or a file cannot be read.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -123,13 +138,48 @@ class SliceReader:
                 for key, entry in _entries(file):
                     state, _, rest = key.partition("/")
                     if state == BUFFER:
+                        if rest in self._buffers or rest in manifest.parameters or rest in manifest.aliases:
+                            raise ValueError(f"buffer {rest} has the name of a parameter or of another buffer")
                         self._buffers[rest] = entry
                     else:
                         parameter, _, start = rest.rpartition("@")
-                        self._slices.setdefault((state, parameter), []).append((int(start), entry))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+                        self._slices.setdefault((state, parameter), []).append((_place(start), entry))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, struct.error) as error:
                 self.__exit__()
                 raise UserError(f"{manifest.checkpoint}/{name} cannot be read: {error}") from None
+        try:
+            self._check_cover()
+        except UserError:
+            self.__exit__()
+            raise
+
+    def _check_cover(self) -> None:
+        expected = {
+            (state, name): parameter.numel
+            for name, parameter in self.manifest.parameters.items()
+            for state in parameter.states
+        }
+        for state, parameter in self._slices.keys() - expected.keys():
+            raise UserError(f"{self.manifest.checkpoint} holds {state}/{parameter}, which its manifest does not name")
+        for (state, parameter), numel in expected.items():
+            covered = 0
+            for start, entry in sorted(self._slices.get((state, parameter), []), key=lambda slice_: slice_[0]):
+                if len(entry.shape) != 1 or entry.dtype != torch.float32:
+                    raise UserError(
+                        f"{self.manifest.checkpoint}: {state}/{parameter}@{start} is {entry.dtype} {list(entry.shape)}, expected"
+                        " torch.float32 of one dimension"
+                    )
+                if start != covered:
+                    what = "more than once" if start < covered else "not at all"
+                    raise UserError(
+                        f"{self.manifest.checkpoint} is broken: it holds elements of {state}/{parameter} {what}, between"
+                        f" {min(start, covered)} and {max(start, covered)}"
+                    )
+                covered += entry.shape[0]
+            if covered != numel:
+                raise UserError(
+                    f"{self.manifest.checkpoint} is incomplete: {covered} of {numel} elements of {state}/{parameter}"
+                )
 
     def __enter__(self) -> "SliceReader":
         return self
@@ -144,7 +194,7 @@ class SliceReader:
         host = target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
         for begin, entry in self._slices.get((state, parameter), []):
             low, high = max(begin, start), min(begin + entry.shape[0], end)
-            if low < high and entry.dtype == target.dtype:
+            if low < high:
                 entry.read_into(host[low - start : high - start], low - begin)
                 covered += high - low
         if covered != target.numel():
@@ -168,6 +218,13 @@ class SliceReader:
             found[name] = torch.empty(entry.shape, dtype=entry.dtype)
             entry.read_into(found[name], 0)
         return found
+
+
+def _place(text: str) -> int:
+    """The element from which on a slice holds them. Raises: ValueError."""
+    if not text.isdecimal() or len(text) > 15:
+        raise ValueError(f"a slice begins at {text[:40]!r}")
+    return int(text)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
