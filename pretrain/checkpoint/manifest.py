@@ -6,7 +6,6 @@ anywhere: it names files by a grammar, and sizes that the files are held against
 
 import hashlib
 import json
-import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any
 
@@ -20,7 +19,7 @@ from pretrain.engine.parameter import Parameter
 FORMAT = "textldm-checkpoint-2"
 MANIFEST = "manifest.json"
 HASH_CHUNK_BYTES = 1 << 24
-_FILE = re.compile(r"rank-[0-9]{5,}\.safetensors")
+_FILE = r"^rank-[0-9]{5,}\.safetensors$"  # no separators: a manifest cannot point out of its folder
 _Count = Annotated[int, Field(ge=0, lt=1 << 48)]
 
 

@@ -97,5 +97,7 @@ def verify(checkpoint: Checkpoint) -> Manifest:
     manifest = read_manifest(checkpoint)
     check_sizes(manifest)
     check_hashes(manifest)
-    with SliceReader(manifest):  # holds the slices against the manifest, whose hash is checked, too: no more can be wrong
+    with SliceReader(
+        manifest
+    ):  # holds the slices against the manifest, whose hash is checked, too: no more can be wrong
         return manifest

@@ -9,12 +9,14 @@ import pytest
 from data_pipeline.core.errors import UserError
 from pretrain.checkpoint.find import (
     checkpoint_at,
+    checkpoint_of,
     complete_steps,
     discard_after,
     had_checkpoints,
     newest_complete,
     put_aside_after,
     saved_steps,
+    unaltered,
 )
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.read import read_tensors, verify
@@ -105,6 +107,20 @@ def test_complete_are_those_whose_files_are_there_in_their_sizes(tmp_path: Path)
     damaged = tmp_path / "checkpoints" / "step-000000006" / "rank-00000.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert complete_steps(tmp_path) == {2: read_manifest(checkpoint_at(tmp_path, 2)).fingerprint}
+
+
+def test_attack_7e_a_checkpoint_that_is_named_is_hashed_before_it_is_used(tmp_path: Path):
+    """As large as before and with a right header, but with another weight in it."""
+    named = Path(str(save(tmp_path, 1, bare_engine(seed=1))))
+    assert checkpoint_of(named).name == named.name
+    content = bytearray((named / "rank-00000.safetensors").read_bytes())
+    content[-1] ^= 1
+    (named / "rank-00000.safetensors").write_bytes(content)
+    for use in (checkpoint_of, read_tensors):
+        with pytest.raises(UserError, match="was altered: its SHA-256"):
+            use(named)
+    with pytest.raises(UserError, match="was altered: its SHA-256"):
+        unaltered(checkpoint_at(tmp_path, 1))
 
 
 def test_the_same_step_can_be_saved_again_after_a_rewind(tmp_path: Path):
