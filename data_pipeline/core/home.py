@@ -5,6 +5,7 @@ Libraries ask for both at unexpected places (torch's compiler the name, Triton a
 
 import getpass
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -40,14 +41,27 @@ def settle_home() -> None:
 
 
 def temporary_home() -> Path:
-    """A folder of this user's alone below the temporary folder, the same for all of the user's processes if it can be."""
+    """A folder of this user's alone below the temporary folder, the same for all of the user's processes if it can be.
+
+    Its name is known to others, who may have made it first: then it is not taken.
+    """
     folder = Path(tempfile.gettempdir()) / f"textldm-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        owned = folder.lstat().st_uid == os.getuid() and folder.is_dir() and not folder.is_symlink()
+        status = folder.lstat()
+        is_private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
     except OSError:
-        owned = False
-    return folder if owned else Path(tempfile.mkdtemp(prefix=folder.name))
+        is_private = False
+    return folder if is_private else Path(tempfile.mkdtemp(prefix=folder.name))
+
+
+def is_own(folder: Path) -> bool:
+    """Whether no other user made the folder or may write to it; of the home's owner's, a container's root may be the user."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return True  # it is not there yet
+    return status.st_uid in (os.getuid(), Path.home().stat().st_uid) and not status.st_mode & stat.S_IWOTH
 
 
 def can_be_made(folder: Path) -> bool:

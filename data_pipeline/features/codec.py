@@ -23,12 +23,15 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as safetensors_bytes
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.outside import parse_json
 from data_pipeline.core.storage import atomic_write, read_bytes
 from data_pipeline.features.ngram_means import NgramMeans
 from data_pipeline.features.quantise import code_bytes, codebook, dequantise, pack, scale_codes, scale_values
 from data_pipeline.reading.batch import CodedFeatures
 
 FORMAT = 1
+LARGEST_BYTES = 1 << 34
+"""Of a codec's file, n-gram tables above all."""
 EXACT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -238,10 +241,10 @@ def load_codec(path: str | Path) -> Codec:
     """
     folder, _, name = str(path).rpartition("/")
     try:
-        data = read_bytes(folder or ".", name)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return _from_tensors(load_safetensors(data), json.loads(header["__metadata__"]["codec"]))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
+        data = read_bytes(folder or ".", name, LARGEST_BYTES)
+        header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return _from_tensors(load_safetensors(data), parse_json(header["__metadata__"]["codec"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, OverflowError, MemoryError) as error:
         raise UserError(f"{path}: not a readable feature codec ({error}); cache the features again") from error
 
 

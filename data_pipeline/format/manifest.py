@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from data_pipeline.core import storage
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.outside import parse_json
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -238,7 +239,7 @@ def load_checked(kind: type[AnyManifest], folder: object, remedy: str, where: st
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     try:
-        fields = json.loads(text, object_pairs_hook=_no_duplicates)
+        fields = parse_json(text, _no_duplicates)
         manifest = kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
@@ -246,7 +247,11 @@ def load_checked(kind: type[AnyManifest], folder: object, remedy: str, where: st
         raise UserError(
             f"{path}: {place or 'the whole file'}: {first['msg']} (found {first['input']!r:.80}); {remedy}"
         ) from None
-    except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8, a duplicate key, or endless brackets
+    except (
+        ValueError,
+        RecursionError,
+        MemoryError,
+    ) as error:  # invalid JSON or UTF-8, a duplicate key, or endless brackets
         raise UserError(f"{path} is not a manifest: {error}; {remedy}") from None
     expected = fingerprint(manifest.content())
     if manifest.fingerprint != expected:

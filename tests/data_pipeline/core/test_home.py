@@ -57,6 +57,46 @@ def test_a_home_that_can_be_written_stays(tmp_path: Path) -> None:
     assert not os.environ.keys() & CACHES.keys()
 
 
+@pytest.mark.parametrize("planted", ["open to all", "open to the group", "a link", "a file", "another's"])
+def test_attack_4_a_temporary_home_that_somebody_else_made_first_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: str
+) -> None:
+    """Its name is known: whoever comes first could leave caches and code there, or read what is written."""
+    known = tmp_path / "tmp" / f"textldm-{os.getuid()}"
+    if planted == "a link":
+        (tmp_path / "theirs").mkdir(mode=0o700)
+        known.symlink_to(tmp_path / "theirs")
+    elif planted == "a file":
+        known.touch()
+    else:
+        known.mkdir()
+        known.chmod({"open to all": 0o777, "open to the group": 0o770}.get(planted, 0o700))
+    if planted == "another's":
+        other = os.getuid() + 1
+        known.rename(tmp_path / "tmp" / f"textldm-{other}")
+        monkeypatch.setattr(os, "getuid", lambda: other)
+    found = temporary_home()
+    assert found.parent == tmp_path / "tmp"
+    assert found.name != f"textldm-{os.getuid()}"
+    assert found.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("planted", ["open to all", "another's", ""])
+def test_attack_4_a_cache_that_somebody_else_made_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: str
+) -> None:
+    """As where XDG_CACHE_HOME is a folder of several users."""
+    os.environ["HOME"], os.environ["XDG_CACHE_HOME"] = str(tmp_path), str(tmp_path / "shared")
+    cache = tmp_path / "shared" / "textldm"
+    cache.mkdir(parents=True)
+    cache.chmod(0o777 if planted == "open to all" else 0o755)
+    if planted == "another's":
+        if os.getuid():
+            pytest.skip("only root can give a folder away")
+        os.chown(cache, 12345, -1)
+    assert (user_cache() == cache) is (planted == "")
+
+
 @pytest.mark.parametrize("models", [True, False])
 def test_of_a_read_only_home_only_the_caches_move(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: bool

@@ -1,9 +1,11 @@
 """Prepared folders behind URLs: the same batches, a bounded cache, patience with a bad network and clear words at its end."""
 
+import contextlib
 import http.server
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -224,3 +226,142 @@ def test_a_folder_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "b"):
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_attack_1a_eviction_touches_only_its_own_files(prepared: Path, server: str, tmp_path: Path) -> None:
+    """The cache's folder may be one that holds everything else that somebody has."""
+    foreign = ["photos.tar", "a.tar", f"{'0' * 63}.tar", f"{'0' * 64}.tar.gz", f"{'G' * 64}.tar", f"x{'0' * 64}.tar"]
+    for name in foreign:
+        (tmp_path / name).write_bytes(bytes(100_000))
+        os.utime(tmp_path / name, (1, 1))
+    (tmp_path / f"{'1' * 64}.tar").mkdir()
+    (tmp_path / f"{'2' * 64}.tar").symlink_to(tmp_path / "photos.tar")
+    (tmp_path / f"{'3' * 64}.tar").write_bytes(bytes(100_000))
+    os.utime(tmp_path / f"{'3' * 64}.tar", (1, 1))
+    info = Manifest.load(prepared).splits["train"][0]
+    path = ShardFiles(server, str(tmp_path), cache_gigabytes=(info.bytes + 1) / 1e9).path(
+        info.name, info.bytes, info.sha256
+    )
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*foreign, path.name, f"{'1' * 64}.tar", f"{'2' * 64}.tar"}
+
+
+class Hostile(http.server.BaseHTTPRequestHandler):
+    """Answers with what the test says: a function of this handler."""
+
+    answer: Callable[["Hostile"], object]
+    sent = 0
+
+    def do_GET(self) -> None:
+        with contextlib.suppress(OSError):
+            type(self).answer(self)
+
+    def endless(self, piece: bytes = bytes(1 << 16), pause_s: float = 0.0) -> None:
+        self.send_response(200)
+        self.end_headers()
+        for _ in range(1 << 12):  # 256 MiB in all
+            self.wfile.write(piece)
+            type(self).sent += len(piece)
+            time.sleep(pause_s)
+
+    def elsewhere(self, place: str) -> None:
+        self.send_response(302)
+        self.send_header("Location", place)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hostile() -> Iterator[str]:
+    Hostile.sent = 0
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hostile) as instance:
+        instance.daemon_threads = True
+        threading.Thread(target=instance.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{instance.server_port}"
+        instance.shutdown()
+
+
+def test_attack_9a_no_more_is_written_than_was_promised(
+    hostile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_RETRY_SECONDS", (0.01,))
+    Hostile.answer = Hostile.endless
+    with pytest.raises(UserError, match="more than the 1000 bytes"):
+        ShardFiles(hostile, str(tmp_path)).path("train-00000.tar", 1000, "0" * 64)
+    assert Hostile.sent < 1 << 27
+    assert not list(tmp_path.iterdir())
+
+
+def test_attack_9a_a_shard_that_the_cache_cannot_hold_is_not_asked_for(hostile: str, tmp_path: Path) -> None:
+    Hostile.answer = Hostile.endless
+    with pytest.raises(UserError, match=r"281,474,976,710,655 bytes.*data\.cache_gigabytes"):
+        ShardFiles(hostile, str(tmp_path)).path("train-00000.tar", (1 << 48) - 1, "0" * 64)
+    assert Hostile.sent == 0
+
+
+def test_attack_9b_a_manifest_has_an_end(hostile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Hostile.answer = Hostile.endless
+    monkeypatch.setattr(storage.read_bytes, "__defaults__", (1 << 20,))
+    with pytest.raises(UserError, match=r"manifest\.json: cannot be read \(more than the 1,048,576 bytes"):
+        Manifest.load(hostile)
+    assert Hostile.sent < 1 << 27
+
+
+def test_attack_9c_a_server_that_drips_is_given_up(
+    hostile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte now and then keeps every timeout of a socket from running out."""
+    monkeypatch.setattr(storage, "_RETRY_SECONDS", (0.01,))
+    monkeypatch.setattr(storage, "PATIENCE_S", 0.2)
+    Hostile.answer = partial(Hostile.endless, piece=b"x", pause_s=0.05)
+    with pytest.raises(UserError, match=r"TimeoutError: only \d+ bytes in"):
+        ShardFiles(hostile, str(tmp_path)).path("train-00000.tar", 1 << 20, "0" * 64)
+    with pytest.raises(UserError, match=r"TimeoutError: only \d+ bytes in"):
+        Manifest.load(hostile)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "http://localhost:{port}/",  # another name for what only this machine reaches
+        "https://169.254.169.254/latest/meta-data/",
+        "https://10.0.0.1/",
+        "https://[::1]/",
+        "http://example.com/",
+        "file:///etc/passwd",
+        "ftp://127.0.0.1/",
+    ],
+)
+def test_attack_9d_redirects_lead_nowhere_inside(hostile: str, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    Hostile.answer = partial(Hostile.elsewhere, place=place.format(port=hostile.rpartition(":")[2]))
+    with pytest.raises(UserError, match=r"redirects to|not allowed"):
+        storage.read_bytes(hostile, "manifest.json")
+
+
+def test_redirects_to_the_same_host_are_followed_a_few_times(prepared: Path, server: str, hostile: str) -> None:
+    Hostile.answer = lambda handler: handler.elsewhere(f"{server}{handler.path}")
+    assert Manifest.load(hostile) == Manifest.load(prepared)
+    Hostile.answer = lambda handler: handler.elsewhere(handler.path)
+    with pytest.raises(UserError, match="redirect"):
+        Manifest.load(hostile)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o027, 0o640), (0o002, 0o664)])
+def test_attack_13_the_umask_is_honoured_and_private_files_are_private(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "deep" / "a", "x")
+        with atomic_write(tmp_path / "b", private=True) as file:
+            file.write(b"x")
+            (written,) = tmp_path.glob(".b.*")
+            assert written.stat().st_mode & 0o777 == 0o600
+        with atomic_folder(tmp_path / "c"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "deep" / "a").stat().st_mode & 0o777 == mode
+    assert (tmp_path / "deep").stat().st_mode & 0o777 == 0o777 & ~umask
+    assert (tmp_path / "c").stat().st_mode & 0o777 == 0o777 & ~umask
+    assert (tmp_path / "b").stat().st_mode & 0o777 == 0o600
