@@ -5,23 +5,30 @@ heartbeats/rank-00000.json        written every few seconds by a thread of the r
 
 import contextlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
+from pydantic import ConfigDict, Field, NonNegativeInt
+from pydantic.dataclasses import dataclass
+
+from data_pipeline.core.outside import parse_json
 from data_pipeline.core.storage import write_text
 
 FOLDER = "heartbeats"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Heartbeat:
-    """A rank's sign of life at `time` (seconds since 1970): for `stuck_s` seconds in this phase of this step."""
+    """A rank's sign of life at `time` (seconds since 1970): for `stuck_s` seconds in this phase of this step.
 
-    rank: int
+    Signals are sent to its `pid` (jobs/supervise.py), so a file that holds anything else is none.
+    """
+
+    rank: NonNegativeInt
     host: str
-    pid: int
-    step: int
+    pid: Annotated[int, Field(gt=0, lt=1 << 31)]
+    step: NonNegativeInt
     phase: str
     stuck_s: float
     time: float
@@ -35,7 +42,7 @@ class Heartbeat:
     def read(cls, path: Path) -> Self | None:
         """The heartbeat in a file; None if the file is missing, or was written by another version."""
         with contextlib.suppress(OSError, ValueError, TypeError):
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            return cls(**parse_json(path.read_text(encoding="utf-8")))
         return None
 
 

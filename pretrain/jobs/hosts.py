@@ -6,7 +6,10 @@
 deepspeed starts the other hosts' processes by ssh, with hardly any of this shell's variables and without noticing a
 host that is gone. So `export` names a file with the variables that matter there (DS_ENV_FILE; the user's own
 .deepspeed_env is part of it and wins), and lets ssh ask for signs of life. Ports, users and keys belong in ~/.ssh/config,
-which everything here and deepspeed obey.
+which everything here and deepspeed obey. That file is this user's alone and goes when the job or the shell ends.
+
+deepspeed makes one shell command for the other hosts out of names, values and arguments, and quotes hardly any of it. So names have
+a grammar here, arguments are quoted for that shell, and what no quoting carries is refused.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,17 +30,24 @@ from pathlib import Path
 
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.core.home import settle_home
+from data_pipeline.core.outside import HOST, VARIABLE, WORD, named, parse_json
 from data_pipeline.core.storage import atomic_write, user_cache
+from data_pipeline.core.telling import is_secret, printable
 
 FORWARDED = re.compile(
     r"(OMP|MKL|KMP|GLOO|NCCL|UCX|CUDA|PYTORCH|TORCH|TORCHINDUCTOR|TRITON|HF|TOKENIZERS|WANDB|DS)_\w+|LD_LIBRARY_PATH"
-    r"|XDG_CACHE_HOME"
+    r"|XDG_CACHE_HOME",
+    re.ASCII,
 )
-KEPT_HERE = re.compile(r"\w*(KEY|TOKEN(?!IZERS)|SECRET|PASSWORD)\w*|DS_ENV_FILE|CUDA_VISIBLE_DEVICES")
-"""Secrets would be seen in process lists (put them into each host's files); the others are each host's own matter."""
-UNSAFE = re.compile(r"[\"'`$\\\n]")
+KEPT_HERE = ("DS_ENV_FILE", "CUDA_VISIBLE_DEVICES")
+"""Each host's own matter. So are secrets, which would be seen in process lists: put them into each host's files."""
+BY_DEEPSPEED = re.compile(r"(MLFLOW|PYTHON|MV2|UCX|NCCL|LD_LIBRARY|PATH)")
+"""What the names of variables begin with that deepspeed itself passes on."""
+UNSAFE = re.compile(r"[\"'`$\\\x00-\x1f\x7f]")
 """deepspeed pastes a value into a shell command, in double quotes at best."""
 MADE_HERE = re.compile(r"deepspeed_env-[0-9a-f]{12}")
+FORGOTTEN_S = 7 * 86400
+"""An older one is of no shell any more."""
 USERS_FILE = "TEXTLDM_DS_ENV_FILE"
 """The DS_ENV_FILE of the user, of which the one that `launch_variables` made has taken the place."""
 SSH_OPTIONS = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ConnectTimeout=10"
@@ -51,7 +62,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        match = re.match(r"(\S+)\s+slots=(\d+)\s*(#.*)?$", line.strip())
+        match = re.match(rf"({HOST.pattern})\s+slots=([0-9]{{1,5}})\s*(#.*)?$", line.strip(), re.ASCII)
         if not match or match[1] in hosts or not int(match[2]):
             reason = f"{match[1]} again" if match and match[1] in hosts else repr(line)
             raise UserError(f"{path}, line {number}: found {reason}; expected one line a host, like `node01 slots=8`")
@@ -62,9 +73,14 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that another host's processes need. Raises: UserError for a value that no shell command can hold."""
+    """The variables that another host's processes need. Raises: UserError for a value that no shell command can hold.
+
+    The user's own file may name any variable, a secret too.
+    """
     found = {
-        name: value for name, value in environ.items() if FORWARDED.fullmatch(name) and not KEPT_HERE.fullmatch(name)
+        name: value
+        for name, value in environ.items()
+        if FORWARDED.fullmatch(name) and name not in KEPT_HERE and not is_secret(name, value)
     }
     settle_home()
     for folder in (Path.home(), Path(".")):  # deepspeed's own order: the later one wins
@@ -72,14 +88,22 @@ def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
         for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
             name, equals, value = line.strip().partition("=")
             if equals and not name.startswith("#"):
-                found[name.strip()] = value.strip()
-    unsafe = [name for name, value in found.items() if UNSAFE.search(value.strip('"'))]
+                found[named(VARIABLE, name.strip(), f"a variable in {file}", "mend its name")] = value.strip()
+    passed = found | {name: value for name, value in environ.items() if BY_DEEPSPEED.match(name)}
+    unsafe = [name for name, value in passed.items() if not (VARIABLE.fullmatch(name) and _survives(value))]
     if unsafe:
         raise UserError(
-            f"{', '.join(unsafe)} cannot be passed to other hosts: quotes, backslashes, dollar signs and line ends do not"
-            " survive deepspeed's command line. Unset it here and set it in each host's own environment"
+            f"{', '.join(unsafe)} cannot be passed to other hosts: quotes, backslashes, dollar signs and control characters do"
+            " not survive deepspeed's command line. Unset it here and set it in each host's own environment"
         )
     return dict(sorted(found.items()))
+
+
+def _survives(value: str) -> bool:
+    """Whether a value comes out of deepspeed's command as it went in, and nothing else with it."""
+    if value[:1] == '"' == value[-1:]:  # it would be put into quotes a second time, which then lets it out
+        return len(value) == 2 or WORD.fullmatch(value[1:-1]) is not None
+    return not UNSAFE.search(value)
 
 
 def _users_file(environ: Mapping[str, str]) -> str | None:
@@ -92,7 +116,10 @@ def launch_variables(environ: Mapping[str, str], more: Mapping[str, str] = {}) -
     """The variables with which `deepspeed --hostfile` must be started, `more` being passed on to every host as well."""
     lines = "".join(f"{name}={value}\n" for name, value in {**forwarded(environ), **more}.items())
     file = user_cache() / f"deepspeed_env-{hashlib.sha256(lines.encode()).hexdigest()[:12]}"
-    with atomic_write(file) as out:
+    for earlier in file.parent.glob("deepspeed_env-*"):  # of shells that were killed
+        if MADE_HERE.fullmatch(earlier.name) and time.time() - earlier.stat().st_mtime > FORGOTTEN_S:
+            earlier.unlink(missing_ok=True)
+    with atomic_write(file, private=True) as out:
         out.write(lines.encode())
     options = environ.get("PDSH_SSH_ARGS_APPEND", "")
     if "ServerAliveInterval" not in options:
@@ -101,11 +128,32 @@ def launch_variables(environ: Mapping[str, str], more: Mapping[str, str] = {}) -
     return {"DS_ENV_FILE": str(file), "PDSH_SSH_ARGS_APPEND": options} | ({USERS_FILE: users} if users else {})
 
 
+def for_pdsh(argument: str, pastes: bool = True) -> str:
+    """An argument of train.py as `deepspeed --hostfile` must get it, so that the other hosts' shells give it on as it is.
+
+    deepspeed puts what holds a space into double quotes, with backslashes before those in it, and everything else into the command as it
+    is. `pastes`: whether it is deepspeed with pdsh; of other launchers it is not known, so that only plain words pass.
+    Raises: UserError for what cannot be passed on.
+    """
+    if WORD.fullmatch(argument):
+        return argument
+    if not pastes or printable(argument) != argument or set(argument) & set("\n\t") or not argument:
+        raise UserError(
+            f"{argument!r:.80} cannot be passed to other hosts on a command line; put it into the configuration's file"
+        )
+    return re.sub(r"([\\`$])", r"\\\1", argument) if " " in argument else shlex.quote(argument)
+
+
+def own_secrets(environ: Mapping[str, str]) -> list[str]:
+    """Names of the variables that deepspeed would pass on, into every host's process list, and that may hold passwords."""
+    return [name for name, value in environ.items() if BY_DEEPSPEED.match(name) and is_secret(name, value)]
+
+
 def on_host(host: str, command: str, timeout_s: float = 20.0) -> subprocess.CompletedProcess[str] | None:
     """Run a shell command on a host by ssh; None if the host does not answer in time. Raises: UserError without ssh."""
     try:
         done = subprocess.run(
-            ["ssh", *shlex.split(SSH_OPTIONS), "-o", "BatchMode=yes", host, command],
+            ["ssh", *shlex.split(SSH_OPTIONS), "-o", "BatchMode=yes", "--", host, command],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout_s,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
@@ -174,7 +222,7 @@ def _report(host: str, slots: int, done: subprocess.CompletedProcess[str] | None
         silent = f"answers, but {sys.executable} in {ROOT} does not run there: {done.stderr.strip()[-300:]}"
     else:
         try:  # the last line: what a login shell's own files say comes first
-            found = json.loads(done.stdout.strip().rpartition("\n")[2])
+            found = parse_json(done.stdout.strip().rpartition("\n")[2])
         except ValueError:
             silent = f"answers, but not with a report: {done.stdout.strip()[-300:]!r}; its shell's start-up files must not print"
     if silent:
@@ -205,8 +253,13 @@ def main(argv: list[str] | None = None) -> int:
     """Command line: check the hosts, or print what a shell must export before deepspeed."""
     arguments = make_parser().parse_args(argv)
     if arguments.action == "export":
-        for name, value in launch_variables(os.environ).items():
+        variables = launch_variables(os.environ)
+        for name, value in variables.items():
             print(f"export {name}={shlex.quote(value)}")
+        for name in own_secrets(os.environ):
+            print(f"unset {name}")
+        removal = shlex.quote(f"rm -f -- {shlex.quote(variables['DS_ENV_FILE'])}")
+        print(f'case "$(trap)" in *EXIT*) ;; *) trap {removal} EXIT ;; esac')
     elif arguments.action == "report":
         gpus = len([file for file in Path("/dev").glob("nvidia*") if file.name[6:].isdigit()])
         print(json.dumps(versions() | {"sees": arguments.sign.exists(), "gpus": gpus}))

@@ -24,11 +24,13 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError, cli
+from data_pipeline.core.outside import WORD
+from data_pipeline.core.telling import tellable
 from data_pipeline.reading.streams import check_ranks
 from pretrain.checkpoint.find import complete_steps
 from pretrain.config.command_line import make_parser as train_parser
@@ -37,7 +39,7 @@ from pretrain.config.schema import RunConfig
 from pretrain.faults.exit_codes import EXIT_CODES, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
 from pretrain.faults.heartbeat import read_heartbeats
 from pretrain.faults.output import lasting_output
-from pretrain.jobs.hosts import ROOT, answering, launch_variables, on_hosts, read_hostfile
+from pretrain.jobs.hosts import ROOT, answering, for_pdsh, launch_variables, on_hosts, own_secrets, read_hostfile
 from pretrain.ranks.launcher import on_free_port, stop_signals
 from pretrain.runs.folder import begun_anew, put_aside
 from pretrain.runs.inputs import find_inputs
@@ -165,10 +167,20 @@ class Supervisor:
             hostfile = self.plan.run.parent / f".{self.plan.run.name}.hosts"
             hostfile.parent.mkdir(parents=True, exist_ok=True)
             hostfile.write_text("".join(f"{host} slots={slots}\n" for host, slots in hosts.items()), encoding="utf-8")
-            environment |= launch_variables(os.environ, {JOB: self._job})
+            variables = launch_variables(os.environ, {JOB: self._job})
+            environment |= variables
+            for name in own_secrets(os.environ):
+                del environment[name]
             # Without force_multi, deepspeed would take a single remaining host for this machine.
-            command = [*self.plan.launcher, "--hostfile", str(hostfile), "--force_multi", *script]
+            command = [*self.plan.launcher, "--hostfile", str(hostfile), "--force_multi", *quoted(self.plan, script)]
         command = on_free_port(command)
+        try:
+            return self._await(command, environment, hosts)
+        finally:
+            if hosts:
+                Path(variables["DS_ENV_FILE"]).unlink(missing_ok=True)
+
+    def _await(self, command: list[str], environment: dict[str, str], hosts: Mapping[str, int]) -> int:
         say(shlex.join(command))
         heartbeats = Heartbeats(self.plan.run)
         # In a session of its own: Ctrl-C reaches this process alone, which stops the job in order.
@@ -236,6 +248,17 @@ class Heartbeats:
         return done is not None and done.returncode == 0
 
 
+def quoted(plan: Plan, script: Sequence[str]) -> list[str]:
+    """train.py and its arguments for the other hosts' shells. Raises: UserError."""
+    for place in (sys.executable, os.getcwd(), script[0]):  # deepspeed does not quote them
+        if not WORD.fullmatch(place):
+            raise UserError(
+                f"{place!r} cannot be passed to other hosts on a command line; move it to a folder without blanks and signs"
+            )
+    pastes = not any(argument.partition("=")[0] == "--launcher" for argument in plan.launcher)
+    return [script[0], *(for_pdsh(argument, pastes) for argument in script[1:])]
+
+
 def usable(config: RunConfig, alive: Mapping[str, int]) -> tuple[dict[str, int], str]:
     """The most of these hosts, from the first on, whose ranks can share out the data; else why none can."""
     problem = "no host answers"
@@ -266,7 +289,7 @@ def ended_by(code: int) -> signal.Signals | None:
 
 def say(message: str) -> None:
     """A line of the log."""
-    print(f"supervise {time.strftime('%F %T')}: {message}", flush=True)
+    print(tellable(f"supervise {time.strftime('%F %T')}: {message}"), flush=True)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -310,7 +333,10 @@ def make_plan(argv: list[str] | None) -> Plan:
     if parsed.fresh:  # argparse takes it abbreviated too
         training = [argument for argument in training if len(argument) < 3 or not "--fresh".startswith(argument)]
         find_inputs(config)  # a mistake puts nothing aside
-    return Plan(config, training, parsed.fresh, hosts, launcher, arguments.max_failures, arguments.wait_s)
+    plan = Plan(config, training, parsed.fresh, hosts, launcher, arguments.max_failures, arguments.wait_s)
+    if hosts:
+        quoted(plan, [str(ROOT / "pretrain" / "train.py"), *training])  # a mistake is said before anything starts
+    return plan
 
 
 @cli

@@ -2,7 +2,9 @@
 
 import json
 import os
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,3 +93,129 @@ def test_without_ssh_there_is_one_message(home: Path, monkeypatch: pytest.Monkey
         check({"node1": 2}, home / "runs")
     assert hosts.main(["check", str(home / "hosts")]) == EXIT_USER
     assert "no ssh on the PATH" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["-oProxyCommand=touch${IFS}pwned", "-p22", "$(touch", "a;b", "a`b`", "a/b", "ho\u0455t", "a\x1b[2J", "'a'", ""],
+)
+def test_attack_3_a_host_is_a_name_and_no_option(home: Path, host: str) -> None:
+    (home / "hosts").write_text(f"node1 slots=1\n{host} slots=2\n")
+    with pytest.raises(UserError, match="line 2: found"):
+        hosts.read_hostfile(home / "hosts")
+
+
+def test_attack_3_ssh_takes_no_host_for_an_option(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "hosts").write_text("me@node-1.x:22 slots=1\nfe80::1 slots=2\n")
+    assert hosts.read_hostfile(home / "hosts") == {"me@node-1.x:22": 1, "fe80::1": 2}
+    (home / "ssh").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (home / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{home}:{os.environ['PATH']}")
+    done = hosts.on_host("-oProxyCommand=x", "true")
+    assert done is not None
+    assert done.stdout.splitlines()[-3:] == ["--", "-oProxyCommand=x", "true"]
+
+
+ARGUMENTS = [
+    "plain", "train.steps=9", "a;touch pwned", "$(touch${IFS}pwned)", "`touch pwned`", "a b", "a b;touch pwned", 'a" ;touch pwned; "',
+    "a b $(touch pwned)", "a b `touch pwned`", "a\\ b\\", "a b\\", "it's", "it's a",
+    "[0.9,0.95]", "*", "~", "a&b|c>d<e(f)", "#x", "!x", "%n",
+    '{"a": "$HOME"}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_attack_2a_arguments_reach_the_hosts_as_they_are(home: Path, argument: str) -> None:
+    """By deepspeed's own rule for pdsh, and then a shell's."""
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+
+    given = SimpleNamespace(user_args=[hosts.for_pdsh(argument)])
+    (pasted,) = PDSHRunner.parse_user_args(SimpleNamespace(args=given))
+    done = subprocess.run(["sh", "-c", f'printf "%s" {pasted}'], cwd=home, capture_output=True, text=True, check=False)
+    assert done.stdout == argument
+    assert not (home / "pwned").exists()
+
+
+@pytest.mark.parametrize("argument", ["", "a\nb", "a\tb", "a b\x1b"])
+def test_attack_2a_what_no_quoting_carries_is_refused(argument: str) -> None:
+    with pytest.raises(UserError, match="put it into the configuration's file"):
+        hosts.for_pdsh(argument)
+    with pytest.raises(UserError, match="cannot be passed"):  # another launcher's rule is not known
+        hosts.for_pdsh("a;b", pastes=False)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["A;touch${IFS}pwned=1", "$(touch pwned)=1", "1A=1", "A B=1", "\u0410=1", "A=$(touch pwned)", "A=`x`", 'A=""; touch pwned; ""',
+     'A=";touch pwned;"', "A=a\\", "A='x'", "A=\x1b[2J"],
+)  # fmt: skip
+def test_attack_2b_variables_have_a_grammar_and_values_no_commands(home: Path, line: str) -> None:
+    (home / ".deepspeed_env").write_text(f"B=1\n{line}\n")
+    with pytest.raises(UserError, match=r"expected \[A-Za-z_\]|cannot be passed to other hosts"):
+        forwarded({})
+
+
+@pytest.mark.parametrize("value", ["x", "a b;c", '"x"', '""', "", "a&b"])
+def test_values_come_out_of_deepspeeds_command_as_they_went_in(home: Path, value: str) -> None:
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+
+    (home / ".deepspeed_env").write_text(f"A={value}\n")
+    runner = SimpleNamespace(exports={})
+    for name, passed in forwarded({}).items():
+        PDSHRunner.add_export(runner, name, passed)
+    done = subprocess.run(
+        ["sh", "-c", f'export A={runner.exports["A"]}; printf "%s" "$A"'], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == value.strip('"')
+
+
+@pytest.mark.parametrize("value", ["$(touch pwned)", 'a"b'])
+def test_attack_2b_what_deepspeed_passes_on_by_itself_is_checked_too(home: Path, value: str) -> None:
+    with pytest.raises(UserError, match="PYTHONSTARTUP cannot be passed"):
+        forwarded({"PYTHONSTARTUP": value})
+
+
+def test_attack_10c_secrets_stay_by_any_name_and_in_urls(home: Path) -> None:
+    secret = dict.fromkeys(
+        (
+            "HF_PASS",
+            "TORCH_AUTH",
+            "NCCL_PASSWD",
+            "HF_TOKEN",
+            "WANDB_API_KEY",
+            "HF_CREDENTIALS",
+            "TORCH_PWD",
+            "DS_COOKIE",
+            "hf_Secret",
+        ),
+        "x",
+    )
+    secret |= {"HF_ENDPOINT": "https://me:pass@hub.example", "WANDB_BASE_URL": "https://x/?access_token=abc"}
+    harmless = {"NCCL_IB_PKEY": "1", "HF_HOME": "/hf", "WANDB_MODE": "offline", "TORCH_HOME": "hf://datasets/a@b"}
+    assert forwarded(secret | harmless) == harmless
+    assert hosts.own_secrets({"MLFLOW_TRACKING_PASSWORD": "x", "PYTHONPATH": "/a", "PATH": "/b", "X_KEY": "1"}) == [
+        "MLFLOW_TRACKING_PASSWORD"
+    ]
+
+
+def test_attack_10b_the_file_for_other_hosts_is_private_and_goes_with_the_shell(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    (home / ".deepspeed_env").write_text("MY_SECRET=x\n")  # the user's own may hold one
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "x")
+    hosts.main(["export"])
+    (file,) = (home / "textldm").iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600
+    out = capsys.readouterr().out
+    check = f'{out}\ntest -z "$MLFLOW_TRACKING_TOKEN" && test "$DS_ENV_FILE" = {file} && test -s {file} && echo there'
+    for shell in ("bash", "sh"):
+        file.write_text("x")
+        done = subprocess.run([shell, "-c", check], capture_output=True, text=True, check=False)
+        assert done.stdout == "there\n", done.stderr
+        assert not file.exists()
+    file.write_text("x")
+    done = subprocess.run(["bash", "-c", f"trap 'echo own' EXIT\n{check}"], capture_output=True, text=True, check=False)
+    assert done.stdout == "there\nown\n"  # the user's own trap stays, and the file until it is old
+    os.utime(file, (1, 1))
+    hosts.launch_variables({"NCCL_DEBUG": "INFO"})
+    assert not file.exists()

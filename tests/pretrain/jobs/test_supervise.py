@@ -26,7 +26,10 @@ folder = Path(sys.argv[1])
 starts = folder / "starts"
 number = len(starts.read_text().splitlines()) if starts.exists() else 0
 hosts = Path(sys.argv[sys.argv.index("--hostfile") + 1]).read_text().split() if "--hostfile" in sys.argv else []
-entry = {"hosts": hosts[::2], "arguments": sys.argv[2:], "env_file": os.environ.get("DS_ENV_FILE")}
+env_file = os.environ.get("DS_ENV_FILE", "")
+entry = {"hosts": hosts[::2], "arguments": sys.argv[2:], "env_file": env_file, "environment": sorted(os.environ)}
+if env_file:
+    entry |= {"env": Path(env_file).read_text(), "env_mode": Path(env_file).stat().st_mode & 0o777}
 with starts.open("a") as file:
     file.write(json.dumps(entry) + "\\n")
 code, step = json.loads((folder / "plan").read_text())[number]
@@ -186,10 +189,41 @@ def test_the_jobs_variables_reach_the_hosts_by_deepspeeds_file(folder: Path, mon
     monkeypatch.setenv("HF_TOKEN", "secret")
     (folder / ".deepspeed_env").write_text("\n# the user's own\nGLOO_SOCKET_IFNAME=eth7\n")
     _, starts = supervised(folder, [(0, 6)])
-    lines = Path(starts[0]["env_file"]).read_text().splitlines()
+    lines = starts[0]["env"].splitlines()
     assert {"OMP_NUM_THREADS=7", "GLOO_SOCKET_IFNAME=eth7"} < set(lines)
     assert any(line.startswith("TEXTLDM_JOB=") for line in lines)
     assert not any("secret" in line for line in lines)
+
+
+def test_attack_10b_the_variables_file_is_private_and_deleted_afterwards(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "x")  # deepspeed itself would pass it on
+    _, starts = supervised(folder, [(1, 2), (0, 6)])
+    assert [start["env_mode"] for start in starts] == [0o600, 0o600]
+    assert not any(Path(start["env_file"]).exists() for start in starts)
+    assert not any("MLFLOW_TRACKING_PASSWORD" in start["environment"] for start in starts)
+
+
+def test_attack_2a_arguments_are_quoted_for_the_hosts_and_not_for_this_machine(folder: Path) -> None:
+    given = ["--set", 'about.purpose="$(touch pwned);x"']
+    _, starts = supervised(folder, [(0, 6)], *given)
+    assert starts[0]["arguments"][-2:] == ["--set", 'about.purpose="\\$(touch pwned);x"']
+    _, starts = supervised(folder, [(0, 6)], *given, hostfile=False)
+    assert starts[-1]["arguments"][-2:] == given
+
+
+@pytest.mark.parametrize("pid", ["1; touch pwned", "$(touch pwned)", -1, 0, 1.5, True, None, [1], 1 << 40])
+def test_attack_11_only_a_process_id_gets_a_signal(folder: Path, monkeypatch: pytest.MonkeyPatch, pid: object) -> None:
+    heartbeats = supervise.Heartbeats(folder / "run")
+    (folder / "run" / "heartbeats").mkdir(parents=True)
+    beat = {"rank": 0, "host": "node1", "pid": pid, "step": 0, "phase": "setup", "stuck_s": 0, "time": 0}
+    (folder / "run" / "heartbeats" / "rank-00000.json").write_text(json.dumps(beat))
+    for name in ("on_hosts", "subprocess"):
+        monkeypatch.setattr(supervise, name, None)
+    assert not heartbeats.signal_main_rank({"node1": 1})
+    (folder / "run" / "heartbeats" / "rank-00000.json").write_text("[" * 100_000)
+    assert not heartbeats.signal_main_rank({"node1": 1})
 
 
 @pytest.mark.parametrize(
