@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from data_pipeline.core.settings import STRICT, OnResume, Section, Share
 from data_pipeline.format.manifest import Manifest
@@ -45,6 +45,8 @@ class Data(Section):
 
     path: Annotated[str, OnResume.FREE]  # the data's fingerprint is compared by itself
     """Folder that textldm prepare wrote (manifest.json, shards, tokenizer)."""
+    fingerprint: Annotated[str | None, OnResume.FREE] = Field(default=None, pattern=r"^[0-9a-f]{8,64}$")
+    """Beginning of the fingerprint (textldm prepare inspect) that the folder must have; none: any, and a resumed run its own."""
     streams: Annotated[PositiveInt, OnResume.NEVER]
     """Independent sequences of rows. The number of ranks must divide it; it fixes the order of the data for good."""
     rows_per_step: Annotated[PositiveInt, OnResume.NEVER]

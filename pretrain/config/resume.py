@@ -29,8 +29,8 @@ def resume_differences(old: RunConfig | Mapping[str, Any], new: RunConfig) -> li
 
     `old` may be a dump of an earlier version's configuration; a key that one of the two lacks counts as None there.
     """
-    old = old.model_dump(mode="json") if isinstance(old, RunConfig) else old
-    before, after = dict(flatten(old)), dict(flatten(new.model_dump(mode="json")))
+    old = old.told() if isinstance(old, RunConfig) else old
+    before, after = dict(flatten(old)), dict(flatten(new.told()))
     marks = on_resume(type(new)) | dict.fromkeys(new.free_on_resume(), OnResume.FREE)
     changed = [key for key in before | after if before.get(key) != after.get(key)]
     return [Difference(key, before.get(key), after.get(key), _mark_of(key, marks)) for key in changed]

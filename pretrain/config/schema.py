@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, create_model, model_validator
 
 from data_pipeline.core.settings import OnResume, Section
+from data_pipeline.core.telling import without_passwords
 from data_pipeline.reading.settings import Data
 from pretrain.config.sections import About, Diagnose, TelemetrySection, Train
 from pretrain.engine.optimizer_settings import OptimizerSettings
@@ -36,6 +37,15 @@ class RunConfig(Section):
     def run_folder(self) -> Path:
         """The run's folder, e.g. runs/dit_xl."""
         return Path(self.train.run)
+
+    def told(self) -> dict[str, Any]:
+        """The configuration as JSON for run folders, checkpoints, cards and recorders: without passwords in URLs."""
+        return without_passwords(self.model_dump(mode="json"))
+
+    def without_deletions(self) -> Self:
+        """This configuration, which somebody else may have written, without the folder that it would let us delete from."""
+        self.data.cache_dir = None
+        return self
 
     def features_folder(self) -> str | None:
         """The feature cache that a run reads beside its tokens, if it has one."""

@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from data_pipeline.core.errors import UserError, cli
+from data_pipeline.core.outside import named
 from data_pipeline.core.storage import atomic_folder
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.text.tokenization import LoadedTokenizer, load_prepared_tokenizer
@@ -69,6 +71,7 @@ def convert(
     Raises: UserError.
     """
     check_output(output, overwrite)
+    named(re.compile(r"[\w.+-]+"), license_id, "--license", "name a licence by its id, e.g. apache-2.0")
     path = checkpoint_of(run) if step is None else unaltered(checkpoint_at(run, step))
     saved = read_manifest(path)
     record = RunRecord.of_checkpoint(saved)

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from data_pipeline.core.devices import device_of
-from data_pipeline.core.errors import UserError, cli
+from data_pipeline.core.errors import ENDINGS, UserError, cli, reason
 from data_pipeline.core.hub import find_model
 from modeling.solvers import solver_names
 from modeling.textldm import TextLDM, TextLDMConfig
@@ -60,18 +59,19 @@ def load_exported(source: str | Path, device: str | torch.device = "cpu") -> tup
     source = str(folder) if folder.is_dir() else str(source)
     find_model(source, "--model", "what textldm convert wrote, or a hub id")
     try:
-        kind = TextLDMConfig.get_config_dict(source)[0].get("model_type")
+        kind = TextLDMConfig.get_config_dict(source, trust_remote_code=False)[0].get("model_type")
         if kind != TextLDMConfig.model_type:
             found = f"holds a model of type {kind}" if kind else "has no config.json that names a model"
             raise UserError(f"--model {source} {found}; expected what textldm convert wrote")
-        loaded: Any = TextLDM.from_pretrained(source, output_loading_info=True)
+        loaded: Any = TextLDM.from_pretrained(source, output_loading_info=True, trust_remote_code=False)
         model, report = loaded
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, config=model.config)
-    except UserError:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, config=model.config, trust_remote_code=False)
+    except (UserError, *ENDINGS):
         raise
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--model {source} cannot be loaded ({reason}); expected what textldm convert wrote") from None
+    except BaseException as error:  # a tokenizer that makes its library panic raises no Exception
+        raise UserError(
+            f"--model {source} cannot be loaded ({reason(error)}); expected what textldm convert wrote"
+        ) from None
     problems = {what: sorted(map(str, names))[:3] for what, names in report.items() if names}
     if problems:
         raise UserError(f"--model {source}: its weights do not fit its config.json: {problems}; export it again")

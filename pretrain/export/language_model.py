@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.telling import tellable
 from modeling.stock_language_model import stock_language_model
 from modeling.token_transformer import TokenTransformer
 from pretrain.checkpoint.read import load_weights, read_tensors
@@ -66,8 +67,11 @@ def export(source: Source) -> Exported:
         step=source.saved.step,
         fingerprint=manifest.fingerprint,
         max_window=manifest.max_window,
-        settings=json.dumps(
-            {"model": dataclasses.asdict(config.model), "optimizer": config.optimizer.model_dump(mode="json")}, indent=1
+        settings=tellable(
+            json.dumps(
+                {"model": dataclasses.asdict(config.model), "optimizer": config.optimizer.model_dump(mode="json")},
+                indent=1,
+            )
         ),
     )
     return Exported(stock_language_model(model, start_id, manifest.max_window), card)

@@ -1,9 +1,11 @@
 """README.md of an exported TextLDM: what the model is, how to use it, and what it was made from."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.core.telling import tellable
 from modeling.textldm import TextLDM
 from pretrain.export.parts import Source
 
@@ -82,14 +84,19 @@ def model_card(model: TextLDM, source: Source) -> str:
         step=saved.step,
         world_size=saved.world_size,
         precision=saved.precision,
-        source=_place(manifest.source),
+        source=cell(_place(manifest.source)),
         fingerprint=manifest.fingerprint,
         tokens=sum(shard.tokens for shard in manifest.splits["train"]),
-        tokenizer=manifest.tokenizer.name,
+        tokenizer=cell(manifest.tokenizer.name),
         vocab_size=manifest.tokenizer.vocab_size,
-        purpose=config.get("about", {}).get("purpose") or "not stated",
-        config=json.dumps(_without_places(config), indent=1),
+        purpose=cell(config.get("about", {}).get("purpose") or "not stated"),
+        config=tellable(json.dumps(_without_places(config), indent=1)),
     )
+
+
+def cell(text: str) -> str:
+    """A text from elsewhere as a cell of a Markdown table: one line, without passwords, in which no sign is Markdown or HTML."""
+    return re.sub(r"[^\w\s.,:;/@#()+%=-]", lambda sign: f"&#{ord(sign[0])};", " ".join(tellable(text).split()))
 
 
 def _num_parameters(module: Any) -> int:

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 import modeling
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.outside import parse_json
 from modeling.likelihood import LAST_T0
 from modeling.text_vae import TextVAE
 from modeling.textldm import TextLDM, TextLDMConfig
@@ -78,7 +78,7 @@ def diagnosed(times: TimeDistribution, run: Path) -> dict[str, Any]:
     if not path.is_file():
         return {"times": dataclasses.asdict(times)}
     try:
-        found = json.loads(path.read_text())
+        found = parse_json(path.read_text())
         times = dataclasses.replace(times, path=tuple(found.get("even_times", ())))
         # A model that knows nothing has its least bound at t = 1, from where there is no integral.
         t0 = {"likelihood_t0": min(float(found["nats_t0"]), LAST_T0)} if "nats_t0" in found else {}

@@ -14,6 +14,7 @@ import torch
 
 from data_pipeline.core.errors import EXIT_USER, UserError
 from data_pipeline.core.storage import FULL
+from data_pipeline.core.telling import tellable
 from pretrain.faults.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SKIPS, say_mistake
 from pretrain.faults.spikes import TooManySkips
 from pretrain.ranks.distributed import await_cause, goodbye
@@ -41,7 +42,7 @@ def exit_code_of(error: BaseException, rank: int = 0) -> int:
         return EXIT_USER
     if is_communication_error(error):
         await_cause()
-    lines = "".join(traceback.format_exception(error)).rstrip()
+    lines = tellable("".join(traceback.format_exception(error)).rstrip())
     print(f"rank {rank}:\n{lines}", file=sys.stderr, flush=True)
     if is_out_of_memory(error):
         print(f"rank {rank}: {out_of_memory_advice()}", file=sys.stderr, flush=True)

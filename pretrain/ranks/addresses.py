@@ -1,6 +1,7 @@
 """At which address, over which interface, the job's other hosts reach this one."""
 
 import contextlib
+import ipaddress
 import os
 import socket
 
@@ -23,7 +24,7 @@ def own_address(master: str, several_hosts: bool) -> str:
             f"MASTER_ADDR is {master}, which {socket.gethostname()} cannot reach ({error}): expected a name or address of"
             " the first host that all hosts know; give deepspeed or torchrun another one with --master_addr"
         ) from None
-    if several_hosts and (address.startswith("127.") or address == "::1"):
+    if several_hosts and is_loopback(address):
         with contextlib.suppress(OSError):
             return _source_address(socket.AF_INET, ("192.0.2.1", 9))  # an address that routers treat as foreign
         outward = [found for found in _interfaces() if not found.startswith("127.") and ":" not in found]
@@ -31,11 +32,23 @@ def own_address(master: str, several_hosts: bool) -> str:
     return address
 
 
-def choose_interface(address: str) -> None:
-    """Let gloo use the interface that holds this address: by itself it takes what the host's name resolves to."""
+def choose_interface(address: str, loopback_only: bool = False) -> None:
+    """Let gloo use the interface that holds this address: by itself it takes what the host's name resolves to.
+
+    Of a job that is reached at a loopback address only, gloo and NCCL listen there, and nobody else can call.
+    """
     interface = _interfaces().get(address)
-    if interface and not address.startswith("127.") and address != "::1":
+    if interface and (loopback_only or not is_loopback(address)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        if loopback_only:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address says itself that only this host reaches it; a name that happens to resolve so does not."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def _source_address(family: int, target: tuple) -> str:

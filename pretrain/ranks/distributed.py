@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from data_pipeline.core.environment import launch, rendezvous
 from data_pipeline.core.errors import UserError
-from pretrain.ranks.addresses import choose_interface, own_address
+from pretrain.ranks.addresses import choose_interface, is_loopback, own_address
 from pretrain.ranks.build_locks import remove_stale_build_locks
 from pretrain.ranks.launcher import free_port
 from pretrain.ranks.meeting import meet
@@ -69,7 +69,7 @@ def init_distributed(timeout_s: float = 1800.0) -> Topology:
         device = torch.device("cpu")
     remove_stale_build_locks()
     address = own_address(master, several_hosts=job.local_world_size < job.world_size)
-    choose_interface(address)
+    choose_interface(address, loopback_only=job.local_world_size == job.world_size and is_loopback(master))
     timeout = timedelta(seconds=timeout_s)
     _give_new_groups_a_timeout(timeout)
     if not dist.is_initialized():

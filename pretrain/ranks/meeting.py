@@ -4,6 +4,7 @@ torch's own meeting says nothing for as long as somebody is missing, and hears n
 main one runs signal handlers, and says after `SAY_S` who is awaited.
 """
 
+import errno
 import os
 import socket
 import sys
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from data_pipeline.core.environment import Launch
 from data_pipeline.core.errors import UserError, reason
+from pretrain.ranks.addresses import is_loopback
 from pretrain.ranks.peers import EXIT_LOST
 
 SAY_S = 10.0
@@ -46,7 +48,7 @@ def meet(
             told = True
     if meeting.store is not None:
         return meeting.store
-    if "EADDRINUSE" in str(meeting.error):
+    if getattr(meeting.error, "errno", None) == errno.EADDRINUSE or "EADDRINUSE" in str(meeting.error):
         raise UserError(
             f"port {port} of {socket.gethostname()}, MASTER_PORT, is taken by another program or job: give the launcher another one"
             " (deepspeed and torchrun: --master_port)"
@@ -78,10 +80,13 @@ class _Meeting(threading.Thread):
         rank = self._job.rank
         agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent serves
         deadline = time.monotonic() + self._timeout_s
+        serves = rank == 0 and not agents
+        listener = _loopback_listener(*self._place) if serves and is_loopback(self._place[0]) else None
         store = dist.TCPStore(
             *self._place,
             self._job.world_size,
-            is_master=rank == 0 and not agents,
+            is_master=serves,
+            master_listen_fd=listener,
             wait_for_workers=False,
             multi_tenant=not agents,
             timeout=timedelta(seconds=self._timeout_s),
@@ -110,6 +115,14 @@ class _Meeting(threading.Thread):
             return "" if self._connected else f"rank {job.rank} of {job.world_size} waits for rank 0 at {place}"
         come = ", ".join(f"{rank} on {host}" for rank, host in sorted(self._come.items()))
         return f"rank 0 waits at {place} for rank(s) {_ranges(self._missing)} of {job.world_size}; there are {come}"
+
+
+def _loopback_listener(host: str, port: int) -> int:
+    """The descriptor of a socket that only this host reaches: by itself a store listens on all of the host's addresses. Raises: OSError."""
+    listener = socket.create_server(
+        (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024
+    )
+    return listener.detach()  # the store's from here on
 
 
 def _ranges(numbers: set[int]) -> str:

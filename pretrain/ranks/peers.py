@@ -3,10 +3,13 @@
 Collective operations alone notice a killed rank late (NCCL) or a cut link after train.timeout_s, and say an address at
 best. Nothing is sent while all is well: the kernel answers keepalive probes for a process that is busy or frozen, so only
 a process that has ended or a host that is out of reach counts here; a frozen one is the watchdog's (faults.py).
+
+Anybody may connect who reaches the port. Until he shows the token he gets `LINE_BYTES`, `HELLO_S` and one of `STRANGERS` places.
 """
 
 import contextlib
 import errno
+import hmac
 import json
 import os
 import resource
@@ -17,8 +20,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from data_pipeline.core.outside import parse_json
+from data_pipeline.core.telling import printable
 
 EXIT_LOST = 88
 LINK_TIMEOUT_S = 15.0
@@ -27,6 +33,13 @@ CONNECT_TIMEOUT_S = 3.0
 """How long rank 0, when it ends, waits for ranks that have its address and have not connected yet."""
 PRINT_TIMEOUT_S = 5.0
 """Nobody may read a lost host's output any more, so printing may block; the process ends all the same."""
+LINE_BYTES = 4096
+"""Longest message."""
+HELLO_S = 15.0
+"""How long a connection may take to show the token."""
+STRANGERS = 64
+"""Connections without a token, besides as many as there are ranks, of which the oldest makes room for the next."""
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
 
 
@@ -90,13 +103,14 @@ Message = Hello | Bye | End
 
 
 def encode(message: Message) -> bytes:
-    """One line of JSON."""
-    return json.dumps({"kind": type(message).__name__, **asdict(message)}).encode() + b"\n"
+    """One line of JSON, a long reason cut short."""
+    fields = {name: value[:1000] if isinstance(value, str) else value for name, value in asdict(message).items()}
+    return json.dumps({"kind": type(message).__name__, **fields}).encode() + b"\n"
 
 
 def decode(line: bytes) -> Message:
     """The message in a line. Raises: ValueError, KeyError, TypeError or AttributeError for anything else."""
-    fields = json.loads(line)
+    fields = parse_json(line)
     kinds = {kind.__name__: kind for kind in (Hello, Bye, End)}
     return kinds[fields.pop("kind")](**fields)
 
@@ -133,7 +147,7 @@ class _Side:
         self._tell(End(code, why, linger_s))
         time.sleep(linger_s)
         if not quiet:
-            print(f"{self.name}: {why}; exit code {code}", file=sys.stderr, flush=True)
+            print(printable(f"{self.name}: {why}; exit code {code}"), file=sys.stderr, flush=True)
         self._exit_process(code)
 
 
@@ -144,6 +158,7 @@ class _Peer:
     connection: socket.socket
     name: str = ""
     received: bytes = b""
+    since: float = field(default_factory=time.monotonic)
 
 
 class Hub(_Side):
@@ -151,11 +166,12 @@ class Hub(_Side):
 
     def __init__(self, world_size: int, host: str, address: str, exit_process: Callable[[int], object]) -> None:
         super().__init__(0, host, exit_process)
-        _allow_open_files(world_size)
+        _allow_open_files(2 * world_size + STRANGERS)
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self._listener = socket.create_server((address, 0), family=family, backlog=world_size)
+        self._listener = socket.create_server((address, 0), family=family, backlog=world_size + STRANGERS)
         self._listener.setblocking(False)
         self._awaited, self._closed = world_size - 1, False
+        self._most_strangers = world_size + STRANGERS
         self._token, self._peers = secrets.token_hex(8), dict[socket.socket, _Peer]()
         self.invitation = Invitation(address, self._listener.getsockname()[1], self._token, self.name)
         threading.Thread(target=self._serve, name="peers", daemon=True).start()
@@ -169,17 +185,32 @@ class Hub(_Side):
                     if connection is self._listener:
                         if (accepted := self._accept()) is not None:
                             selector.register(accepted, selectors.EVENT_READ)
-                    elif not self._read(self._peers[connection]):
-                        selector.unregister(connection)
+                    elif connection in self._peers and not self._read(self._peers[connection]):
                         self._awaited -= bool(self._peers[connection].name)  # it has left
-                        del self._peers[connection]
-                        connection.close()
+                        self._drop(selector, connection)
+                for connection in self._overdue():
+                    self._drop(selector, connection)
+
+    def _drop(self, selector: selectors.BaseSelector, connection: socket.socket) -> None:
+        with contextlib.suppress(KeyError, ValueError):  # accepted by `_tell`, which registers none
+            selector.unregister(connection)
+        del self._peers[connection]
+        connection.close()
+
+    def _overdue(self) -> list[socket.socket]:
+        """Connections that have not shown the token, in time or while there was room for them."""
+        strangers = sorted((peer for peer in list(self._peers.values()) if not peer.name), key=lambda peer: peer.since)
+        surplus = max(0, len(strangers) - self._most_strangers)
+        now = time.monotonic()
+        return [peer.connection for n, peer in enumerate(strangers) if n < surplus or now - peer.since > HELLO_S]
 
     def _accept(self) -> socket.socket | None:
         """The next connection; None if nobody has called, or hung up already."""
         try:
             connection, _ = self._listener.accept()
-        except OSError:
+        except OSError as error:
+            if error.errno in TOO_MANY_FILES:  # the call stays where it is, and would be noticed again at once
+                time.sleep(0.1)
             return None
         connection.setblocking(True)
         _probe_when_silent(connection)
@@ -198,16 +229,24 @@ class Hub(_Side):
                 self._end(EXIT_LOST, _loss(peer.name, error))
             return False
         *lines, peer.received = (peer.received + received).split(b"\n")
+        if max(map(len, (*lines, peer.received))) > LINE_BYTES:
+            return self._is_lost(peer)
         try:
             return all(self._hear(peer, decode(line)) for line in lines)
         except (ValueError, KeyError, TypeError, AttributeError):  # not one of us
-            return False
+            return self._is_lost(peer)
+
+    def _is_lost(self, peer: _Peer) -> bool:
+        """What follows from nonsense: of a stranger nothing but that he is hung up on."""
+        if peer.name:
+            self._end(EXIT_LOST, f"{peer.name} sends what is no message")
+        return False
 
     def _hear(self, peer: _Peer, message: Message) -> bool:
         if isinstance(message, Hello):
-            if message.token != self._token:
+            if not hmac.compare_digest(message.token, self._token):
                 return False
-            peer.name = message.name
+            peer.name = str(message.name)
             return True
         if isinstance(message, End) and peer.name:
             self._end(message.code, message.why, message.linger_s)
@@ -255,7 +294,8 @@ class Spoke(_Side):
     def _listen(self, connection: socket.socket) -> None:
         error = None
         try:
-            for line in connection.makefile("rb"):
+            file = connection.makefile("rb")
+            while line := file.readline(LINE_BYTES):
                 message = decode(line)
                 if isinstance(message, Bye):
                     self.done = True
@@ -264,6 +304,8 @@ class Spoke(_Side):
                     self._end(message.code, message.why, message.linger_s, self._quiet)
         except OSError as caught:
             error = caught
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self._end(EXIT_LOST, f"{self._hub} sends what is no message")
         self._end(EXIT_LOST, _loss(self._hub, error))
 
     def _tell(self, message: Message) -> None:

@@ -1,6 +1,7 @@
 """The folder of a run: its configuration, and what becomes of an earlier run that stands in the way."""
 
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -21,16 +22,20 @@ BEGUN = "begun_by"
 
 def write_config(config: RunConfig) -> None:
     """Leave the resolved configuration in the run's folder."""
-    write_text(config.run_folder / CONFIG_NAME, config.model_dump_json(indent=2) + "\n")
+    write_text(config.run_folder / CONFIG_NAME, json.dumps(config.told(), indent=2, ensure_ascii=False) + "\n")
 
 
 def config_of(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration in a run folder, wherever the folder lies now. Raises: UserError."""
+    """The configuration in a run folder, wherever the folder lies now. Raises: UserError.
+
+    The folder may have been downloaded: the folder of its cache, from which old files are deleted, is not taken from it.
+    """
     if not (run / CONFIG_NAME).is_file():
         raise UserError(f"{run} has no {CONFIG_NAME}; expected the folder of a training run, e.g. runs/vae_base")
     config = load_config(run / CONFIG_NAME, overrides)
     config.train.run = str(run)
-    return config
+    named = any(override.startswith("data.cache_dir=") for override in overrides)
+    return config if named else config.without_deletions()
 
 
 def put_aside(run: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Self
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.outside import parse_json
 from pretrain.faults.exit_codes import EXIT_FAILED
 from pretrain.ranks.launcher import job_name
 
@@ -60,7 +61,7 @@ class Owner:
     def parse(cls, text: str) -> Self | None:
         """The owner in a file's text; None in one that is torn, or of another version."""
         with contextlib.suppress(ValueError, TypeError):
-            return cls(**json.loads(text))
+            return cls(**parse_json(text))
         return None
 
     def is_gone(self) -> bool:

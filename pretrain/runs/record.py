@@ -40,7 +40,7 @@ class RunRecord(BaseModel):
     def of_run(cls, config: RunConfig, manifest: Manifest, **state: Any) -> Self:
         """The record of a run on prepared data; `state` are the other fields."""
         return cls(
-            config=config.model_dump(mode="json"),
+            config=config.told(),
             data_fingerprint=manifest.fingerprint,
             tokenizer_sha256=manifest.tokenizer.sha256,
             **state,
@@ -66,7 +66,7 @@ class RunRecord(BaseModel):
 
     def run_config(self, source: str) -> RunConfig:
         """Its configuration, parsed and checked; messages name `source`. Raises: UserError."""
-        return parse_config(self.config, source)
+        return parse_config(self.config, source).without_deletions()
 
     def extra(self) -> dict[str, Any]:
         """The record as the dictionary that a checkpoint keeps under `extra`."""

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.core.outside import parse_json
 from data_pipeline.core.storage import write_text
 
 IDENTITY = "identity.json"
@@ -19,7 +20,7 @@ def run_id(run: Path) -> str:
     here = {"path": f"{socket.gethostname()}:{run.resolve()}", "inode": run.stat().st_ino}
     known: dict[str, Any] = {}
     with contextlib.suppress(FileNotFoundError, ValueError):
-        known = json.loads((run / IDENTITY).read_text(encoding="utf-8"))
+        known = parse_json((run / IDENTITY).read_text(encoding="utf-8"))
     is_same = any(known.get(name) == value for name, value in here.items())
     now: dict[str, Any] = {"id": known["id"] if is_same else os.urandom(8).hex(), **here}
     if now != known:

@@ -19,6 +19,8 @@ from urllib.parse import urlparse
 
 from tqdm import tqdm
 
+from data_pipeline.core.outside import parse_json
+from data_pipeline.core.telling import tellable, without_passwords
 from pretrain.config.schema import RunConfig
 from pretrain.faults.output import LineFile
 from pretrain.telemetry.background import Background
@@ -42,7 +44,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     parsed = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            parsed.append(json.loads(text))
+            parsed.append(parse_json(text))
         except ValueError:  # torn by a kill
             continue
     return parsed
@@ -52,8 +54,8 @@ def _first_time(path: Path) -> float | None:
     """Time of a metrics file's first line, in seconds since 1970; None if it has none."""
     try:
         with open(path, encoding="utf-8") as file:
-            return json.loads(file.readline())["time"]
-    except (OSError, ValueError, KeyError):
+            return parse_json(file.readline())["time"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -95,10 +97,11 @@ class Sinks:
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl; nan and infinities, which JSON lacks, become null."""
         finite = {name: None if _is_odd(value) else value for name, value in line.items()}
-        self._metrics.write(json.dumps({**finite, "time": time.time()}))
+        self._metrics.write(without_passwords(json.dumps({**finite, "time": time.time()})))
 
     def say(self, text: str) -> None:
-        """Print a line above the progress bar and append it to log.txt."""
+        """Print a line above the progress bar and append it to log.txt; what is not `tellable` in neither."""
+        text = tellable(text)
         self._to_log(text)
         self._terminal(text)
 
@@ -141,7 +144,7 @@ def start_wandb(run: Path, config: RunConfig) -> tuple[Callable, Callable]:
         resume="allow",
         dir=run,
         mode=wandb_mode(),  # type: ignore[arg-type]
-        config=config.model_dump(mode="json"),
+        config=config.told(),
         settings=wandb.Settings(silent=True),
     )
     # wandb drops steps that are not larger than its last, but those that a restart repeats must be taken: so the step

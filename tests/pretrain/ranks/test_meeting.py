@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -67,6 +68,21 @@ def test_another_rank_says_that_rank_0_is_not_there() -> None:
     with pytest.raises(SystemExit):
         meet(Launch(3, 4), "127.0.0.1", port, 1.0, say=lines.append)
     assert lines[0] == f"rank 3 of 4 waits for rank 0 at 127.0.0.1:{port}; {meeting.BY_HAND}"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_attack_12c_a_loopback_job_listens_on_loopback(host: str) -> None:
+    """By itself torch's store listens on every address of the host."""
+    port = free_port()
+    store = meet(Launch(0, 1), host, port, 20.0)
+    listening = {
+        connection.laddr.ip
+        for connection in psutil.Process().net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+    }
+    assert listening == {"127.0.0.1"}
+    store.set("x", "7")
+    assert store.get("x") == b"7"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
