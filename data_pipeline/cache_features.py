@@ -2,7 +2,7 @@
 
     textldm cache --data data/owt2 --teacher Qwen/Qwen3-1.7B
     deepspeed --hostfile hosts data_pipeline/cache_features.py --config vae_base.json
-    textldm cache check --data data/owt2 --features data/owt2/features-Qwen3-1.7B
+    textldm cache check --data data/owt2 --teacher Qwen/Qwen3-1.7B
 
 Works under deepspeed, torchrun, srun and alone. The ranks share nothing but the output folder: rank 0 fits the codec,
 rank r writes the shards r, r + W, ...; each shard and its record under `parts/` appear atomically, so that a killed

@@ -23,8 +23,6 @@ from data_pipeline.reading.order import Span
 from data_pipeline.reading.shard_pool import FeatureRows
 
 JOB_NAME = "job.json"
-TEACHER_PATH = "teacher_path"
-"""Key of the job: where a local teacher lay when it was cached. No part of the cache's identity, for it may be moved."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Does a feature cache hold what the teacher says? Cached against freshly computed features, on random rows."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +9,7 @@ from torch.nn.functional import cosine_similarity
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.keys import generator
-from data_pipeline.core.storage import read_bytes
-from data_pipeline.features.cache import JOB_NAME, TEACHER_PATH, FeatureCache, load_cache, tile
+from data_pipeline.features.cache import FeatureCache, load_cache, tile
 from data_pipeline.features.teacher import Teacher
 from data_pipeline.features.teacher_fit import check_fit
 from data_pipeline.features.teacher_loading import load_teacher
@@ -105,17 +103,6 @@ def compare(
     return Agreement(len(cosine_T), float(cosine_T.mean()), float(first_percentile), rows)
 
 
-def teacher_of(features: str | Path, name: str) -> str:
-    """The teacher of a cache, by the path that it had then if it was local. Raises: UserError where it is no longer."""
-    try:
-        path = json.loads(read_bytes(str(features), JOB_NAME)).get(TEACHER_PATH)
-    except (OSError, ValueError, AttributeError):  # only the manifest is needed to read a cache
-        path = None
-    if path is not None and not Path(path).is_dir():
-        raise UserError(f"{features} was made with the teacher in {path}, which is not there: name it with --teacher")
-    return path or name
-
-
 def check_cache(
     data: str,
     features: str | Path,
@@ -125,14 +112,19 @@ def check_cache(
     token_budget: int = 16384,
     seed: int = 0,
 ) -> Agreement:
-    """Compare a cache with its teacher, by default the one it was made with, all of which runs here, whatever was left out there.
+    """Compare a cache with its teacher, all of which runs here, whatever was left out there.
 
     Raises UserError when a row does not hold its features, or when the cosine falls below what the cache's manifest promises.
     """
     tokens = Manifest.load(data)
     cache = load_cache(features, tokens)
     made_by, promised = cache.manifest.teacher, cache.manifest.statistics["mean_cosine"]
-    name = teacher or teacher_of(features, made_by["name"])
+    if teacher is None:
+        raise UserError(
+            f"{features} says that its teacher was {made_by['name']}, but what a cache says is not loaded: name the model with"
+            " --teacher, or the configuration with its repa.teacher with --config"
+        )
+    name = teacher
     loaded = load_teacher(name, made_by["layer"], made_by["revision"], made_by["dtype"], token_budget, whole=True)
     loaded.to(device)
     check_fit(loaded, data, tokens)

@@ -19,7 +19,7 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.core.keys import generator
 from data_pipeline.core.storage import remove_unfinished, write_text
 from data_pipeline.features import codec_choice
-from data_pipeline.features.cache import CODEC_NAME, JOB_NAME, TEACHER_PATH, feature_members, member_infos, tile
+from data_pipeline.features.cache import CODEC_NAME, JOB_NAME, feature_members, member_infos, tile
 from data_pipeline.features.codec import Codec, load_codec
 from data_pipeline.features.codec_choice import FeatureSample, Fidelity, Target
 from data_pipeline.features.teacher import Teacher
@@ -176,11 +176,9 @@ class FeatureJob:
         for name in (CODEC_NAME, JOB_NAME):
             remove_unfinished(self.output, name)
         codec.save(self.output / CODEC_NAME)
-        place = Path(self.teacher.name)
         job = self.identity | {
             "codec_fingerprint": codec.fingerprint(),
             "fidelity": asdict(fidelity),
-            TEACHER_PATH: str(place.resolve()) if place.is_dir() else None,
         }
         write_text(self.output / JOB_NAME, json.dumps(job, indent=2, sort_keys=True))
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from data_pipeline.core.errors import UserError, reason
+from data_pipeline.core.errors import ENDINGS, UserError, reason
 from data_pipeline.core.hub import find_model
 from data_pipeline.core.pointers import pointer
 from data_pipeline.features.hidden_state import HiddenState, agree, find_hidden_state, probe_tokens, whole_state
@@ -150,7 +150,9 @@ def _one_line(what: str, remedy: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{what}: {error}") from error
-    except Exception as error:
+    except ENDINGS:
+        raise
+    except BaseException as error:
         raise UserError(f"{what}: {reason(error)}; {remedy}") from error
 
 

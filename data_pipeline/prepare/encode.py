@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from data_pipeline.core.errors import UserError, reason
+from data_pipeline.core.errors import ENDINGS, UserError, reason
 from data_pipeline.core.storage import write_text
 from data_pipeline.prepare.spill import write_chunk
 from data_pipeline.text.sources import Bundle, read_bundle
@@ -133,7 +133,9 @@ def _encode(texts: list[str], task: EncodeTask) -> Iterator[tuple[bytes, np.ndar
     place = f"source {task.units[0].location}" + (f" and {len(task.units) - 1} more" if len(task.units) > 1 else "")
     try:
         encodings = _tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    except Exception as error:  # the library raises plain Exception
+    except BaseException as error:  # the library raises plain Exception, and where it panics not even that
+        if isinstance(error, ENDINGS):
+            raise
         raise UserError(
             f"{place}: the tokenizer cannot encode a text there ({reason(error)}); use another tokenizer, or mend this one's "
             "tokenizer.json"

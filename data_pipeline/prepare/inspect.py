@@ -9,7 +9,7 @@ from tabulate import tabulate
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.order import Span
 from data_pipeline.reading.shard_pool import TokenRows
-from data_pipeline.text.tokenization import load_tokenizer
+from data_pipeline.text.tokenization import load_prepared_tokenizer
 
 _BAR = 40  # characters of a histogram's longest
 _ROWS = 2
@@ -27,7 +27,7 @@ def inspect(folder: Path) -> Iterator[str]:
     yield from _histogram("window length (tokens)", np.concatenate(lengths), manifest.max_window)
     fill = np.array([100 * windows.sum() / manifest.row_tokens for windows in lengths])
     yield from _histogram("row fill (%)", fill, 100)
-    tokenizer = load_tokenizer(folder / "tokenizer").backend
+    tokenizer = load_prepared_tokenizer(str(folder), manifest.tokenizer).backend
     tokens, windows = rows.read(Span(0, 0, 0, min(_ROWS, spans[0].stop)))
     for row in range(len(tokens)):
         yield f"\nrow {row} of {manifest.splits['train'][0].name}: {len(windows[row])} windows"

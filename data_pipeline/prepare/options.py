@@ -29,6 +29,7 @@ class PrepareOptions:
     max_documents: int | None = None
     dedupe: bool = False
     workers: int = 1
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         for name in ("row_tokens", "max_document_length", "min_document_length", "workers"):

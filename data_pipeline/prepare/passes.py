@@ -79,7 +79,7 @@ def prepare(
 
 
 def _source(options: PrepareOptions) -> Source:
-    source = open_source(options.source, options.text_field, options.split, str(options.output))
+    source = open_source(options.source, options.text_field, options.split, str(options.output), options.follow_links)
     return source if options.max_documents is None else first_documents(source, options.max_documents)
 
 

@@ -7,10 +7,10 @@ from data_pipeline.text.tokenization import load_prepared_tokenizer
 
 
 class Detokenizer:
-    """By the tokenizer that the data was made with. Raises: UserError when its folder is not there."""
+    """By the tokenizer that the data was made with. Raises: UserError when its folder is not there, or holds another."""
 
     def __init__(self, data: str, manifest: Manifest):
-        self._backend = load_prepared_tokenizer(data).backend
+        self._backend = load_prepared_tokenizer(data, manifest.tokenizer).backend
         self._eos = manifest.tokenizer.eos_id
         self._special = set(manifest.tokenizer.special_ids.values())
 

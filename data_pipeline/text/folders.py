@@ -9,6 +9,7 @@
 | another split | of files that names call train, validation and test, those that are not train |
 | read already | a second name (a link) of a file or folder that is read, and `a.jsonl.zst` beside `a.jsonl` |
 | prepared | what this command is writing, or wrote, for training |
+| out of the folder | links to what does not lie below it, unless they are to be followed: a folder from elsewhere may lead to your files |
 
 A guess (which kind of file, which split) that would leave out most of the bytes is refused: the user decides.
 """
@@ -46,6 +47,7 @@ _SPLIT_NAMES = {
 }
 _SPLIT_OF = {word: split for split, words in _SPLIT_NAMES.items() for word in words}
 _SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLIT_OF)})(?![a-z])")
+_OUT = "out of the folder"
 _NAMED = 4  # of a kind of what is left out
 
 
@@ -116,18 +118,23 @@ class Listing:
         return ", ".join(f"{_listed(kinds.elements())} ({reason})" for reason, kinds in reasons.items())
 
 
-def list_folder(folder: str, split: str | None = None, output: str | None = None) -> Listing:
+def list_folder(
+    folder: str, split: str | None = None, output: str | None = None, follow_links: bool = False
+) -> Listing:
     """Find the text below a folder.
 
     Args:
         split: which of the splits that names tell apart to read ("all": do not tell them apart); None: train, where that
             leaves out less than half.
         output: a folder that is being written, which is no source.
+        follow_links: out of the folder too; else only within it, and within a repository of the hub's cache.
 
     Raises:
         UserError: nothing is there, a folder or file cannot be looked at, pointers instead of files, or a guess would drop most.
     """
-    listing = _walk(folder, output)
+    home = None if follow_links else _home_of(folder)
+    listing = _walk(folder, output, home)
+    _leave_links_out_of(folder, listing, home)
     _check_pointers(folder, listing.taken)
     _leave_second_names(listing)
     found, packed = list(listing.taken), [file for file in listing.taken if file.reader is None]
@@ -149,10 +156,11 @@ def list_folder(folder: str, split: str | None = None, output: str | None = None
     return listing
 
 
-def _walk(folder: str, output: str | None) -> Listing:
+def _walk(folder: str, output: str | None, home: str | None = None) -> Listing:
     """All entries: what readers take and archives (without a reader) are taken for now, the rest is left out.
 
     Real folders come first, links to folders after them: so a folder is read under its own name, each once, and circles end.
+    Folders out of `home` are not looked into.
     """
     listing = Listing()
     root = os.path.realpath(folder)
@@ -187,6 +195,8 @@ def _walk(folder: str, output: str | None) -> Listing:
                     else "pipes and devices"
                 )
                 listing.left["no reader", kind] += 1
+            elif is_link and not _is_within(home, real):
+                listing.left[_OUT, "links to folders"] += 1
             elif is_link:
                 links.append((entry.path, real))
             elif real in seen:
@@ -196,6 +206,32 @@ def _walk(folder: str, output: str | None) -> Listing:
                 places.append((entry.path, real, linked))
     listing.taken.sort(key=lambda file: file.path)
     return listing
+
+
+def _home_of(folder: str) -> str:
+    """Where links in a folder may lead to: below it; of the hub's cache, in which files are links, below the repository."""
+    root = os.path.realpath(folder)
+    is_snapshot = (
+        os.path.basename(os.path.dirname(root)) == "snapshots"
+    )  # <repository>/snapshots/<commit>/file -> ../../blobs/...
+    return os.path.dirname(os.path.dirname(root)) if is_snapshot else root
+
+
+def _is_within(home: str | None, real: str) -> bool:
+    return home is None or os.path.commonpath([home, real]) == home
+
+
+def _leave_links_out_of(folder: str, listing: Listing, home: str | None) -> None:
+    """Leave out files by links that lead elsewhere. Raises: UserError, where that is most of the text."""
+    before = listing.taken
+    outside = [file for file in before if file.linked and not _is_within(home, file.real)]
+    listing.leave(_OUT, outside)
+    if 2 * _bytes(outside) > _bytes(before) or (not listing.taken and listing.left[_OUT, "links to folders"]):
+        raise UserError(
+            f"source {folder}: what it holds are links to elsewhere"
+            + "".join(f", the first {file.path} to {file.real}" for file in outside[:1])
+            + "; if that is meant, add --follow-links, else name the folder that holds the files"
+        )
 
 
 def _is_prepared(folder: str) -> bool:

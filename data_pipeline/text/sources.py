@@ -22,6 +22,7 @@ from pathlib import Path
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.pointers import pointer
+from data_pipeline.core.telling import printable, without_passwords
 from data_pipeline.text import installed_prose
 from data_pipeline.text.folders import list_folder, unpacking
 from data_pipeline.text.readers.base import Reader, Unit, size_of
@@ -79,7 +80,7 @@ def first_documents(source: Source, count: int) -> Source:
 def source_name(spec: str, split: str | None = None) -> str:
     """Name of a source as manifests record it: without the folders of this machine; with the split if one was asked for."""
     name = os.path.basename(os.path.realpath(spec)) if spec != "installed" and Path(spec).exists() else spec
-    return os.fsencode(name).decode("utf-8", "replace") + (f"#{split}" if split else "")
+    return without_passwords(os.fsencode(name).decode("utf-8", "replace") + (f"#{split}" if split else ""))
 
 
 def files_hash(spec: str, units: Iterable[Unit]) -> str | None:
@@ -90,13 +91,20 @@ def files_hash(spec: str, units: Iterable[Unit]) -> str | None:
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
-def open_source(spec: str, text_field: str = "text", split: str | None = None, output: str | None = None) -> Source:
+def open_source(
+    spec: str,
+    text_field: str = "text",
+    split: str | None = None,
+    output: str | None = None,
+    follow_links: bool = False,
+) -> Source:
     """Find the parts of a source; of a folder, print what is read and what is left out.
 
     Args:
         split: of a folder whose names tell splits apart, or of a hub dataset, the one to read (None: train; "all": of a
             folder, everything).
         output: a folder that is being written, which is no part of the source.
+        follow_links: of a folder, read what links in it lead to elsewhere.
 
     Raises:
         UserError: there is nothing to read.
@@ -106,8 +114,8 @@ def open_source(spec: str, text_field: str = "text", split: str | None = None, o
     if not os.path.lexists(spec):
         return _named_source(spec, text_field, split)
     if os.path.isdir(spec) and reader_of(spec) is None:
-        listing = list_folder(spec, split, output)
-        print(f"source {_printable(spec)}: {listing.told()}", flush=True)
+        listing = list_folder(spec, split, output, follow_links)
+        print(printable(f"source {spec}: {listing.told()}"), flush=True)
         parts = [(file.path, file.reader) for file in listing.taken if file.reader]
         return Source(source_name(spec, split), _bundles(parts), text_field, listing.counts())
     if split is not None:
@@ -169,8 +177,3 @@ def _bundles(parts: list[tuple[str, Reader]]) -> list[Bundle]:
             held.append(unit)
             num_bytes += unit.num_bytes
     return bundles + [tuple(held)] * bool(held)
-
-
-def _printable(text: str) -> str:
-    """With marks for what a terminal cannot show: names may hold bytes that are no text, and control characters."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)

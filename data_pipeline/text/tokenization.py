@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data_pipeline.core.errors import UserError, cli, reason
+from data_pipeline.core.errors import ENDINGS, UserError, cli, reason
 from data_pipeline.core.hub import check_hub_id, use_hub
+from data_pipeline.core.outside import LARGEST_MANIFEST, parse_json, read_at_most
 from data_pipeline.core.pointers import pointer
 from data_pipeline.core.storage import atomic_write, read_bytes
 from data_pipeline.format.manifest import TokenizerInfo
@@ -72,8 +73,11 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> LoadedTok
     return _load(str(source), revision, _HubFiles(str(source), revision))
 
 
-def load_prepared_tokenizer(data: str) -> LoadedTokenizer:
-    """The tokenizer beside the shards of a prepared folder, which may be a URL. Raises: UserError."""
+def load_prepared_tokenizer(data: str, made_with: TokenizerInfo) -> LoadedTokenizer:
+    """The tokenizer beside the shards of a prepared folder, which may be a URL; `made_with` is what the manifest says of it.
+
+    Raises: UserError, also when another one has been put there.
+    """
     folder, files = f"{data}/tokenizer", []
     for name in TOKENIZER_FILES:
         try:
@@ -83,7 +87,14 @@ def load_prepared_tokenizer(data: str) -> LoadedTokenizer:
         except OSError as error:
             raise UserError(f"{folder}/{name}: cannot be read ({error.strerror}); copy the folder again") from None
     config = _settings(f"{folder}/{TOKENIZER_FILES[1]}", files[1])
-    return _describe("tokenizer", None, files[0], config, [_named_end(config)])
+    found = _describe("tokenizer", None, files[0], config, [_named_end(config)])
+    for name in ("sha256", "vocab_size", "eos_id"):
+        if getattr(found.info, name) != getattr(made_with, name):
+            raise UserError(
+                f"{folder}/{TOKENIZER_FILES[0]} has the {name} {getattr(found.info, name)}, the manifest says "
+                f"{getattr(made_with, name)} ({made_with.name}): copy the folder again, or prepare the data again"
+            )
+    return found
 
 
 def load_transformers_tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
@@ -189,7 +200,7 @@ def tokenizer_hash(definition: bytes) -> str:
     """SHA-256 of a tokenizer.json's meaning: independent of its formatting, key order, truncation and padding
     settings.
     """
-    return _hash(json.loads(definition))
+    return _hash(parse_json(definition))
 
 
 def _hash(fields: dict[str, Any]) -> str:
@@ -224,9 +235,12 @@ def _read_local(folder: Path, file: str) -> bytes | None:
             return None
         if what := pointer(path):
             raise UserError(f"tokenizer {path}: a {what} instead of the contents, which were not fetched")
-        return path.read_bytes()
+        with path.open("rb") as opened:
+            return read_at_most(opened, LARGEST_MANIFEST)
     except OSError as error:
         raise UserError(f"tokenizer {folder / file}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"tokenizer {folder / file}: {error}") from error
 
 
 class _HubFiles:
@@ -273,7 +287,7 @@ def _named_token(settings: dict[str, Any]) -> str | None:
 def _settings(config: Path | str, data: bytes) -> dict[str, Any]:
     """A tokenizer_config.json."""
     try:
-        found = json.loads(data)
+        found = parse_json(data)
     except ValueError as error:
         raise UserError(f"tokenizer {config}: not valid JSON ({error})") from None
     if not isinstance(found, dict):
@@ -288,10 +302,10 @@ def _describe(
     try:
         backend = Tokenizer.from_buffer(definition)
     except BaseException as error:  # the library raises plain Exception, and where it panics not even that
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        if isinstance(error, ENDINGS):
             raise
         raise UserError(f"tokenizer {name}: its tokenizer.json is not a tokenizer ({reason(error)})") from error
-    fields = json.loads(definition)
+    fields = parse_json(definition)
     special = {token.content: id_ for id_, token in sorted(backend.get_added_tokens_decoder().items()) if token.special}
     eos_id = _eos_id(backend, special, ends)
     eos = backend.id_to_token(eos_id) if eos_id is not None else None
@@ -330,6 +344,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--source", required=True, help="as in textldm prepare")
     train.add_argument("--text-field", default="text", help="field of the source's records that holds the text")
     train.add_argument("--split", help="as in textldm prepare")
+    train.add_argument("--follow-links", action="store_true", help="as in textldm prepare")
     train.add_argument("--vocab-size", type=int, required=True, help=f"number of tokens, {END_OF_TEXT} included")
     train.add_argument("--max-megabytes", type=float, default=256, help="read no more text than this")
     train.add_argument("--output", type=Path, required=True, help="folder for the tokenizer's files")
@@ -342,9 +357,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
     from data_pipeline.text.sources import open_source
 
-    texts = _first_megabytes(
-        open_source(arguments.source, arguments.text_field, arguments.split), arguments.max_megabytes
-    )
+    source = open_source(arguments.source, arguments.text_field, arguments.split, follow_links=arguments.follow_links)
+    texts = _first_megabytes(source, arguments.max_megabytes)
     tokenizer = train_tokenizer(texts, arguments.vocab_size)
     if tokenizer.info.vocab_size < arguments.vocab_size:
         print(f"the text gave only {tokenizer.info.vocab_size} of {arguments.vocab_size} tokens", file=sys.stderr)

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoModelForCausalLM
 
-from data_pipeline.core.errors import UserError, reason
+from data_pipeline.core.errors import ENDINGS, UserError, reason
 from data_pipeline.core.hub import find_model
-from data_pipeline.features.cache import load_cache
-from data_pipeline.features.check import teacher_of
 from data_pipeline.features.teacher_fit import check_same_tokenizer
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import SUFFIX, Batch
@@ -47,15 +45,17 @@ def teacher_figures(vae: VAERun, data: str, batches: Sequence[Batch], unigram_V:
 
 
 def _teacher(vae: VAERun, data: str) -> tuple[str, str | None] | None:
-    """Name or folder and revision of the model that a VAE was aligned with, if there was one. Raises: UserError."""
-    manifest = Manifest.load(data)
-    if features := vae.features_folder():
-        made_by = load_cache(features, manifest).manifest.teacher
-        return teacher_of(features, made_by["name"]), made_by["revision"]
-    if vae.repa.weight and vae.repa.online_teacher:
-        check_same_tokenizer(vae.repa.online_teacher, vae.repa.revision, data, manifest)
-        return vae.repa.online_teacher, vae.repa.revision
-    return None
+    """Name or folder and revision of the model that a VAE was aligned with, if there was one: as its configuration says it, and not what
+    a cache says of itself. Raises: UserError.
+    """
+    manifest, repa = Manifest.load(data), vae.repa
+    name, revision = (repa.teacher, repa.revision) if vae.features_folder() else (repa.online_teacher, repa.revision)
+    if not repa.weight or not (name or vae.features_folder()):
+        return None
+    if name is None:
+        raise UserError("the VAE's run does not say which model made its features: repa.teacher")
+    check_same_tokenizer(name, revision, data, manifest)
+    return name, revision
 
 
 def load_causal(name: str, revision: str | None = None) -> torch.nn.Module:
@@ -66,7 +66,9 @@ def load_causal(name: str, revision: str | None = None) -> torch.nn.Module:
             name, revision=revision, dtype=torch.float32, trust_remote_code=False
         )
         return model.eval()
-    except Exception as error:  # what transformers and the hub raise cannot be listed
+    except ENDINGS:
+        raise
+    except BaseException as error:  # what transformers and the hub raise cannot be listed
         raise UserError(f"{name} cannot be loaded as a causal language model: {reason(error)}") from error
 
 

@@ -89,7 +89,7 @@ def convert(
             f"{run} was trained on data with fingerprint {record.data_fingerprint[:16]}, {data} has"
             f" {manifest.fingerprint[:16]}: name the right folder with --data"
         )
-    tokenizer = _tokenizer_of(data, manifest)
+    tokenizer = load_prepared_tokenizer(data, manifest.tokenizer)
     source = Source(
         run, saved, record, config, manifest, tokenizer, weights, output.name, license_id, sampling or Sampling(), vae
     )
@@ -165,16 +165,6 @@ def _hashes(folder: Path, config: dict[str, Any]) -> dict[str, str]:
             hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
     rest = json.dumps({name: value for name, value in config.items() if name != FILES}, sort_keys=True)
     return hashes | {CONFIG: hashlib.sha256(rest.encode()).hexdigest()}
-
-
-def _tokenizer_of(data: str, manifest: Manifest) -> LoadedTokenizer:
-    tokenizer = load_prepared_tokenizer(data)
-    if tokenizer.info.sha256 != manifest.tokenizer.sha256:
-        raise UserError(
-            f"{data}/tokenizer is tokenizer {tokenizer.info.sha256[:16]}, the shards beside it were made with"
-            f" {manifest.tokenizer.sha256[:16]} ({manifest.tokenizer.name}): put that one there"
-        )
-    return tokenizer
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -198,7 +198,12 @@ class Plan:
             Step(
                 "vae",
                 "stage 1: train the VAE",
-                _train("quickstart_vae", self.vae, {"data.path": data, "repa.features": features} | self.sizes.vae),
+                _train(
+                    "quickstart_vae",
+                    self.vae,
+                    {"data.path": data, "repa.features": features, "repa.teacher": self.teacher_folder}
+                    | self.sizes.vae,
+                ),
                 self.vae / "checkpoints" / "latest",
                 self.vae,
             ),

@@ -303,31 +303,29 @@ def test_check_finds_the_features_of_another_model_that_the_same_code_made(
         patch.setattr(hidden_state, "_find_source", lambda model, *rest: (model.layers[1], find(model, *rest)[1]))
         patch.setattr(hidden_state, "_agrees", lambda *_: True)
         assert main(command(data, teacher, tmp_path / "wrong", "--exact")) == 0
-        assert main(["check", "--data", str(data), "--features", str(tmp_path / "wrong"), "--device", "cpu"]) == 2
+        check = ["check", "--data", str(data), "--features", str(tmp_path / "wrong"), "--teacher", str(teacher)]
+        assert main([*check, "--device", "cpu"]) == 2
     assert "does not hold the features of" in capsys.readouterr().err
 
 
-def test_check_finds_the_only_cache_and_its_teacher(data, teacher, cached, tmp_path, monkeypatch, capsys):
+def test_check_finds_the_only_cache(data, teacher, cached, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("data", "teacher"):
-        shutil.copytree({"data": data, "teacher": teacher}[name], name)
+    shutil.copytree(data, "data")
     check = ["check", "--data", "data", "--rows", "3", "--device", "cpu"]
     assert main(check) == 2
     assert "data holds the feature caches: none; name one with --features" in capsys.readouterr().err
-    assert main(["--data", "data", "--teacher", "teacher", "--device", "cpu", *FAST]) == 0
-    assert (tmp_path / "data/features-teacher/manifest.json").exists()
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir("elsewhere")
-    check[2] = "../data"
-    assert main(check) == 0
-    assert main([*check, "--teacher", str(tmp_path / "teacher")]) == 0
-    capsys.readouterr()
-    shutil.move(tmp_path / "teacher", tmp_path / "moved")
-    assert main(check) == 2
-    assert f"made with the teacher in {tmp_path / 'teacher'}, which is not there" in capsys.readouterr().err
-    shutil.copytree(tmp_path / "data/features-teacher", tmp_path / "data/another")
+    shutil.copytree(cached, "data/features-teacher")
+    config = write_config(tmp_path / "c.json", tmp_path / "data", teacher=str(teacher))
+    assert main([*check, "--config", config]) == 0
+    shutil.copytree("data/features-teacher", "data/another")
     assert main(check) == 2
     assert "holds the feature caches: another, features-teacher" in capsys.readouterr().err
+
+
+def test_attack_6c_check_loads_no_teacher_that_a_cache_names(data, cached, monkeypatch, capsys):
+    monkeypatch.setattr("data_pipeline.features.check.load_teacher", None)
+    assert main(["check", "--data", str(data), "--features", str(cached), "--device", "cpu"]) == 2
+    assert "but what a cache says is not loaded: name the model with --teacher" in capsys.readouterr().err
 
 
 def test_mismatches_are_refused_when_opened(data, cached, tmp_path):

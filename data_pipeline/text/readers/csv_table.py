@@ -2,12 +2,11 @@
 
 import csv
 import io
-import sys
 from collections.abc import Iterator
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.text.readers.base import Reader, Unit, checked_text, endings, missing_field
-from data_pipeline.text.readers.streams import open_plain
+from data_pipeline.text.readers.streams import LONGEST_LINE, lines_of, open_plain
 
 
 class CsvTable(Reader):
@@ -17,10 +16,10 @@ class CsvTable(Reader):
     often_metadata = True
 
     def documents(self, unit: Unit, text_field: str) -> Iterator[str | None]:
-        csv.field_size_limit(sys.maxsize)
+        csv.field_size_limit(LONGEST_LINE)
         delimiter = "\t" if ".tsv" in unit.location.lower()[-8:] else ","
         with io.TextIOWrapper(open_plain(unit.location), "utf-8-sig", newline="") as file:
-            rows = csv.reader(file, delimiter=delimiter, strict=True)
+            rows = csv.reader(lines_of(file, unit.location), delimiter=delimiter, strict=True)
             columns = next(rows, [])
             if text_field not in columns:
                 raise missing_field(unit.location, text_field, columns)

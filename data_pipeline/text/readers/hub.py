@@ -3,9 +3,10 @@
 import functools
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from data_pipeline.core.errors import UserError, reason
+from data_pipeline.core.errors import ENDINGS, UserError, reason
 from data_pipeline.core.hub import use_hub
 from data_pipeline.text.readers.base import Reader, Unit, text_of
 
@@ -49,23 +50,54 @@ def load_streamed(location: str) -> Any:
     assert matched is not None
     name, configuration, revision, split = matched.group("name", "configuration", "revision", "split")
     try:
-        return load_dataset(name, configuration, split=split or "train", streaming=True, revision=revision)
-    except Exception as error:
+        with _files_of_the_repository():
+            return load_dataset(name, configuration, split=split or "train", streaming=True, revision=revision)
+    except (UserError, *ENDINGS):
+        raise
+    except BaseException as error:
         raise UserError(
             f"source {location}: no such local file or folder, and the Hugging Face hub does not give a dataset of that name "
             f"({reason(error)}); {_remedy(error)}"
         ) from error
 
 
+@contextmanager
+def _files_of_the_repository() -> Iterator[None]:
+    """While a dataset is looked for, its README may name its files (data_files), but only its own: `datasets` takes an absolute path
+    there for a file of this machine, and a URL for one of another.
+    """
+    from datasets import data_files
+
+    resolve = data_files.resolve_pattern
+
+    def resolve_within(pattern: str, *args: Any, **kwargs: Any) -> Any:
+        place = pattern.rpartition("::")[2]
+        is_outside = "://" in place or place.startswith(("/", "~")) or ".." in place.split("/")
+        if is_outside and not place.startswith("hf://datasets/"):
+            raise UserError(
+                f"its README names the file {pattern!r:.200}, which is not one of the dataset's; take another dataset, or download it and"
+                " give its folder"
+            )
+        return resolve(pattern, *args, **kwargs)
+
+    data_files.resolve_pattern = resolve_within
+    try:
+        yield
+    finally:
+        data_files.resolve_pattern = resolve
+
+
 def _told(records: Iterable[dict[str, Any]], location: str) -> Iterator[dict[str, Any]]:
     """The records; what goes wrong on the way is a UserError."""
     try:
         yield from records
-    except Exception as error:
+    except (UserError, *ENDINGS):
+        raise
+    except BaseException as error:
         raise UserError(f"source {location}: the stream broke off ({reason(error)}); {_remedy(error)}") from error
 
 
-def _remedy(error: Exception) -> str:
+def _remedy(error: BaseException) -> str:
     said = f"{type(error).__name__} {error}".lower()
     if "gated" in said or "401" in said or "403" in said:
         return "accept its terms on the hub and set HF_TOKEN, or give local files"

@@ -9,11 +9,10 @@ from typing import IO, Any, cast
 from data_pipeline.core.errors import UserError
 from data_pipeline.text.readers.base import Reader, Unit, endings, text_of
 from data_pipeline.text.readers.jsonl import BLANKS, JsonLines
-from data_pipeline.text.readers.streams import open_plain
+from data_pipeline.text.readers.streams import LONGEST_LINE, open_plain, too_long
 
 _CHARACTERS = 1 << 20
 _BLANKS = re.compile(r"[ \t\r\n]*")
-_LONGEST_VALUE = 1 << 28  # characters: what is not valid by then is no truncated value
 
 
 class JsonValues(JsonLines):
@@ -101,7 +100,9 @@ class _Buffer:
                 return value
             except ValueError as error:
                 rest = self._text[self._place :]
-                more = self._file.read(len(rest) + _CHARACTERS) if len(rest) < _LONGEST_VALUE else ""
+                if len(rest) > LONGEST_LINE:
+                    raise too_long(location, LONGEST_LINE) from error
+                more = self._file.read(len(rest) + _CHARACTERS)
                 if not more:
                     raise UserError(f"source {location}: not valid JSON ({error}); mend the file") from error
                 self._text, self._place = rest + more, 0

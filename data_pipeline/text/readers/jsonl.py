@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.text.readers.base import Reader, Unit, endings, text_of
-from data_pipeline.text.readers.streams import compression, open_plain, skip_begun_line
+from data_pipeline.text.readers.streams import compression, lines_of, open_plain, skip_begun_line
 
 BLANKS = b"\xef\xbb\xbf \t\r\n"  # with the mark that some editors put before UTF-8
 _LINES_PER_BLOCK = 256
@@ -38,7 +38,8 @@ def _range_lines(unit: Unit) -> Iterator[tuple[str, bytes]]:
     """Lines that begin within the unit's bytes."""
     with open_plain(unit.location) as file:
         place = skip_begun_line(file, unit.start, unit.stop)
-        while place < unit.stop and (line := file.readline()):
+        lines = lines_of(file, unit.location)
+        while place < unit.stop and (line := next(lines, b"")):
             yield f"{unit.location}, byte {place}", line
             place += len(line)
 
@@ -46,7 +47,7 @@ def _range_lines(unit: Unit) -> Iterator[tuple[str, bytes]]:
 def _block_lines(unit: Unit) -> Iterator[tuple[str, bytes]]:
     """Every `stop`-th block of lines of a compressed file."""
     with open_plain(unit.location) as file:
-        for number, line in enumerate(file):
+        for number, line in enumerate(lines_of(file, unit.location)):
             if number // _LINES_PER_BLOCK % unit.stop == unit.start:
                 yield f"{unit.location}, line {number + 1}", line
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from data_pipeline.core import plugins
-from data_pipeline.core.errors import TRACEBACK, UserError, reason
+from data_pipeline.core.errors import ENDINGS, TRACEBACK, UserError, reason
 from data_pipeline.text.readers.base import Reader, Unit
 
 OWN = {
@@ -27,9 +27,9 @@ def naming(location: str) -> Iterator[None]:
     """Make one line of any exception: every library has its own for damaged files, and they change with its versions."""
     try:
         yield
-    except UserError:
+    except (UserError, *ENDINGS):
         raise
-    except Exception as error:
+    except BaseException as error:
         raise UserError(f"source {location}: cannot be read ({reason(error)}); {_remedy(error)}") from error
 
 
@@ -63,7 +63,7 @@ def _names() -> list[str]:
     return plugins.names("readers", OWN)
 
 
-def _remedy(error: Exception) -> str:
+def _remedy(error: BaseException) -> str:
     """What to do about it."""
     if isinstance(error, FileNotFoundError):
         return "it was there when the source was opened: leave the source as it is until all of it is read, and start again"

@@ -1,14 +1,21 @@
-"""The plain bytes of a file, whatever compressed it."""
+"""The plain bytes of a file, whatever compressed it, and its lines: both in pieces of bounded size, whatever the file claims."""
 
 import bz2
 import gzip
 import io
 import lzma
-from collections.abc import Callable
-from typing import IO, Any, NamedTuple, cast
+from collections.abc import Callable, Iterator
+from typing import IO, Any, AnyStr, NamedTuple, cast
 
 from data_pipeline.core.errors import UserError
 
+LONGEST_LINE = 1 << 28
+"""Bytes (of text, characters) of a line, a record or a value: what is longer was made to fill the memory."""
+LONGEST_DOCUMENT = 1 << 30
+"""Bytes of a document of plain text."""
+_PIECE = 1 << 11
+"""Compressed bytes at a time. A block of 128 KiB may take four (Zstandard), so that no more than 64 MiB come out at once; of bzip2 and
+LZMA it is less."""
 LARGEST_ZSTD_WINDOW = 1 << 31  # `zstd --long=31`, the most that the format's own tools read; 128 MiB unless asked for
 
 
@@ -62,25 +69,29 @@ class _FramesFile(io.RawIOBase):
         self._file = open(location, "rb")  # noqa: SIM115 (closed by close)
         self._new_frame = new_frame
         self._frame = self._new_frame()
-        self._compressed = self._plain = b""
+        self._compressed, self._at = b"", 0
+        self._plain = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._plain:
-            self._compressed = self._compressed or self._file.read(1 << 18)
+            if self._at == len(self._compressed):
+                self._compressed, self._at = self._file.read(1 << 18), 0
             if not self._compressed:
                 if self._frame.eof:
                     return 0
                 raise EOFError("the file ends within a compressed frame")
             if self._frame.eof:
-                self._compressed = self._compressed.lstrip(b"\0")  # padding, with which no frame begins
-                if not self._compressed:
+                # Zero bytes between frames are padding, with which none begins.
+                self._at = len(self._compressed) - len(self._compressed[self._at :].lstrip(b"\0"))
+                if self._at == len(self._compressed):
                     continue
                 self._frame = self._new_frame()
-            self._plain = self._frame.decompress(self._compressed)
-            self._compressed = self._frame.unused_data
+            piece = self._compressed[self._at : self._at + _PIECE]
+            self._plain = memoryview(self._frame.decompress(piece))
+            self._at += len(piece) - len(self._frame.unused_data)
         count = min(len(buffer), len(self._plain))
         buffer[:count], self._plain = self._plain[:count], self._plain[count:]
         return count
@@ -101,6 +112,21 @@ _COMPRESSIONS = {
     "bz2": _Compression("bzip2", _BZIP2, lambda location: _in_frames(location, bz2.BZ2Decompressor)),
     "xz": _Compression("xz", (b"\xfd7zXZ\x00",), lambda location: _in_frames(location, lzma.LZMADecompressor)),
 }
+
+
+def lines_of(file: IO[AnyStr], location: str, longest: int = LONGEST_LINE) -> Iterator[AnyStr]:
+    """The lines of an open file, with their ends. Raises: UserError for one that is too long to be one."""
+    while line := file.readline(longest + 1):
+        if len(line) > longest:
+            raise too_long(location, longest)
+        yield line
+
+
+def too_long(location: str, longest: int) -> UserError:
+    """The error for a line, a value or a document without end."""
+    return UserError(
+        f"source {location}: a line or document of more than {longest / 2**20:,.0f} MiB; divide it, or take the file out of the source"
+    )
 
 
 def skip_begun_line(file: IO[bytes], start: int, stop: int) -> int:

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.text.readers.base import Reader, Unit, endings
-from data_pipeline.text.readers.streams import compression, open_plain, skip_begun_line
+from data_pipeline.text.readers.streams import (
+    LONGEST_DOCUMENT,
+    compression,
+    lines_of,
+    open_plain,
+    skip_begun_line,
+    too_long,
+)
 
 _DOCUMENT_END = b"<|endoftext|>"
 _MOST_ZEROS = 10  # one byte in so many: text of Latin letters in UTF-16 has one in two
@@ -32,7 +39,8 @@ class Text(Reader):
             if unit.start and position >= stop:
                 return  # no line begins here
             document: list[bytes] | None = None if unit.start else []
-            for line in file:
+            size = 0
+            for line in lines_of(file, unit.location, LONGEST_DOCUMENT):
                 is_mine = position < stop
                 if document is None and not is_mine:
                     return
@@ -40,12 +48,15 @@ class Text(Reader):
                 before, *after = [b"", b""] if line.rstrip(b" \t\r\n") == _DOCUMENT_END else line.split(b"\f")
                 if document is not None:
                     document.append(before)
+                    size += len(before)
+                    if size > LONGEST_DOCUMENT:
+                        raise too_long(unit.location, LONGEST_DOCUMENT)
                 for piece in after:
                     if document is not None:
                         yield _plain(document, unit.location)
                     if not is_mine:
                         return
-                    document = [piece]
+                    document, size = [piece], len(piece)
             if document is not None:
                 yield _plain(document, unit.location)
 

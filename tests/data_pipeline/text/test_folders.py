@@ -11,6 +11,7 @@ import pytest
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.text.folders import list_folder
+from data_pipeline.text.sources import open_source
 from tests.data_pipeline.text.texts import documents, write_jsonl
 
 
@@ -135,7 +136,7 @@ def second_names(folder: Path) -> list[str]:
     return ["b/2024.jsonl"]
 
 
-def snapshot_of_the_hub(folder: Path) -> list[str]:
+def other_folder_of_blobs(folder: Path) -> list[str]:
     write(folder, "../blobs/0.jsonl", "../blobs/1.jsonl")
     for number in range(2):
         (folder / f"part-{number}.jsonl").symlink_to(f"../blobs/{number}.jsonl")
@@ -154,18 +155,69 @@ def no_text_behind_it(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "build",
-    [linked_folder, circle, two_that_lead_to_each_other, second_names, snapshot_of_the_hub, no_text_behind_it],
+    [linked_folder, circle, two_that_lead_to_each_other, second_names, other_folder_of_blobs, no_text_behind_it],
 )
 def test_links_are_followed_once(tmp_path: Path, build: Callable[[Path], list[str]]) -> None:
     folder = tmp_path / "corpus"
     read = build(folder)
-    assert sorted(documents(folder)) == sorted(read)
-    counts = list_folder(str(folder)).counts()
+    assert sorted(open_source(str(folder), follow_links=True)) == sorted(read)
+    counts = list_folder(str(folder), follow_links=True).counts()
     assert sum(counts.values()) == 2 * counts["files_found"]
     assert counts["files_read"] == len(read)
     assert counts["files_found"] >= num_entries(folder) - sum(
         path.is_symlink() for path in folder.iterdir() if path.is_dir()
     )
+
+
+def test_attack_15a_links_out_of_a_source_are_left_out_and_not_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder from elsewhere could bring a link to anything that its reader's user can read."""
+    write(
+        tmp_path,
+        "theirs/a.jsonl",
+        "theirs/b.jsonl",
+        "theirs/x/c.jsonl",
+        "mine/private.jsonl",
+        "mine/more/private.jsonl",
+    )
+    (tmp_path / "theirs" / "also.jsonl").symlink_to("../mine/private.jsonl")
+    (tmp_path / "theirs" / "more").symlink_to("../mine/more")
+    (tmp_path / "theirs" / "all").symlink_to("/")
+    (tmp_path / "theirs" / "again").symlink_to("x")
+    looked_into = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (looked_into.append(os.path.realpath(path)), scandir(path))[1])
+    listing = list_folder(str(tmp_path / "theirs"))
+    assert [os.path.basename(file.path) for file in listing.taken] == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    assert {path.removeprefix(f"{tmp_path}/theirs") for path in looked_into} == {"", "/x"}
+    assert listing.counts()["files_left_out_out_of_the_folder"] == 3
+    assert "1 .jsonl, 2 links to folders (out of the folder)" in listing.told_left().replace(
+        "2 links to folders, 1 .jsonl", "1 .jsonl, 2 links to folders"
+    )
+    assert len(list_folder(str(tmp_path / "theirs" / "x"), follow_links=True).taken) == 1
+
+
+@pytest.mark.parametrize("build", [linked_folder, other_folder_of_blobs, two_that_lead_to_each_other])
+def test_attack_15a_a_source_of_links_to_elsewhere_is_the_users_to_allow(
+    tmp_path: Path, build: Callable[[Path], list[str]]
+) -> None:
+    read = build(tmp_path / "corpus")
+    if build is linked_folder:  # its own file is read, and the link told
+        assert documents(tmp_path / "corpus") == ["a.jsonl"]
+    else:
+        with pytest.raises(UserError, match=r"links to elsewhere.*--follow-links"):
+            list_folder(str(tmp_path / "corpus"))
+    assert sorted(open_source(str(tmp_path / "corpus"), follow_links=True)) == sorted(read)
+
+
+def test_a_snapshot_in_the_hubs_cache_is_made_of_links_within_its_repository(tmp_path: Path) -> None:
+    snapshot = tmp_path / "datasets--x" / "snapshots" / "0123"
+    write(snapshot, "../../blobs/0.jsonl", "../../blobs/1.jsonl", "../../../private.jsonl")
+    for number in range(2):
+        (snapshot / f"part-{number}.jsonl").symlink_to(f"../../blobs/{number}.jsonl")
+    (snapshot / "part-2.jsonl").symlink_to("../../../private.jsonl")
+    assert sorted(documents(snapshot)) == ["../../blobs/0.jsonl", "../../blobs/1.jsonl"]
 
 
 def test_a_link_to_nothing_where_text_is_promised_is_refused(tmp_path: Path) -> None:

@@ -132,3 +132,33 @@ def test_a_stream_that_breaks_off_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 def test_names_of_missing_files_are_not_asked_for(spec: str) -> None:
     with pytest.raises(UserError, match="no such file or folder; expected"):
         open_source(spec)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "/etc/hosts",
+        "~/x.txt",
+        "../private.txt",
+        "https://inside.example/x.txt",
+        "file:///etc/hosts",
+        "zip://*.txt::/x.zip",
+    ],
+)
+def test_attack_15b_a_datasets_readme_names_files_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "private.txt").write_text("mine")
+    (tmp_path / "theirs" / "a.txt").write_text("theirs")
+    load, load_dataset = partial(documents, "segyges/OpenWebText2"), datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", partial(_instead_of_the_hub, load_dataset, tmp_path / "theirs"))
+    for named, own in ((place, False), ("*.txt", True)):
+        hub.load_streamed.cache_clear()
+        readme = f"---\nconfigs:\n- config_name: default\n  data_files: {json.dumps(named)}\n---\n"
+        (tmp_path / "theirs" / "README.md").write_text(readme)
+        if own:
+            assert load() == ["theirs"]
+        else:
+            with pytest.raises(UserError, match="its README names the file"):
+                load()

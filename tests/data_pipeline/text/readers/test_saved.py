@@ -1,5 +1,6 @@
 """Folders of `save_to_disk`: what is read does not depend on the format that they were saved with."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -66,3 +67,25 @@ def test_damage_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"saved: cannot be read") as raised:
         documents(tmp_path / "saved")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["../private.arrow", "/etc/passwd", "x/../../private.arrow", "-x", "", "http://x/y.arrow"]
+)
+def test_attack_15c_a_saved_folder_names_tables_of_its_own(tmp_path: Path, name: str) -> None:
+    DATASET.save_to_disk(str(tmp_path / "saved"))
+    DATASET.save_to_disk(str(tmp_path / "private"))
+    shutil.copyfile(tmp_path / "private" / "data-00000-of-00001.arrow", tmp_path / "private.arrow")
+    state = json.loads((tmp_path / "saved" / "state.json").read_text())
+    (tmp_path / "saved" / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": name}]}))
+    with pytest.raises(UserError, match=r"a table of state\.json is "):
+        documents(tmp_path / "saved")
+
+
+def test_attack_15c_a_table_is_no_link(tmp_path: Path) -> None:
+    DATASET.save_to_disk(str(tmp_path / "saved"))
+    table = tmp_path / "saved" / "data-00000-of-00001.arrow"
+    table.rename(tmp_path / "private.arrow")
+    table.symlink_to("../private.arrow")
+    with pytest.raises(UserError, match="is a link; put the file itself there"):
+        documents(tmp_path / "saved")

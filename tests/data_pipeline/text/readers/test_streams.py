@@ -1,13 +1,18 @@
 """Compressed files are read whatever wrote them; what is cut short, damaged or of another kind than its name says is refused."""
 
+import bz2
 import json
+import lzma
 import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import pytest
 import zstandard
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.text.readers import streams
 from data_pipeline.text.readers.streams import open_plain
 from tests.data_pipeline.text.texts import TEXTS, compress, documents, write_jsonl
 
@@ -98,3 +103,74 @@ def test_of_several_frames_none_is_lost(tmp_path: Path, ending: str) -> None:
     path.write_bytes(first + b"junk" + second[4:])
     with pytest.raises(UserError, match=rf"a\.jsonl\.{ending}: cannot be read"):
         documents(path)
+
+
+def bomb(ending: str, plain: int) -> bytes:
+    """A small file of one line of so many bytes."""
+    head, piece = b'{"text": "', b" " * (1 << 20)
+    if ending == "zst":
+        made = zstandard.ZstdCompressor(level=3).compressobj()
+    else:
+        made = {"gz": lambda: zlib.compressobj(9, wbits=31), "bz2": bz2.BZ2Compressor, "xz": lzma.LZMACompressor}[
+            ending
+        ]()
+    return made.compress(head) + b"".join(made.compress(piece) for _ in range(plain >> 20)) + made.flush()
+
+
+@pytest.mark.parametrize(
+    ("ending", "kind"),
+    [("gz", "jsonl"), ("zst", "jsonl"), ("bz2", "txt"), ("xz", "json"), ("gz", "csv"), ("zst", "txt")],
+)
+def test_attacks_8a_8b_a_bomb_is_named_before_it_fills_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, kind: str
+) -> None:
+    for module, names in {
+        "streams": ("LONGEST_LINE",), "csv_table": ("LONGEST_LINE",), "json_values": ("LONGEST_LINE",), "text": ("LONGEST_DOCUMENT",),
+    }.items():  # fmt: skip
+        for name in names:
+            monkeypatch.setattr(f"data_pipeline.text.readers.{module}.{name}", 1 << 20)
+    monkeypatch.setattr(streams.lines_of, "__defaults__", (1 << 20,))
+    path = tmp_path / f"a.{kind}.{ending}"
+    path.write_bytes(bomb(ending, 32 << 20))
+    assert path.stat().st_size < 1 << 16
+    tracemalloc.start()
+    with pytest.raises(UserError, match=rf"a\.{kind}\.{ending}: a line or document of more than 1 MiB; divide it"):
+        documents(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20  # a few times the bound, and not the 32 MiB
+
+
+def test_attack_8a_little_is_unpacked_at_once(tmp_path: Path) -> None:
+    """A quarter of a MiB of Zstandard may stand for gigabytes, which one call would unpack."""
+    (tmp_path / "a.zst").write_bytes(bomb("zst", 256 << 20))
+    with open_plain(str(tmp_path / "a.zst")) as file:
+        tracemalloc.start()
+        assert len(file.read(1 << 16)) == 1 << 16
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 160 << 20
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize("line", [b"[" * 100_000, b'{"text":' * 100_000, b'{"text": "a", "b": ' + b"[" * 100_000])
+def test_attack_8c_nested_lines_are_named(tmp_path: Path, name: str, line: bytes) -> None:
+    (tmp_path / name).write_bytes(b'{"text": "a"}\n' * (name == "a.jsonl") + line + b"\n")
+    with pytest.raises(UserError, match=rf"source .*{name}"):
+        documents(tmp_path / name)
+
+
+def test_documents_of_text_and_lines_of_csv_are_bounded_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many short lines, too, may be one document or one cell."""
+    monkeypatch.setattr("data_pipeline.text.readers.text.LONGEST_DOCUMENT", 100)
+    (tmp_path / "a.txt").write_text("short line\n" * 8 + "<|endoftext|>\n" + "short line\n" * 8)
+    assert len(documents(tmp_path / "a.txt")) == 2
+    (tmp_path / "a.txt").write_text("short line\n" * 10)
+    with pytest.raises(UserError, match=r"a\.txt: a line or document of more than"):
+        documents(tmp_path / "a.txt")
+    monkeypatch.setattr("data_pipeline.text.readers.csv_table.LONGEST_LINE", 100)
+    (tmp_path / "a.csv").write_text('text\n"' + "short line\n" * 10 + '"\n')
+    with pytest.raises(UserError, match=r"a\.csv: cannot be read .*field larger than field limit \(100\)"):
+        documents(tmp_path / "a.csv")
