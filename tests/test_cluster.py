@@ -42,13 +42,42 @@ def test_slurm_requeues_what_a_restart_brings_on(code: int, again: bool, tmp_pat
     assert not again or (tmp_path / "scontrol.log").read_text() == "requeue 77\n"
 
 
+def kubernetes() -> dict[str, dict]:
+    """The manifest's objects by kind."""
+    return {part["kind"]: part for part in yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())}
+
+
+def test_attack_12b_the_pods_let_in_only_one_another_and_can_do_little() -> None:
+    found = kubernetes()
+    pod = found["Job"]["spec"]["template"]["spec"]
+    own = {"matchLabels": {"job-name": found["Job"]["metadata"]["name"]}}
+    policy = found["NetworkPolicy"]["spec"]
+    assert policy["podSelector"] == own
+    assert policy["policyTypes"] == ["Ingress"]
+    assert policy["ingress"] == [{"from": [{"podSelector": own}]}]
+    assert found["Service"]["spec"]["selector"] == own["matchLabels"]
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] > 0
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    (container,) = pod["containers"]
+    limits = container["securityContext"]
+    assert limits["allowPrivilegeEscalation"] is False
+    assert limits["readOnlyRootFilesystem"] is True
+    assert limits["capabilities"] == {"drop": ["ALL"]}
+    home = next(entry["value"] for entry in container["env"] if entry["name"] == "HOME")
+    assert {home, "/tmp", "/workspace/textldm/runs"} <= {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+
+
 @pytest.mark.slow
 def test_a_pod_that_is_told_to_go_saves_and_says_so(tmp_path: Path) -> None:
     from pretrain.checkpoint.find import saved_steps
     from pretrain.ranks.launcher import free_port
     from tests.pretrain import tiny_run
 
-    job = list(yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text()))[1]["spec"]
+    job = kubernetes()["Job"]["spec"]
     (container,) = job["template"]["spec"]["containers"]
     variables = {entry["name"]: entry["value"] for entry in container["env"]}
     assert int(variables["NODES"]) == job["completions"] == job["parallelism"]

@@ -136,9 +136,29 @@ def test_lock_pins_every_dependency_within_its_bounds_and_nothing_else():
 
 
 def test_lock_names_no_machine_and_no_index():
-    lock = (ROOT / "requirements.lock").read_text()
-    assert all(re.match(r"[\w-]+==|    --hash=sha256:[0-9a-f]{64}|\s*#|$", line) for line in lock.splitlines())
-    assert "://" not in lock
+    for lock in (ROOT / "requirements.lock", ROOT / "requirements-text.lock"):
+        text = lock.read_text()
+        assert all(re.match(r"[\w-]+==|    --hash=sha256:[0-9a-f]{64}|\s*#|$", line) for line in text.splitlines())
+        assert "://" not in text
+
+
+def test_attack_19_everything_comes_by_its_hash_and_torch_from_one_index() -> None:
+    for lock in ("requirements.lock", "requirements-text.lock"):
+        pins = re.split(r"\n(?=[\w-]+==)", (ROOT / lock).read_text())[1:]
+        assert pins
+        assert all("--hash=sha256:" in pin for pin in pins)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pinned, _ = locked((ROOT / "requirements-text.lock").read_text())
+    assert pinned.items() >= {tuple(name.split("==")) for name in extras["quickstart"]}
+    script = (ROOT / "run.sh").read_text()
+    install = script.split("install() {")[1].split("\n}\n")[0]
+    assert not re.search(r"extra-index|EXTRA_INDEX", script)
+    for line in (line for line in install.splitlines() if "pip[@]" in line):
+        assert (
+            "torch==2.13.0" in line
+            or "--require-hashes" in line
+            or line.split()[1:3] == ["--no-deps", "--no-build-isolation"]
+        )
 
 
 def locked(lock: str) -> tuple[dict[str, str], set[str]]:
@@ -191,3 +211,32 @@ def test_run_sh_takes_the_recipes_options_and_says_others_before_it_installs() -
         assert done.stderr.startswith("error: ")
         assert "/nonexistent" not in done.stderr
         assert done.stdout == ""
+
+
+def test_attack_6_nothing_is_loaded_with_its_own_code() -> None:
+    """Without a word transformers asks at a prompt; so every call says it (docs/security.md)."""
+    calls = [
+        (path, node)
+        for package in ("data_pipeline", "pretrain")
+        for path in sources(package)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("from_pretrained", "get_config_dict")
+    ]
+    assert len(calls) >= 6
+    for path, node in calls:
+        said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        assert said.get("trust_remote_code") == "False", f"{path}:{node.lineno}"
+
+
+def test_every_attack_of_the_page_on_security_has_its_test() -> None:
+    page = (ROOT / "docs/security.md").read_text()
+    named = re.findall(r"^\| (\d+[a-z]?) \| .* \| `(tests/[\w/]+\.py)` \|$", page, flags=re.MULTILINE)
+    assert len(named) >= 40
+    for attack, file in named:
+        text = (ROOT / file).read_text()
+        number = re.match(r"\d+", attack)[0]
+        assert re.search(rf"def test_attacks?_[\w]*(?<![0-9]){number}(?:{attack[len(number) :]})?(?![0-9])", text), (
+            f"{attack}: {file}"
+        )

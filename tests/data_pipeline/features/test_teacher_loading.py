@@ -181,3 +181,19 @@ def test_damaged_teachers_are_one_line_with_the_cause(tmp_path: Path, damage, na
         load_teacher(path)
     assert path in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_attacks_6a_18b_no_code_of_a_teachers_folder_runs_and_nobody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks at a prompt where nothing is said, and "y" is quickly typed."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    named = {"AutoConfig": "evil.C", "AutoModel": "evil.M", "AutoModelForCausalLM": "evil.M"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": named}))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')")
+    with pytest.raises(UserError, match="no teacher at"):
+        load_teacher(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="no teacher at"):
+        load_teacher(tmp_path)
+    assert not (tmp_path / "pwned").exists()

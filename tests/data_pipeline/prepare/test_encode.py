@@ -51,3 +51,23 @@ def test_what_the_tokenizer_cannot_encode_is_told(tmp_path: Path) -> None:
     ) as raised:
         encode(tmp_path, ["a b a"], model)
     assert "\n" not in str(raised.value)
+
+
+class Panic(BaseException):
+    """As a library in Rust panics: no Exception."""
+
+
+def test_attack_18a_a_tokenizer_that_panics_is_told_with_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A regular expression in a tokenizer.json can make it do so."""
+
+    class Hostile:
+        def encode_batch_fast(self, *_: object, **__: object) -> None:
+            raise Panic("retry-limit-in-match over")
+
+        model = None
+
+    monkeypatch.setattr("data_pipeline.prepare.encode.encoder", lambda _: Hostile())
+    with pytest.raises(UserError, match=r"0\.txt: the tokenizer cannot encode a text there .Panic: retry-limit"):
+        encode(tmp_path, ["a"], models.WordLevel({END: 0, "a": 1}, unk_token="a"))

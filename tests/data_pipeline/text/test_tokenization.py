@@ -13,6 +13,7 @@ from data_pipeline.text.tokenization import (
     END_OF_TEXT,
     LoadedTokenizer,
     encoder,
+    load_prepared_tokenizer,
     load_tokenizer,
     load_transformers_tokenizer,
     main,
@@ -277,3 +278,23 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert load_tokenizer(tmp_path / "t").info.vocab_size == 300
     assert main(["train", "--source", "nowhere.txt", "--vocab-size", "300", "--output", str(tmp_path / "u")]) == 2
     assert "error: source nowhere.txt" in capsys.readouterr().err
+
+
+def test_attack_18b_settings_nested_without_end_are_one_line(tmp_path: Path) -> None:
+    write(tmp_path, nameless(), eos_token="[END]")
+    for text in ("[" * 100_000, '{"a":' * 200 + "1" + "}" * 200):
+        (tmp_path / "tokenizer_config.json").write_text(text)
+        with pytest.raises(UserError, match=r"tokenizer_config\.json: not valid JSON .nested more than"):
+            load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["sha256", "vocab_size", "eos_id"])
+def test_attack_16_another_tokenizer_beside_the_shards_is_noticed_by_whoever_reads_it(
+    tmp_path: Path, field: str
+) -> None:
+    """Inspection, samples, diagnosis and export: all go through here."""
+    made_with = write(tmp_path / "tokenizer", nameless(), eos_token="[END]").info
+    assert load_prepared_tokenizer(str(tmp_path), made_with).info.sha256 == made_with.sha256
+    other = made_with.model_copy(update={field: "0" * 64 if field == "sha256" else 7})
+    with pytest.raises(UserError, match=rf"tokenizer/tokenizer\.json has the {field} .*, the manifest says"):
+        load_prepared_tokenizer(str(tmp_path), other)

@@ -16,7 +16,7 @@ from data_pipeline.format.manifest import Manifest
 from data_pipeline.text.folders import list_folder
 from data_pipeline.text.readers import registry
 from data_pipeline.text.readers.base import Reader, Unit
-from data_pipeline.text.readers.registry import OWN, read_unit, reader, reader_of
+from data_pipeline.text.readers.registry import OWN, naming, read_unit, reader, reader_of
 from data_pipeline.text.tokenization import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -152,3 +152,17 @@ def test_ours_come_first(tmp_path: Path) -> None:
     found = reader_of(str(tmp_path / "a.jsonl"))
     assert found is not None
     assert found.name == "jsonl"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RecursionError("too deep"), type("PanicException", (BaseException,), {})("at lib.rs:1")]
+)
+def test_attacks_8_18a_whatever_a_library_runs_into_names_the_file(error: BaseException) -> None:
+    with (
+        pytest.raises(UserError, match=rf"source a\.parquet: cannot be read \({type(error).__name__}"),
+        naming("a.parquet"),
+    ):
+        raise error
+    for ending in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(ending), naming("a.parquet"):
+            raise ending
