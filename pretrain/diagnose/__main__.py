@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from data_pipeline.core.devices import device_of
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.core.storage import atomic_write
+from data_pipeline.core.telling import tellable
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.config.registry import part, stage_kind
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(argv)
     except Exception:  # Python would end with 1, which says no-go
-        traceback.print_exc()
+        print(tellable(traceback.format_exc()), end="", file=sys.stderr)
         return 2
 
 
