@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.mistakes import json_type
+from data_pipeline.core.outside import parse_json
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
 BASE = "base"
@@ -115,14 +116,14 @@ def _parse(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {shown}: {error}") from None
     try:
-        values = json.loads(text, object_pairs_hook=_without_repeats)
+        values = parse_json(text, _without_repeats)
     except json.JSONDecodeError as error:
         where = f"{error.msg} at line {error.lineno}, column {error.colno}"
         raise UserError(f"{shown} is not JSON: {where}{_json_advice(path, text, error.pos)}") from None
-    except RecursionError:
-        raise UserError(f"{shown} is no configuration: its values are nested too deeply") from None
     except UserError as error:
         raise UserError(f"{shown}: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{shown} is no configuration: {error}") from None
     if not isinstance(values, dict):
         raise UserError(
             f"{shown} holds a JSON {json_type(values)}; expected an object with sections (stage, model, data, ...)"
@@ -175,8 +176,8 @@ def _set(values: dict[str, Any], override: str) -> None:
     if text == "None":  # else it would be a text that many keys take
         raise UserError(f'--set {override}: JSON writes null; the text is written "None", in quotation marks')
     try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+        value = parse_json(text)
+    except ValueError:
         value = text
     *sections, leaf = key.split(".")
     for section in sections:

@@ -93,7 +93,7 @@ def test_a_base_that_is_none_is_named(tmp_path: Path, base: object, expected: st
         ('[data]\npath = "x"\n', "a configuration is a JSON file"),
         ("[1, 2]", "expected an object with sections"),
         ('{"a": {"b": 1, "b": 2}}', "b stands twice"),
-        ("[" * 100_000, "nested too deeply"),
+        ("[" * 100_000, "nested more than 100 deep"),
     ],
 )
 def test_what_is_no_json_is_said_with_what_to_write(tmp_path: Path, text: str, expected: str) -> None:
