@@ -80,7 +80,7 @@ def cli(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
         sys.excepthook = _tell_exception
         try:
             check_arguments(sys.argv[1:] if argv is None else argv)
-            stdout: Any = Tellable(sys.stdout)
+            stdout: Any = sys.stdout and Tellable(sys.stdout)  # None, where it was closed before the start
             with contextlib.redirect_stdout(stdout):
                 return main(argv) or 0
         except UserError as error:
