@@ -83,6 +83,7 @@ def prepared(text: Path, tokenizer: str, output: Path, row_tokens: int, workers:
             row_tokens=row_tokens,
             max_document_length=min(row_tokens, PrepareOptions.max_document_length),
             workers=workers,
+            follow_links=True,
         )
     )
     assert manifest is not None  # only `part` gives none
@@ -98,7 +99,7 @@ class Contest:
         self.source.mkdir()
         for index, path in enumerate(files):
             (self.source / f"{index:03d}-{path.name}").symlink_to(path.resolve())
-        self.documents = [text for text in open_source(str(self.source)) if text.strip()]
+        self.documents = [text for text in open_source(str(self.source), follow_links=True) if text.strip()]
         self.backend = encoder(load_tokenizer(tokenizer))
         self.encoded_tokens = self.kept_tokens = 0
         self.numbers = itertools.count()

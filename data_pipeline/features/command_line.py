@@ -9,7 +9,7 @@ from data_pipeline.core.errors import EXIT_USER, UserError, check_arguments
 from data_pipeline.core.hub import check_hub_id
 from data_pipeline.core.mistakes import check_config
 from data_pipeline.core.settings import Section
-from data_pipeline.core.storage import is_url
+from data_pipeline.core.storage import is_url, local_folder
 from data_pipeline.features.settings import CODEC_NAME, Repa
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.settings import Data
@@ -110,6 +110,8 @@ def read(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("data",) if args.command == "check" else ("data", "teacher"):
         if getattr(args, name) is None:
             raise UserError(f"--{name} is missing, and no --config names it")
+    if args.command == "cache":
+        local_folder(cache_folder(args))
     Manifest.load(args.data)
     if args.teacher is not None and not Path(args.teacher).is_dir():
         check_hub_id(args.teacher, "no teacher at", "a hub id or a local Hugging Face folder")

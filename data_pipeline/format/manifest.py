@@ -152,7 +152,7 @@ class FeatureManifest(_Strict):
             cls,
             folder,
             "copy it again, or cache the features again (data_pipeline/cache_features.py)",
-            f"if it was moved, say where it is now with {named_by}; else textldm cache makes it, or goes on with what is begun",
+            f"if it was moved, say where it is now with {named_by}; else run textldm cache, which makes it, or run it again to its end",
         )
 
     @classmethod

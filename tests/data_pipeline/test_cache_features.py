@@ -344,7 +344,7 @@ def test_mismatches_are_refused_when_opened(data, cached, tmp_path):
     with pytest.raises(UserError, match="but the features were written with"):
         load_cache(copy, tokens)
     (copy / "manifest.json").unlink()
-    with pytest.raises(UserError, match="not a finished prepared folder"):
+    with pytest.raises(UserError, match="is no finished folder"):
         load_cache(copy, tokens)
 
 

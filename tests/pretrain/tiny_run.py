@@ -55,6 +55,14 @@ def write_data(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def say_tokenizer(data: Path, info: TokenizerInfo) -> None:
+    """The manifest names the tokenizer that was put beside the shards."""
+    manifest = Manifest.load(data)
+    fields = manifest.model_dump(exclude={"fingerprint", "format_version"})
+    fields["tokenizer"] = info
+    (data / "manifest.json").write_text(Manifest.create(**fields).model_dump_json())
+
+
 def config_values(data: Path, run: Path, **train: object) -> dict:
     """A configuration of stage vae without a teacher; keyword arguments go to its train section."""
     return {

@@ -14,8 +14,9 @@ LONGEST_LINE = 1 << 28
 LONGEST_DOCUMENT = 1 << 30
 """Bytes of a document of plain text."""
 _PIECE = 1 << 11
-"""Compressed bytes at a time. A block of 128 KiB may take four (Zstandard), so that no more than 64 MiB come out at once; of bzip2 and
-LZMA it is less."""
+"""Compressed bytes at a time. A block of 128 KiB may take four (Zstandard), so that no more than 64 MiB come out at once."""
+_PLAIN_PIECE = 1 << 20
+"""Plain bytes at a time of the formats whose readers can be told."""
 LARGEST_ZSTD_WINDOW = 1 << 31  # `zstd --long=31`, the most that the format's own tools read; 128 MiB unless asked for
 
 
@@ -77,20 +78,24 @@ class _FramesFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._plain:
-            if self._at == len(self._compressed):
-                self._compressed, self._at = self._file.read(1 << 18), 0
-            if not self._compressed:
-                if self._frame.eof:
-                    return 0
-                raise EOFError("the file ends within a compressed frame")
-            if self._frame.eof:
-                # Zero bytes between frames are padding, with which none begins.
-                self._at = len(self._compressed) - len(self._compressed[self._at :].lstrip(b"\0"))
+            piece = b""
+            if self._frame.eof or getattr(self._frame, "needs_input", True):
                 if self._at == len(self._compressed):
-                    continue
-                self._frame = self._new_frame()
-            piece = self._compressed[self._at : self._at + _PIECE]
-            self._plain = memoryview(self._frame.decompress(piece))
+                    self._compressed, self._at = self._file.read(1 << 18), 0
+                if not self._compressed:
+                    if self._frame.eof:
+                        return 0
+                    raise EOFError("the file ends within a compressed frame")
+                if self._frame.eof:
+                    # Zero bytes between frames are padding, with which none begins.
+                    self._at = len(self._compressed) - len(self._compressed[self._at :].lstrip(b"\0"))
+                    if self._at == len(self._compressed):
+                        continue
+                    self._frame = self._new_frame()
+                piece = self._compressed[self._at : self._at + _PIECE]
+            # Those that can be told how much to give keep the rest of what they were fed until they are asked again.
+            most = (_PLAIN_PIECE,) if hasattr(self._frame, "needs_input") else ()
+            self._plain = memoryview(self._frame.decompress(piece, *most))
             self._at += len(piece) - len(self._frame.unused_data)
         count = min(len(buffer), len(self._plain))
         buffer[:count], self._plain = self._plain[:count], self._plain[count:]

@@ -113,7 +113,7 @@ def test_a_dead_server_is_named_at_last(tmp_path: Path) -> None:
 
 
 def test_missing_files_are_not_retried(server: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a finished prepared folder"):
+    with pytest.raises(UserError, match="is no finished folder"):
         Manifest.load(server + "/nowhere")
     with pytest.raises(UserError, match="the manifest names it"):
         ShardFiles(server, str(tmp_path)).path("train-99999.tar", 5, "0" * 64)

@@ -33,7 +33,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data, a VAE of two steps and a DiT of two steps."""
     folder = tmp_path_factory.mktemp("runs")
     data = tiny_run.write_data(folder / "data")
-    train_tokenizer(["A B C"], 257).save(data / "tokenizer")  # ids below 64 are the printable characters up to "_"
+    tokenizer = train_tokenizer(["A B C"], 257)  # ids below 64 are the printable characters up to "_"
+    tokenizer.save(data / "tokenizer")
+    tiny_run.say_tokenizer(data, tokenizer.info)
     vae = tiny_run.config_values(data, folder / "vae", steps=2, eval_every=0)
     vae["data"]["split"] = {"kind": "truncate"}
     dit = tiny_run.config_values(data, folder / "dit", steps=2, eval_every=0) | {"stage": "dit"}

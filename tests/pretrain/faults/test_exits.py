@@ -251,9 +251,9 @@ def test_ctrl_c_stays_ignored_where_it_is(monkeypatch: pytest.MonkeyPatch) -> No
     "command", [["-m", "pretrain", "train", "--config", "dit_b"], ["pretrain/train.py", "--config", "dit_b"]]
 )
 def test_ctrl_c_during_imports_ends_without_a_traceback(command: list[str], tmp_path: Path) -> None:
-    """A stand-in for torch is imported for as long as it takes."""
+    """A stand-in for torch is imported for as long as it takes; by a rank of two, which do not look for their data before."""
     (tmp_path / "torch.py").write_text("import os, time\nprint('importing', flush=True)\ntime.sleep(100)\n")
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONUNBUFFERED": "1", "WORLD_SIZE": "2"}
     with subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

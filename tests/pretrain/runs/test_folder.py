@@ -53,7 +53,7 @@ def test_attack_10a_no_file_and_no_recorder_gets_a_password(tmp_path: Path, monk
         define_metric = staticmethod(lambda *_, **__: None)
         log = finish = None
 
-    monkeypatch.setattr(sinks, "wandb_mode", lambda _: "offline")
+    monkeypatch.setattr(sinks, "wandb_mode", lambda: "offline")
     monkeypatch.setitem(__import__("sys").modules, "wandb", Wandb)
     sinks.start_wandb(tmp_path / "run", config)
     written = sinks.Sinks(tmp_path / "run", config, 0)

@@ -59,7 +59,7 @@ def test_data_behind_a_url_is_trained_on_and_read_as_text(trained, tmp_path: Pat
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        values["data"] |= {"path": url, "cache_dir": str(tmp_path / "cache"), "cache_gigabytes": 1e-9}
+        values["data"] |= {"path": url, "cache_dir": str(tmp_path / "cache"), "cache_gigabytes": 4.5e-5}
         run = tiny_pipeline.start(tmp_path, values)
         config = load_config(str(tmp_path / "run.json"), [])
         assert isinstance(config, DiTRun)
