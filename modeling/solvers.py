@@ -82,14 +82,14 @@ def multistep(velocity: Velocity, z_TZ: torch.Tensor, times: Sequence[Any]) -> t
 
 
 def _is_data(t: Time) -> bool:
-    return float(t) == 0 if isinstance(t, float) else not t.any()
+    return not t.any() if torch.is_tensor(t) else t == 0
 
 
 def _with_trend(z_TZ: torch.Tensor, data_TZ: torch.Tensor, trend_TZ: torch.Tensor, t: Any, s: Any) -> torch.Tensor:
     """z_s of dz/dtau = (z - x) / tau for the estimate x = data + (tau - t) trend; at s = 0, where no trend would be safe, data itself."""
     if _is_data(s):
         return data_TZ
-    log = math.log(t / s) if isinstance(t, float) else torch.log(t / s)
+    log = torch.log(t / s) if torch.is_tensor(t) else math.log(t / s)
     return (s / t) * z_TZ + (1 - s / t) * data_TZ + (s * log - (t - s)) * trend_TZ
 
 

@@ -131,6 +131,14 @@ def test_a_straight_path_is_exact_in_one_step() -> None:
         torch.testing.assert_close(found_TZ, data_TZ)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_whole_numbers_are_times_too(solver: str) -> None:
+    found_TZ, expected_TZ = (
+        integrate(gaussian_velocity, noise(5), times, solver) for times in ([1, 0.5, 0], [1.0, 0.5, 0.0])
+    )
+    assert torch.equal(found_TZ, expected_TZ)
+
+
 @pytest.mark.parametrize(("solver", "expected"), [("euler", 10), ("heun", 19), ("multistep", 10)])
 def test_evaluations_are_those_declared(solver: str, expected: int) -> None:
     calls = []
