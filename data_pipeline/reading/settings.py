@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from data_pipeline.core.errors import UserError
 from data_pipeline.core.settings import STRICT, OnResume, Section, Share
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.streams import check_ranks, check_streams, largest_micro_batch
@@ -71,8 +72,14 @@ class Data(Section):
         return self
 
     def manifest(self) -> Manifest:
-        """Of the prepared text. Raises: UserError."""
-        return Manifest.load(self.path, "--set data.path=")
+        """Of the prepared text. Raises: UserError, also if it is not the one that `fingerprint` names."""
+        manifest = Manifest.load(self.path, "--set data.path=")
+        if not manifest.fingerprint.startswith(self.fingerprint or ""):
+            raise UserError(
+                f"{self.path} has fingerprint {manifest.fingerprint}, data.fingerprint says {self.fingerprint}: name the right folder, or"
+                " drop the key"
+            )
+        return manifest
 
     def reading(self) -> dict[str, Any]:
         """How shards are opened: what loaders and `TokenRows` take beside the folder."""
