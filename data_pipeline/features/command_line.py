@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from data_pipeline.core.configuration import read_config
-from data_pipeline.core.errors import EXIT_USER, UserError, check_arguments
+from data_pipeline.core.errors import UserError, check_early
 from data_pipeline.core.hub import check_hub_id
 from data_pipeline.core.mistakes import check_config
 from data_pipeline.core.settings import Section
@@ -105,7 +105,6 @@ def cache_folder(args: argparse.Namespace) -> str:
 
 def read(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments, with what the configuration fills in. Raises: UserError, also for what they name and is not there."""
-    check_arguments(sys.argv[1:] if argv is None else argv)
     args = with_config(make_parser().parse_args(argv))
     for name in ("data",) if args.command == "check" else ("data", "teacher"):
         if getattr(args, name) is None:
@@ -122,8 +121,4 @@ def read(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(argv: list[str] | None = None) -> None:
     """End the process with a line and exit code 2 if `read` finds a mistake."""
-    try:
-        read(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER)
+    check_early(read, argv)

@@ -247,11 +247,7 @@ def load_checked(kind: type[AnyManifest], folder: object, remedy: str, where: st
         raise UserError(
             f"{path}: {place or 'the whole file'}: {first['msg']} (found {first['input']!r:.80}); {remedy}"
         ) from None
-    except (
-        ValueError,
-        RecursionError,
-        MemoryError,
-    ) as error:  # invalid JSON or UTF-8, a duplicate key, or endless brackets
+    except (ValueError, RecursionError, MemoryError) as error:  # no JSON or UTF-8, a key twice, endless brackets
         raise UserError(f"{path} is not a manifest: {error}; {remedy}") from None
     expected = fingerprint(manifest.content())
     if manifest.fingerprint != expected:

@@ -211,9 +211,8 @@ def _walk(folder: str, output: str | None, home: str | None = None) -> Listing:
 def _home_of(folder: str) -> str:
     """Where links in a folder may lead to: below it; of the hub's cache, in which files are links, below the repository."""
     root = os.path.realpath(folder)
-    is_snapshot = (
-        os.path.basename(os.path.dirname(root)) == "snapshots"
-    )  # <repository>/snapshots/<commit>/file -> ../../blobs/...
+    # <repository>/snapshots/<commit>/file -> ../../blobs/...
+    is_snapshot = os.path.basename(os.path.dirname(root)) == "snapshots"
     return os.path.dirname(os.path.dirname(root)) if is_snapshot else root
 
 

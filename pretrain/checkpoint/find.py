@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.core.errors import UserError
-from pretrain.checkpoint.manifest import MANIFEST, check_hashes, check_sizes, read_manifest
+from pretrain.checkpoint.manifest import MANIFEST, check_hashes, check_sizes, read_manifest, unaltered
 from pretrain.checkpoint.storage import CHECKPOINTS, ROOT, Checkpoint, Folder, Storage, storage_of
 
 if TYPE_CHECKING:
@@ -143,16 +143,8 @@ def _barrier() -> None:
     barrier()
 
 
-def unaltered(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint itself, its files as its manifest says. Raises: UserError."""
-    manifest = read_manifest(checkpoint)
-    check_sizes(manifest)
-    check_hashes(manifest)
-    return checkpoint
-
-
 def checkpoint_at(run: Path, step: int) -> Checkpoint:
-    """A run's checkpoint of a step, unchecked (`unaltered`). Raises: UserError with the steps that there are."""
+    """A run's checkpoint of a step, unchecked (`manifest.unaltered` checks). Raises: UserError with the steps that there are."""
     if step not in saved_steps(run):
         there_are = ", ".join(map(str, reversed(saved_steps(run)))) or "none"
         raise UserError(f"{run} has no checkpoint of step {step}; it has {there_are}")
@@ -166,13 +158,12 @@ def checkpoint_of(run: str | Path, named_by: str = "") -> Checkpoint:
     path = Path(run)
     if (path / MANIFEST).is_file():
         path = path.absolute()  # "." has no name
-        return unaltered(Checkpoint(Folder(path.parent), path.name))
+        return unaltered(Checkpoint(Folder(path.parent), path.name)).checkpoint
     found = newest_complete(path) if path.is_dir() else None
     if found is None:
+        moved = f"; if it was moved, say where it is now with {named_by}" if named_by else ""
         raise UserError(
             f"{run} is neither a checkpoint (with {MANIFEST}) nor a run with a complete checkpoint in {CHECKPOINTS}/;"
-            " expected the folder of a trained run, e.g. runs/vae_base"
-            + f"; if it was moved, say where it is now with {named_by}"
-            * bool(named_by)
+            f" expected the folder of a trained run, e.g. runs/vae_base{moved}"
         )
     return found

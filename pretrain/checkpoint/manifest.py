@@ -137,6 +137,14 @@ def read_manifest(checkpoint: Checkpoint) -> Manifest:
         raise UserError(f"{checkpoint}/{MANIFEST} cannot be read: {error}") from None
 
 
+def unaltered(checkpoint: Checkpoint) -> Manifest:
+    """The manifest of a checkpoint all of whose files are as it says. Raises: UserError."""
+    manifest = read_manifest(checkpoint)
+    check_sizes(manifest)
+    check_hashes(manifest)
+    return manifest
+
+
 def check_sizes(manifest: Manifest) -> None:
     """Every file is there in its stated size. Raises: UserError naming the file."""
     for name, stated in manifest.files.items():

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
 from pretrain.checkpoint.find import checkpoint_of
-from pretrain.checkpoint.manifest import Manifest, check_hashes, check_sizes, read_manifest
+from pretrain.checkpoint.manifest import Manifest, check_sizes, read_manifest, unaltered
 from pretrain.checkpoint.slices import SliceReader
 from pretrain.checkpoint.storage import Checkpoint
 from pretrain.engine.engine import Engine
@@ -94,10 +94,6 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Checkpoin
 
 def verify(checkpoint: Checkpoint) -> Manifest:
     """Check hashes, sizes and that every element of every state is there once. Raises: UserError with the reason."""
-    manifest = read_manifest(checkpoint)
-    check_sizes(manifest)
-    check_hashes(manifest)
-    with SliceReader(
-        manifest
-    ):  # holds the slices against the manifest, whose hash is checked, too: no more can be wrong
-        return manifest
+    manifest = unaltered(checkpoint)
+    SliceReader(manifest).__exit__()  # it holds the slices against the manifest when it is opened
+    return manifest

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from data_pipeline.core.devices import device_of
-from data_pipeline.core.errors import UserError, cli
+from data_pipeline.core.errors import cli
 from data_pipeline.core.storage import atomic_write
 from data_pipeline.core.telling import tellable
 from pretrain.checkpoint.find import checkpoint_of
@@ -29,8 +29,7 @@ __all__ = ["main", "make_parser"]
 def diagnose(config: RunConfig, run: Path, device: torch.device) -> tuple[Figures, list[Verdict], list[Panel]]:
     """Everything that is measured about a run, the verdicts by check, and the page's panels. Raises: UserError."""
     place = stage_kind(config.stage).diagnosis
-    if place is None:
-        raise UserError(f"{run} is a run of stage {config.stage}, which has no diagnosis")
+    assert place is not None  # command_line.read
     diagnosis, path = part(place), checkpoint_of(run)
     stage = load_stage(config, path, device)
     figures: Figures = {"run": str(run), "stage": config.stage, "step": read_manifest(path).step}

@@ -1,10 +1,9 @@
 """The command line of `textldm diagnose`, without torch: a mistake in it is said before imports that take seconds."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from data_pipeline.core.errors import EXIT_USER, UserError, check_arguments
+from data_pipeline.core.errors import UserError, check_early
 from pretrain.checkpoint.find import had_checkpoints
 from pretrain.config.registry import stage_kind
 from pretrain.config.schema import RunConfig
@@ -39,7 +38,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def read(argv: list[str] | None = None) -> tuple[argparse.Namespace, RunConfig]:
     """The arguments and the run's configuration under them. Raises: UserError, also for what they name and is not there."""
-    check_arguments(sys.argv[1:] if argv is None else argv)
     arguments = make_parser().parse_args(argv)
     given = {name: getattr(arguments, name) for name in ("rows", "guidance_scale", "num_steps")}
     overrides = [f"diagnose.{name}={value}" for name, value in given.items() if value is not None]
@@ -54,8 +52,4 @@ def read(argv: list[str] | None = None) -> tuple[argparse.Namespace, RunConfig]:
 
 def check(argv: list[str] | None = None) -> None:
     """End the process with a line and exit code 2 if `read` finds a mistake."""
-    try:
-        read(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER)
+    check_early(read, argv)

@@ -29,8 +29,8 @@ from data_pipeline.core.storage import atomic_folder
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.text.tokenization import LoadedTokenizer, load_prepared_tokenizer
 from modeling.solvers import solver_names
-from pretrain.checkpoint.find import checkpoint_at, checkpoint_of, unaltered
-from pretrain.checkpoint.manifest import read_manifest
+from pretrain.checkpoint.find import checkpoint_at, checkpoint_of
+from pretrain.checkpoint.manifest import read_manifest, unaltered
 from pretrain.checkpoint.storage import Checkpoint
 from pretrain.config.registry import part, stage_kind, stage_names
 from pretrain.config.schema import RunConfig
@@ -72,7 +72,7 @@ def convert(
     """
     check_output(output, overwrite)
     named(re.compile(r"[\w.+-]+"), license_id, "--license", "name a licence by its id, e.g. apache-2.0")
-    path = checkpoint_of(run) if step is None else unaltered(checkpoint_at(run, step))
+    path = checkpoint_of(run) if step is None else unaltered(checkpoint_at(run, step)).checkpoint
     saved = read_manifest(path)
     record = RunRecord.of_checkpoint(saved)
     export = stage_kind(record.stage).export

@@ -70,6 +70,8 @@ class _FramesFile(io.RawIOBase):
         self._file = open(location, "rb")  # noqa: SIM115 (closed by close)
         self._new_frame = new_frame
         self._frame = self._new_frame()
+        # Readers that can be told how much to give keep the rest of what they were fed until they are asked again.
+        self._most = (_PLAIN_PIECE,) if hasattr(self._frame, "needs_input") else ()
         self._compressed, self._at = b"", 0
         self._plain = memoryview(b"")
 
@@ -79,7 +81,7 @@ class _FramesFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._plain:
             piece = b""
-            if self._frame.eof or getattr(self._frame, "needs_input", True):
+            if self._frame.eof or not self._most or self._frame.needs_input:
                 if self._at == len(self._compressed):
                     self._compressed, self._at = self._file.read(1 << 18), 0
                 if not self._compressed:
@@ -93,9 +95,7 @@ class _FramesFile(io.RawIOBase):
                         continue
                     self._frame = self._new_frame()
                 piece = self._compressed[self._at : self._at + _PIECE]
-            # Those that can be told how much to give keep the rest of what they were fed until they are asked again.
-            most = (_PLAIN_PIECE,) if hasattr(self._frame, "needs_input") else ()
-            self._plain = memoryview(self._frame.decompress(piece, *most))
+            self._plain = memoryview(self._frame.decompress(piece, *self._most))
             self._at += len(piece) - len(self._frame.unused_data)
         count = min(len(buffer), len(self._plain))
         buffer[:count], self._plain = self._plain[:count], self._plain[count:]
