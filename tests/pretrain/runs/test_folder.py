@@ -84,7 +84,7 @@ def test_attack_20_data_may_be_pinned(tmp_path: Path) -> None:
     other = ("0" if found[0] != "0" else "1") + found[1:16]
     with pytest.raises(UserError, match=f"has fingerprint {found}, data.fingerprint says {other}"):
         find_inputs(config_with(tmp_path, f"data.fingerprint={json.dumps(other)}"))
-    with pytest.raises(UserError, match="data.fingerprint says"):  # whoever reads a run's data, the diagnosis too
+    with pytest.raises(UserError, match=r"data\.fingerprint says"):  # whoever reads a run's data, the diagnosis too
         config_with(tmp_path, f"data.fingerprint={json.dumps(other)}").data.manifest()
     with pytest.raises(UserError, match=r"data\.fingerprint"):
         config_with(tmp_path, 'data.fingerprint="x"')
