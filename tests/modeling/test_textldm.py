@@ -235,6 +235,16 @@ def test_bounds_on_the_likelihood_are_a_documents_own(options: dict) -> None:
     assert not torch.isclose(model.nll(PROMPTS[:1], TARGETS[:1], num_times=5, t0=0.3), together_N[:1]).any()
 
 
+@pytest.mark.parametrize("options", [{}, {"head": "categorical", "vocab_size": 60}], ids=str)
+def test_a_bound_is_measured_from_tokens_means_where_the_head_knows_them(options: dict) -> None:
+    """Without prompts nothing of such a bound is the encoder's."""
+    model = make_model(**options)
+    before_N = model.nll([[]] * len(TARGETS), TARGETS, num_times=5)
+    torch.nn.init.normal_(model.vae.to_mean.weight, std=0.5)
+    after_N = model.nll([[]] * len(TARGETS), TARGETS, num_times=5)
+    assert torch.equal(before_N, after_N) == bool(options)
+
+
 @pytest.mark.parametrize("solver", ["euler", "multistep"])
 def test_where_training_spreads_tokens_times_a_continuation_is_still_of_prompt_and_seed_alone(solver: str) -> None:
     model = make_model(head="categorical", vocab_size=60)

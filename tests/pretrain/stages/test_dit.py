@@ -68,6 +68,12 @@ def test_the_bound_of_a_batch_is_of_its_windows_with_targets(trained, tmp_path: 
     assert not torch.isclose(
         stage.document_nats(batch, (0.3, 0.6, 1.0), foreign_TZ).bounds_NG[:, 0], changed.bounds_NG[:, 0]
     ).all()
+    # From the tokens' means, where the head knows them; else from the encoder's latents.
+    is_target_T1, latents_TZ = (batch.roles_T == SUFFIX)[:, None], stage.latents(batch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "latents", lambda _: latents_TZ + 0.5 * is_target_T1)
+        from_others = stage.document_nats(batch, (0.3, 0.6, 1.0))
+    assert torch.equal(from_others.bounds_NG, changed.bounds_NG) == (head == "categorical")
     if head == "categorical":  # an untrained network says nothing: the sample's frequencies, whatever the context
         assert torch.equal(with_foreign.bounds_NG, found.bounds_NG)
         counts_V = token_counts(str(trained.data), Manifest.load(trained.data))
