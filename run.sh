@@ -67,7 +67,7 @@ lock() {
   # For all of Python 3.11 to 3.13 at once; without torch, which is installed by itself (above).
   local compile=(.venv/bin/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --quiet)
   export UV_CUSTOM_COMPILE_COMMAND="./run.sh lock"
-  "${compile[@]}" pyproject.toml --extra dev --output-file requirements.lock --no-emit-package torch "$@"
+  "${compile[@]}" pyproject.toml --extra dev --extra eval --extra serve --output-file requirements.lock --no-emit-package torch "$@"
   .venv/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["quickstart"], sep="\n")' |
     "${compile[@]}" - --output-file requirements-text.lock "$@"
 }
