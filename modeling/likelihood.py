@@ -193,22 +193,25 @@ def spread_nats(
 ) -> DocumentNats:
     """Measure a batch of documents along a path on which every token has a time of its own, down to t0: one column.
 
-    At level s the logit of a token's time is s + its offset, and never below t0's. As dt = t (1 - t) ds, the integral over its own times is
-    that of (1 - t)^2 Z L ds over the levels at which it has not arrived; a plain sum over evenly spaced levels, which random offsets of a
-    deviation above their distance make unbiased (its error falls as exp(-2 (pi deviation / distance)^2)).
+    At level s the logit of a token's time is s + its offset, and never below t0's; a document's levels span its own offsets. As
+    dt = t (1 - t) ds, the integral over its own times is that of (1 - t)^2 Z L ds over the levels at which it has not arrived; a plain sum
+    over evenly spaced levels, which random offsets of a deviation above their distance make unbiased (its error falls as exp(-2 (pi deviation / distance)^2)).
 
     Args:
         offsets_T: of the logit of each token's time, e.g. normal with the deviation `time_spread` of training.
         others: as for `document_nats`; noise_of gets the number of the level, and last that of t0, `num_levels`.
     """
     offsets_T = offsets_T.double()
-    first, widest = math.log(t0 / (1 - t0)), float(offsets_T[is_target_T].abs().max()) if is_target_T.any() else 0.0
-    distance = (LAST_LEVEL + 2 * widest - first) / num_levels
-    levels = [first - widest + (k + 0.5) * distance for k in range(num_levels)]
-    logits_GT = torch.stack([level + offsets_T for level in levels])
+    first, num_documents = math.log(t0 / (1 - t0)), int(documents_T.max()) + 1
+    # Each document's levels are its own, wherever it is measured.
+    widest_N = offsets_T.new_zeros(num_documents)
+    widest_N.scatter_reduce_(0, documents_T[is_target_T], offsets_T[is_target_T].abs(), "amax")
+    widest_T = widest_N[documents_T]
+    distance_T = (LAST_LEVEL + 2 * widest_T - first) / num_levels
+    logits_GT = torch.stack([first - widest_T + (k + 0.5) * distance_T + offsets_T for k in range(num_levels)])
     at_times = [*logits_GT.clamp_min(first).sigmoid(), torch.full_like(offsets_T, t0)]
     errors_GT, cross_entropies_GT = _measured(denoise, data_TZ, noise_of, at_times)
-    on_the_way_GT = distance * (logits_GT > first) * (1 - logits_GT.sigmoid()).square()
+    on_the_way_GT = distance_T * (logits_GT > first) * (1 - logits_GT.sigmoid()).square()
     flow_T = (on_the_way_GT * errors_GT[:-1]).sum(0)
     return _by_document((t0,), flow_T[None], cross_entropies_GT[-1:], documents_T, is_target_T)
 

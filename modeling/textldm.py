@@ -18,6 +18,7 @@ from transformers.dynamic_module_utils import init_hf_modules
 from .continuation import decode_targets, sample_targets
 from .layers import statistics
 from .likelihood import LAST_T0, target_nats
+from .prompts import before, each, several, texts_of
 from .solvers import Solver
 from .text_dit import TextDiT, TextDiTConfig
 from .text_vae import TextVAE, TextVAEConfig
@@ -98,14 +99,14 @@ class TextLDM(PreTrainedModel, GenerationMixin):
     def generate(
         self,
         input_ids: torch.Tensor | Sequence[torch.Tensor | Sequence[int]],
-        max_new_tokens: int = 128,
+        max_new_tokens: int | Sequence[int] = 128,
         num_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         solver: str | Solver | None = None,
         grid: str | None = None,
         token_temperature: float | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         noise: Sequence[torch.Tensor] | None = None,
         eos_token_id: int | None = None,
         on_step: Callable[[int, float, list[torch.Tensor]], None] | None = None,
@@ -115,11 +116,13 @@ class TextLDM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: token ids of each prompt, a list of 1-D tensors or lists (or a [batch, tokens] tensor without padding), or those
                 of a single prompt; an empty prompt generates unconditionally.
-            max_new_tokens: tokens that are drawn together; the number of network evaluations does not depend on it.
+            max_new_tokens: tokens that are drawn together, for all prompts or for each; the number of network evaluations does not depend
+                on it.
             num_steps, guidance_scale, solver, grid, token_temperature: the config's when None; a solver by name or itself; grid is one
                 of times.GRIDS.
             guidance_interval: times between which guidance is applied.
-            seed: of the noise, 0 to 2^64 - 1; prompt i draws from (seed, i), whatever else is in the batch.
+            seed: of the noise, 0 to 2^64 - 1; prompt i draws from (seed, i), whatever else is in the batch. Or a seed for each prompt,
+                which then draws from its own alone, wherever it stands: the noise that it has by itself.
             noise: instead, one [max_new_tokens, Z] tensor a prompt.
             eos_token_id: cut each continuation before this token; the config's when None, no cut when there is none.
             on_step: called in every step with (step, t, tokens of each continuation as decoded from the one-step estimate).
@@ -128,14 +131,16 @@ class TextLDM(PreTrainedModel, GenerationMixin):
         Raises: ValueError for lengths beyond `config.max_window`, empty requests, ids or noise that do not fit.
         """
         config = self.config
-        prompts = _texts(input_ids)
+        prompts = texts_of(input_ids)
         num_steps = config.num_steps if num_steps is None else num_steps
-        self._check(prompts, max_new_tokens, num_steps, noise)
+        lengths = each("max_new_tokens", max_new_tokens, len(prompts))
+        self._check(prompts, lengths, num_steps, noise)
+        keys = _keys(seed, len(prompts))
         if noise is None:
-            noise = [self._noise(seed, i, max_new_tokens) for i in range(len(prompts))]
-        lengths, offsets = [max_new_tokens] * len(prompts), None
+            noise = [self._noise(own, place, length) for (own, place), length in zip(keys, lengths)]
+        offsets = None
         if spread := self._times.spread:
-            offsets = [spread * self._noise(seed, -1 - i, max_new_tokens)[:, 0] for i in range(len(prompts))]
+            offsets = [spread * self._noise(own, -1 - place, new)[:, 0] for (own, place), new in zip(keys, lengths)]
 
         def report(step: int, t: float, estimate_NZ: torch.Tensor) -> None:
             assert on_step is not None
@@ -156,7 +161,7 @@ class TextLDM(PreTrainedModel, GenerationMixin):
         )
         tokens = decode_targets(self.vae, latents_NZ, lengths)
         eos = eos_token_id if eos_token_id is not None else getattr(config, "eos_token_id", None)
-        return [_before(ids, eos) for ids in tokens]
+        return [before(ids, eos) for ids in tokens]
 
     @torch.no_grad()
     def nll(
@@ -165,7 +170,7 @@ class TextLDM(PreTrainedModel, GenerationMixin):
         target_ids: Sequence[torch.Tensor | Sequence[int]],
         t0: float | None = None,
         num_times: int = 24,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
     ) -> torch.Tensor:
         """Upper bounds on -log p(target | prompt, its length), in nats a document: divide by its tokens for nats a token.
 
@@ -173,13 +178,13 @@ class TextLDM(PreTrainedModel, GenerationMixin):
             input_ids: token ids of each prompt, which may be empty; target_ids: of what follows it.
             t0: where the noise stops and the decoder begins; every one gives a bound (likelihood.py). The config's when None.
             num_times: of the integral, from t0 to 1.
-            seed: of the noise; document i draws from (seed, i), whatever else is in the batch.
+            seed: of the noise; document i draws from (seed, i), whatever else is in the batch. Or a seed for each, as in `generate`.
 
         Returns: float64 [documents], on the CPU.
         Raises: ValueError for no documents, empty targets, and ids or lengths that do not fit.
         """
         t0 = self.config.likelihood_t0 if t0 is None else t0
-        prompts, targets = _texts(input_ids), _texts(target_ids)
+        prompts, targets = texts_of(input_ids), texts_of(target_ids)
         if not prompts or len(prompts) != len(targets) or not all(map(len, targets)):
             raise ValueError(
                 f"nll() needs as many targets as prompts, none of them empty, found {len(prompts)} prompts and targets of"
@@ -192,37 +197,38 @@ class TextLDM(PreTrainedModel, GenerationMixin):
         for prompt, target in zip(prompts, targets):
             self._check_lengths(len(prompt), len(target))
         self._check_ids([*prompts, *targets])
+        keyed = list(zip(_keys(seed, len(targets)), targets))
         noise = [
-            torch.stack([self._noise(seed, i * (num_times + 1) + k, len(target)) for k in range(num_times)])
-            for i, target in enumerate(targets)
+            torch.stack([self._noise(own, place * (num_times + 1) + k, len(target)) for k in range(num_times)])
+            for (own, place), target in keyed
         ]
         offsets = None
         if spread := self._times.spread:
-            drawn = [self._noise(seed, (i + 1) * (num_times + 1) - 1, len(target)) for i, target in enumerate(targets)]
+            drawn = [self._noise(own, (i + 1) * (num_times + 1) - 1, len(target)) for (own, i), target in keyed]
             offsets = [spread * noise_TZ[:, 0] for noise_TZ in drawn]
         return target_nats(self.vae, self.dit, prompts, targets, noise, t0, offsets).bounds_NG[:, 0]
 
     def _check(
         self,
         prompts: list[torch.Tensor],
-        max_new_tokens: int,
+        lengths: list[int],
         num_steps: int,
         noise: Sequence[torch.Tensor] | None,
     ) -> None:
-        if not prompts or max_new_tokens < 1:
+        if not prompts or min(lengths) < 1:
             raise ValueError(
-                f"generate() needs a prompt and max_new_tokens >= 1, found {len(prompts)} and {max_new_tokens}"
+                f"generate() needs a prompt and max_new_tokens >= 1, found {len(prompts)} and {min(lengths, default=0)}"
             )
-        self._check_lengths(max(map(len, prompts)), max_new_tokens)
+        for prompt, length in zip(prompts, lengths):
+            self._check_lengths(len(prompt), length)
         self._check_ids(prompts)
         latent_dim = self.vae.config.latent_dim
         if num_steps < 1:
             raise ValueError(f"num_steps is {num_steps}; expected at least 1")
         shapes = [tuple(eps.shape) for eps in noise] if noise is not None else []
-        if noise is not None and shapes != [(max_new_tokens, latent_dim)] * len(prompts):
-            raise ValueError(
-                f"noise has shapes {shapes[:3]}; expected ({max_new_tokens}, {latent_dim}) for each prompt"
-            )
+        expected = [(length, latent_dim) for length in lengths]
+        if noise is not None and shapes != expected:
+            raise ValueError(f"noise has shapes {shapes[:3]}; expected {expected[:3]}, one for each prompt")
 
     def _check_lengths(self, prompt: int, new: int) -> None:
         limit = self.config.max_window
@@ -267,26 +273,7 @@ class _Later:
         return self._call
 
 
-def _texts(given: Any) -> list[torch.Tensor]:
-    """Token ids of each text: of several, or of one, which is what a flat list or tensor of numbers holds. Raises: ValueError."""
-    texts = list(given)
-    flat = [not isinstance(one, Sequence) and getattr(one, "ndim", 0) == 0 for one in texts]
-    return [_ids(texts)] if texts and all(flat) else [_ids(one) for one in texts]
-
-
-def _ids(ids: Any) -> torch.Tensor:
-    try:
-        ids_T = torch.as_tensor(ids).cpu()
-    except (TypeError, ValueError, RuntimeError):
-        ids_T = None
-    if ids_T is None or ids_T.dim() != 1 or (len(ids_T) and (ids_T.is_floating_point() or ids_T.dtype == torch.bool)):
-        shown = f"a {ids_T.dtype} tensor of shape {list(ids_T.shape)}" if ids_T is not None else repr(ids)[:60]
-        raise ValueError(
-            f"a text is given as {shown}; expected its token ids: a list or 1-D tensor of integers, or a list of such"
-        )
-    return ids_T.long()
-
-
-def _before(ids: torch.Tensor, eos: int | None) -> torch.Tensor:
-    ends = (ids == eos).nonzero() if eos is not None else ids.new_zeros(0)
-    return ids[: int(ends[0])] if len(ends) else ids
+def _keys(seed: int | Sequence[int], num: int) -> list[tuple[int, int]]:
+    """What the noise of each text is drawn from: a common seed and its place, or a seed of its own, which is as if it were alone."""
+    seeds = each("seed", seed, num)
+    return [(own, 0 if several(seed) else i) for i, own in enumerate(seeds)]

@@ -16,7 +16,7 @@ PACKAGES = ("data_pipeline", "modeling", "pretrain")
 FLOORS = {
     "data_pipeline": ["core", "format", "text", "reading", "features", "prepare", "cache_features"],
     "modeling": [
-        ["attention", "flow", "losses", "shapes", "times", "token_statistics"],
+        ["attention", "flow", "losses", "prompts", "shapes", "times", "token_statistics"],
         ["floors", "layers", "solvers"],
         ["heads", "repa", "text_vae", "token_transformer"],
         ["text_dit", "masked_diffusion", "stock_language_model"],

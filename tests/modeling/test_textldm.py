@@ -131,6 +131,34 @@ def test_the_seed_is_the_noise_of_a_place() -> None:
     assert same_prompt[0] != same_prompt[1]
 
 
+@pytest.mark.parametrize("spread", [0.0, 1.5])
+def test_a_prompt_with_a_seed_and_a_length_of_its_own_does_not_depend_on_its_place(spread: float) -> None:
+    model = make_model(head="categorical", vocab_size=60)
+    model.config.times["spread"] = spread
+    seeds, news = [5, 2**63, 5, 9], [7, 3, NEW, 1]
+    together = lists(model.generate(PROMPTS, news, seed=seeds))
+    assert [len(ids) for ids in together] == news
+    alone = [lists(model.generate([p], new, seed=seed))[0] for p, new, seed in zip(PROMPTS, news, seeds)]
+    assert together == alone
+    order = [2, 0, 3]
+    again = lists(
+        model.generate(*([given[i] for i in order] for given in (PROMPTS, news)), seed=[seeds[i] for i in order])
+    )
+    assert again == [together[i] for i in order]
+    nats_N = model.nll(PROMPTS, TARGETS, num_times=5, seed=seeds)
+    alone_N = [model.nll([p], [x], num_times=5, seed=seed) for p, x, seed in zip(PROMPTS, TARGETS, seeds)]
+    torch.testing.assert_close(nats_N, torch.cat(alone_N), rtol=1e-4, atol=1e-4)
+    same = lists(model.generate([[3, 4]] * 3, NEW, seed=np.array([5, 6, 5])))
+    assert same[0] == same[2] != same[1]
+    assert len(set(map(tuple, lists(model.generate([[3, 4]] * 3, NEW, seed=np.int64(5)))))) == 3
+
+
+def test_every_step_reports_as_many_tokens_as_each_prompt_asked_for() -> None:
+    model, seen = make_model(), []
+    model.generate(PROMPTS, [1, 2, 3, 4], on_step=lambda step, t, tokens: seen.append([len(ids) for ids in tokens]))
+    assert seen == [[1, 2, 3, 4]] * 6
+
+
 @pytest.mark.parametrize("seed", [0, 2**63, 2**64 - 1])
 def test_every_seed_of_64_bits_is_one(seed: int) -> None:
     model = make_model()
@@ -206,6 +234,10 @@ def test_the_prompt_is_encoded_alone_and_standardised() -> None:
         ([[1], [2]], NEW, {"noise": [torch.zeros(NEW, 4)]}, "noise"),
         ([[1]], NEW, {"seed": -1}, r"seed is -1; expected 0 to 18446744073709551615"),
         ([[1]], NEW, {"seed": 2**64}, "seed is 18446744073709551616"),
+        ([[1], [2]], NEW, {"seed": [1]}, "seed has 1 values; expected one for all, or one for each of 2 prompts"),
+        ([[1], [2]], [3, 4, 5], {}, "max_new_tokens has 3 values"),
+        ([[1], [2]], [3, 0], {}, "max_new_tokens >= 1"),
+        ([[1], [2] * 30], [9, 3], {}, "a prompt of 30 tokens and 3 new ones are more than the 32"),
         ([1, [2]], NEW, {}, "a text is given as"),
         ([[[1, 2]]], NEW, {}, r"of shape \[1, 2\]; expected its token ids"),
         ([[1.5]], NEW, {}, r"a torch.float32 tensor of shape \[1\]; expected its token ids"),

@@ -175,6 +175,7 @@ def test_the_folder_holds_what_its_parts_were(trained: Trained, exported: Path) 
         "layers",
         "likelihood",
         "losses",
+        "prompts",
         "shapes",
         "solvers",
         "text_dit",
