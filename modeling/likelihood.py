@@ -195,7 +195,8 @@ def spread_nats(
 
     At level s the logit of a token's time is s + its offset, and never below t0's; a document's levels span its own offsets. As
     dt = t (1 - t) ds, the integral over its own times is that of (1 - t)^2 Z L ds over the levels at which it has not arrived; a plain sum
-    over evenly spaced levels, which random offsets of a deviation above their distance make unbiased (its error falls as exp(-2 (pi deviation / distance)^2)).
+    over evenly spaced levels, which random offsets of a deviation above their distance make unbiased (its error falls as
+    exp(-2 (pi deviation / distance)^2)).
 
     Args:
         offsets_T: of the logit of each token's time, e.g. normal with the deviation `time_spread` of training.

@@ -50,6 +50,11 @@ GROUPS = {
         "diagnose": Command(
             "pretrain.diagnose.__main__", "go or no-go: is the run alive?", "pretrain.diagnose.command_line"
         ),
+        "evaluate": Command(
+            "pretrain.evaluate.__main__",
+            "ROUGE, MAUVE, nats and more, with intervals; `evaluate table | sweep | harness`",
+            "pretrain.evaluate.command_line",
+        ),
         "convert": Command("pretrain.export.convert", "a run into one Hugging Face folder"),
         "generate": Command("pretrain.export.generate", "continue prompts with an exported model"),
     },

@@ -1,0 +1,67 @@
+"""Figures of evaluations as tables, in text and in Markdown, with the paper's beside those of its sets."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from pretrain.evaluate import paper
+
+DIGITS = {
+    "seconds": 2,
+    "tokens_per_second": 1,
+    "generative_nll": 3,
+    "nats_per_token": 3,
+    "bits_per_byte": 3,
+    "entropy": 3,
+}
+"""Behind the point; of others, which are shares, three as percentages' tenths."""
+PERCENT = ("rouge_1", "rouge_2", "rouge_l", "bertscore", "mauve")
+"""Shown times 100, as they are published."""
+
+
+def shown(name: str, figure: Mapping[str, float], interval: bool = True) -> str:
+    """A figure with its interval."""
+    times, digits = (100, 1) if name in PERCENT else (1, DIGITS.get(name, 3))
+    value, low, high = (times * figure[key] for key in ("value", "low", "high"))
+    text = f"{value:.{digits}f}"
+    return f"{text} ({low:.{digits}f} to {high:.{digits}f})" if interval and low == low else text
+
+
+def one(result: Mapping[str, Any], kind: str) -> str:
+    """The table of one evaluation; `kind` is a format of tabulate."""
+    rows = [(name, shown(name, figure), figure["n"]) for name, figure in result["metrics"].items()]
+    lines = [tabulate(rows, headers=("figure", "value (95 % interval)", "n"), tablefmt=kind, disable_numparse=True)]
+    lines += [f"left out: {name} ({why})" for name, why in result["left_out"].items()]
+    return "\n".join(lines)
+
+
+def several(results: Sequence[Mapping[str, Any]], kind: str) -> str:
+    """A row a model; one table for each benchmark, and below our models the paper's."""
+    found = []
+    for benchmark in dict.fromkeys(result["benchmark"] for result in results):
+        group = [result for result in results if result["benchmark"] == benchmark]
+        names = list(dict.fromkeys(name for result in group for name in result["metrics"]))
+        rows = [
+            [
+                result["model"],
+                *(shown(name, result["metrics"][name]) if name in result["metrics"] else "" for name in names),
+            ]
+            for result in group
+        ]
+        rows += [
+            [f"{model}, the paper's", *(values.get(name, "") for name in names)]
+            for model, values in published(group[0])
+        ]
+        title = f"{benchmark}, {group[0]['protocol']['samples']} documents"
+        found.append(title + "\n" + tabulate(rows, headers=["model", *names], tablefmt=kind, disable_numparse=True))
+    return "\n\n".join(found)
+
+
+def published(result: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
+    """The paper's rows for the result's benchmark, where the protocol is the paper's: one of its sets, cut as it was, 1,000 documents."""
+    rows = paper.ROWS.get(Path(result["benchmark"]).stem, {})
+    if result["protocol"]["samples"] != paper.SAMPLES:
+        return []
+    return [(model, dict(zip(paper.COLUMNS, map(str, values)))) for model, values in rows.items()]
