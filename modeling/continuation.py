@@ -6,7 +6,8 @@ diagnosis all sample by it.
 Shape letters: T packed tokens, N target tokens of all windows, Z latent dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -71,6 +72,72 @@ def decode_targets(vae: TextVAE, latents_NZ: torch.Tensor, lengths: Sequence[int
     """The int64 tokens of each target, on the CPU, from the standardised latents of all."""
     tokens_N = vae.decode_tokens(latents_NZ, Segments.from_lengths(lengths, latents_NZ.device))
     return list(tokens_N.cpu().split(list(lengths)))
+
+
+def draw_tokens(
+    vae: TextVAE,
+    dit: TextDiT,
+    contexts: Sequence[torch.Tensor],
+    noise: Sequence[torch.Tensor],
+    times: Sequence[float],
+    *,
+    patience: int | None = None,
+    on_step: Callable[[int, float, list[torch.Tensor]], None] | None = None,
+    **options: Any,
+) -> list[torch.Tensor]:
+    """The int64 tokens of each window's target, on the CPU.
+
+    Args:
+        patience: a target is done when its estimates have decoded to the same tokens in so many steps running, whatever else is in the
+            batch, and sampling ends when all are: decoding each step costs less than the steps that are saved, or it does not pay.
+        on_step: called with (step, t, tokens of each target as decoded from the one-step estimate) in every step.
+        others: see `sample_targets`.
+    """
+    lengths = [len(eps_TZ) for eps_TZ in noise]
+    done: dict[int, torch.Tensor] = {}
+    last: list[torch.Tensor] = []
+    same = [0] * len(lengths)
+
+    def look(step: int, t: float, estimate_NZ: torch.Tensor) -> None:
+        nonlocal last
+        tokens = [done.get(i, ids_T) for i, ids_T in enumerate(decode_targets(vae, estimate_NZ, lengths))]
+        if on_step is not None:
+            on_step(step, t, tokens)
+        if patience is None:
+            return
+        for i, ids_T in enumerate(tokens):
+            same[i] = same[i] + 1 if last and torch.equal(ids_T, last[i]) else 1
+            if same[i] >= patience:
+                done[i] = ids_T
+        last = tokens
+        if len(done) == len(lengths):
+            raise _AllDone
+
+    watched = look if on_step is not None or patience is not None else None
+    try:
+        latents_NZ = sample_targets(vae, dit, contexts, noise, times, on_step=watched, **options)
+    except _AllDone:
+        return [done[i] for i in range(len(lengths))]
+    return [done.get(i, ids_T) for i, ids_T in enumerate(decode_targets(vae, latents_NZ, lengths))]
+
+
+class _AllDone(Exception):
+    """No target changes any more: the way out of a solver, of whatever kind."""
+
+
+def block_sizes(context: int, new: int, window: int, block: int | None = None) -> list[int]:
+    """Tokens of the blocks in which `new` tokens are drawn or measured behind a context: one where all fits into a window.
+
+    A block is half a window long unless it is said; with the latest tokens before it, it fills a window.
+    """
+    if block is None:
+        block = new if context + new <= window else max(1, window // 2)
+    return [min(block, new - start) for start in range(0, new, block)]
+
+
+def latest(before_T: torch.Tensor, size: int, window: int) -> torch.Tensor:
+    """The context of a block of `size` tokens: as many of those before it as a window holds beside it."""
+    return before_T[max(0, len(before_T) - (window - size)) :]
 
 
 def encode_each(vae: TextVAE, texts: Sequence[torch.Tensor]) -> list[torch.Tensor]:

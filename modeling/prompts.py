@@ -28,10 +28,10 @@ def each(name: str, given: int | Sequence[int], num: int) -> list[int]:
     return numbers
 
 
-def before(ids_T: torch.Tensor, end: int | None) -> torch.Tensor:
-    """A text up to its first token `end`, without it; all of it when there is none."""
-    ends = (ids_T == end).nonzero() if end is not None else ids_T.new_zeros(0)
-    return ids_T[: int(ends[0])] if len(ends) else ids_T
+def end_of(ids_T: torch.Tensor, ends: Sequence[int]) -> int | None:
+    """The place of the first token that ends a text, None when there is none."""
+    places = torch.isin(ids_T, ids_T.new_tensor(ends)).nonzero()
+    return int(places[0]) if len(places) else None
 
 
 def _ids(ids: Any) -> torch.Tensor:

@@ -17,7 +17,7 @@ FLOORS = {
     "data_pipeline": ["core", "format", "text", "reading", "features", "prepare", "cache_features"],
     "modeling": [
         ["attention", "flow", "losses", "prompts", "shapes", "times", "token_statistics"],
-        ["floors", "layers", "solvers"],
+        ["conventions", "floors", "layers", "solvers"],
         ["heads", "repa", "text_vae", "token_transformer"],
         ["text_dit", "masked_diffusion", "stock_language_model"],
         ["guidance"],

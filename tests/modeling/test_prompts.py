@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling.prompts import before, each, texts_of
+from modeling.prompts import each, end_of, texts_of
 
 
 @pytest.mark.parametrize(
@@ -29,8 +29,7 @@ def test_a_number_for_all_or_for_each(given: object) -> None:
     assert each("seed", given, 2) == [7, 7]
 
 
-def test_a_text_ends_before_its_first_end() -> None:
+def test_a_text_ends_at_its_first_end() -> None:
     ids_T = torch.tensor([4, 5, 6, 5])
-    assert before(ids_T, 5).tolist() == [4]
-    assert before(ids_T, 9).tolist() == before(ids_T, None).tolist() == [4, 5, 6, 5]
-    assert before(ids_T, 4).tolist() == []
+    assert (end_of(ids_T, (5,)), end_of(ids_T, (9, 6, 5)), end_of(ids_T, (4,))) == (1, 1, 0)
+    assert end_of(ids_T, (9,)) is end_of(ids_T, ()) is end_of(ids_T[:0], (5,)) is None

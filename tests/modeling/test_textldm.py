@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from modeling.attention import Segments
+from modeling.likelihood import target_nats
 from modeling.text_dit import TextDiTConfig
 from modeling.text_vae import TextVAEConfig
 from modeling.textldm import TextLDM, TextLDMConfig
@@ -181,7 +183,6 @@ def test_prompts_may_be_tensors() -> None:
     model = make_model()
     rows = [[3, 4, 5], [6, 7, 8]]
     expected = lists(model.generate(rows, NEW))
-    assert lists(model.generate(torch.tensor(rows), NEW)) == expected
     assert lists(model.generate([torch.tensor(ids) for ids in rows], NEW)) == expected
     assert lists(model([torch.tensor(ids) for ids in rows], max_new_tokens=NEW)) == expected
 
@@ -208,6 +209,179 @@ def test_every_step_reports_tokens_and_the_last_estimate_is_near_the_result() ->
     assert seen[-1][2] == lists(result)  # the last Euler step ends at its own one-step estimate
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_are_answered_as_transformers_does(side: str) -> None:
+    model, prompts = make_model(), [[3, 4, 5, 6], [], [9]]
+    news = lists(model.generate(prompts, NEW, seed=5))
+    end = news[0][3]
+    width, pads = 4, [[0] * (4 - len(ids)) for ids in prompts]
+    rows = [pad + ids if side == "left" else ids + pad for pad, ids in zip(pads, prompts)]
+    marks = [[0] * len(pad) + [1] * len(ids) for pad, ids in zip(pads, prompts)]
+    given = {
+        "input_ids": torch.tensor(rows),
+        "attention_mask": torch.tensor([m if side == "left" else m[::-1] for m in marks]),
+    }
+    found = model.generate(**given, max_new_tokens=NEW, seed=5)
+    assert (found[:, :width].tolist(), found[:, width:].tolist()) == (rows, news)
+    assert model.generate(**given, max_length=width + 3, seed=5).shape == (3, width + 3)
+    ended = model.generate(**given, max_new_tokens=NEW, seed=5, eos_token_id=end, pad_token_id=1)
+    for row, new in zip(ended[:, width:].tolist(), news):
+        whole = new[: new.index(end) + 1] if end in new else new
+        assert row == whole + [1] * (len(row) - len(whole))
+    # Without a mask every token is the prompt's.
+    assert lists(model.generate(torch.tensor([[0, 3]]), 2)[:, 2:]) == lists(model.generate([[0, 3]], 2))
+    assert model.generate(max_new_tokens=2).tolist() == lists(model.generate([[]], 2))
+
+
+def test_what_a_call_does_not_say_the_generation_configs_do() -> None:
+    model, steps = make_model(), []
+    ids, note = torch.tensor([[3, 4]]), lambda step, t, tokens: steps.append(step)
+    assert model.generate(ids).shape == (1, 2 + 128)
+    config = GenerationConfig(max_new_tokens=5, num_steps=3, guidance_scale=2.0, seed=7)
+    expected = model.generate(ids, 5, num_steps=3, guidance_scale=2.0, seed=7)
+    assert torch.equal(model.generate(ids, generation_config=config, on_step=note), expected)
+    assert len(steps) == 3
+    assert torch.equal(model.generate(ids, generation_config=config, seed=8), model.generate(ids, 5, 3, 2.0, seed=8))
+    model.generation_config = config
+    assert torch.equal(model.generate(ids), expected)
+    assert model.generate(ids, max_length=6).shape == (1, 6)  # said in the call, against new tokens said elsewhere
+    assert model.generate(ids, generation_config=GenerationConfig(max_length=6)).shape == (1, 6)
+    end = int(expected[0, 4])
+    model.generation_config = GenerationConfig(
+        eos_token_id=[end, 59], max_new_tokens=5, num_steps=3, guidance_scale=2.0, seed=7
+    )
+    assert model.generate(ids).tolist() == [expected[0, : expected[0, 2:].tolist().index(end) + 3].tolist()]
+    assert model.generate(ids, do_sample=False, use_cache=True, token_type_ids=ids * 0).shape == (1, 7)
+
+
+def test_temperature_has_transformers_name_too() -> None:
+    model = make_model(head="categorical", vocab_size=60)
+    drawn = lists(model.generate(PROMPTS, NEW, token_temperature=20.0))
+    assert lists(model.generate(PROMPTS, NEW, temperature=20.0)) == drawn != lists(model.generate(PROMPTS, NEW))
+    model.generation_config.temperature = 20.0
+    assert lists(model.generate(PROMPTS, NEW)) == drawn
+
+
+def test_a_generator_gives_the_seed() -> None:
+    model = make_model()
+    first, again = (torch.Generator().manual_seed(3) for _ in range(2))
+    drawn = [lists(model.generate([[3]], NEW, generator=first)) for _ in range(2)]
+    assert drawn == [lists(model.generate([[3]], NEW, generator=again)) for _ in range(2)]
+    assert drawn[0] != drawn[1]
+
+
+def test_several_sequences_of_a_prompt_are_as_if_it_stood_there_so_often() -> None:
+    model, prompts = make_model(), [[3, 4], [9]]
+    drawn = lists(model.generate(prompts, NEW, num_return_sequences=2))
+    assert drawn == lists(model.generate([[3, 4], [3, 4], [9], [9]], NEW))
+    assert model.generate(torch.tensor([[3, 4]]), NEW, num_return_sequences=3).shape == (3, 2 + NEW)
+    seeded = lists(model.generate(prompts, [NEW, 3], num_return_sequences=2, seed=[7, 8]))
+    assert seeded[:2] == lists(model.generate([prompts[0]] * 2, NEW, seed=7))
+    assert seeded[2:] == lists(model.generate([prompts[1]] * 2, 3, seed=8))
+
+
+def test_the_record_holds_trajectory_and_bounds() -> None:
+    model, ids = make_model(), torch.tensor([[3, 4], [5, 6]])
+    found = model.generate(ids, NEW, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(found.sequences, model.generate(ids, NEW))
+    assert found.times.shape == (6,)
+    assert torch.equal(found.trajectory[-1], found.sequences[:, 2:])
+    assert (found.scores.shape, found.scores.dtype) == ((2,), torch.float64)
+    again = model.generate(
+        ids[1:], NEW, return_dict_in_generate=True, output_scores=True, noise=[model._noise(0, 1, NEW)]
+    )
+    assert again.scores.isfinite().all()
+    assert model.generate(ids, NEW, return_dict_in_generate=True).scores is None
+    assert isinstance(model.generate([[3]], NEW, return_dict_in_generate=True).sequences, list)
+
+
+def test_the_best_of_several_is_the_one_of_the_least_bound() -> None:
+    model = make_model()
+    options = {"return_dict_in_generate": True, "output_scores": True, "seed": [5, 6]}
+    several = model.generate(PROMPTS[:2], NEW, num_return_sequences=4, **options)
+    best = model.generate(PROMPTS[:2], NEW, best_of=4, **options)
+    kept = several.scores.view(2, 4).argmin(1) + torch.tensor([0, 4])
+    assert lists(best.sequences) == [lists(several.sequences)[i] for i in kept]
+    assert torch.equal(best.scores, several.scores[kept])
+    assert torch.equal(best.trajectory[-1][0], several.sequences[kept[0]])
+    assert len(set(several.scores.tolist())) == 8
+
+
+class Follower:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.given: list[list] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.given.append(value.tolist())
+
+    def end(self) -> None:
+        self.given.append(["end"])
+
+
+def test_a_streamer_is_given_the_prompt_and_each_block() -> None:
+    model, follower = make_model(), Follower()
+    found = model.generate(torch.tensor([[3, 4]]), 7, block_size=3, streamer=follower)[0, 2:].tolist()
+    assert follower.given == [[[3, 4]], found[:3], found[3:6], found[6:], ["end"]]
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.5])
+def test_beyond_the_window_each_block_follows_the_latest_tokens(spread: float) -> None:
+    """Windows of 32: blocks of 16 behind 16 tokens, whatever else is in the call."""
+    model = make_model(head="categorical", vocab_size=60)
+    model.config.times["spread"] = spread
+    prompt, seen = list(range(3, 23)), []
+    model.dit.register_forward_pre_hook(lambda _, given: seen.append(given[3].lengths))
+    found = model.generate([prompt], 40, seed=[9], guidance_scale=1.0)[0].tolist()
+    assert seen == [(32,)] * 12 + [(32,)] * 6
+    assert len(found) == 40
+    assert model.generate([prompt], 16, seed=[9], guidance_scale=1.0, block_size=16)[0].tolist() == found[:16]
+    # The second block is drawn as if the latest tokens were the prompt: those before them do not matter.
+    assert found[16:32] != found[:16]
+    together = lists(model.generate([[5], prompt, [7] * 50], [60, 40, 3], seed=[1, 9, 3], guidance_scale=1.0))
+    assert together[1] == found
+    assert [len(ids) for ids in together] == [60, 40, 3]
+    longer = lists(model.generate([[1] * 9 + prompt[-16:]], 40, seed=[9], guidance_scale=1.0))
+    assert longer[0] == lists(model.generate([[2] * 9 + prompt[-16:]], 40, seed=[9], guidance_scale=1.0))[0]
+    end = found[20]
+    expected = found[: found.index(end)]
+    seen.clear()
+    assert lists(model.generate([prompt], 4000, seed=[9], guidance_scale=1.0, eos_token_id=end)) == [expected]
+    assert len(seen) == 6 * (2 if len(expected) >= 16 else 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"head": "categorical", "vocab_size": 60}], ids=str)
+def test_a_long_target_is_measured_in_blocks_with_true_context_before_each(options: dict) -> None:
+    model, prompt, target = make_model(**options), list(range(3, 23)), [*range(20, 60), 5]
+    (found,) = model.nll([prompt], [target], num_times=5, seed=[3])
+    parts, text = [], prompt + target
+    for block, (start, stop) in enumerate(((20, 36), (36, 52), (52, 61))):
+        context_T, piece_T = torch.tensor(text[start - (32 - (stop - start)) : start]), torch.tensor(text[start:stop])
+        noise = [torch.stack([model._noise(3, k, stop - start, block) for k in range(5)])]
+        parts.append(target_nats(model.vae, model.dit, [context_T], [piece_T], noise, 0.6).bounds_NG[0, 0])
+    expected = float(sum(parts))
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    together = model.nll([[4], prompt], [[5] * 70, target], num_times=5, seed=[1, 3])
+    assert float(together[1]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_patience_ends_a_text_when_its_tokens_stopped_changing_whatever_else_is_in_the_call() -> None:
+    model, seen = make_model(), []
+    path = model.generate(PROMPTS, NEW, num_steps=40, return_dict_in_generate=True).trajectory
+    expected, steps = [], []
+    for i in range(len(PROMPTS)):
+        way = [tokens[i].tolist() for tokens in path]
+        step = next((k for k in range(3, 40) if way[k] == way[k - 1] == way[k - 2] == way[k - 3]), 39)
+        expected.append(way[step])
+        steps.append(step)
+    found = model.generate(PROMPTS, NEW, num_steps=40, patience=4, on_step=lambda step, t, tokens: seen.append(step))
+    assert lists(found) == expected
+    assert seen[-1] == max(steps) < 39
+    alone = model.generate(PROMPTS[:1], NEW, num_steps=40, patience=4, seed=[0])
+    assert lists(alone) == expected[:1]
+
+
 def test_the_prompt_is_encoded_alone_and_standardised() -> None:
     model = make_model()
     seen = []
@@ -225,7 +399,6 @@ def test_the_prompt_is_encoded_alone_and_standardised() -> None:
     [
         ([], NEW, {}, "needs a prompt"),
         ([[1]], 0, {}, "max_new_tokens >= 1"),
-        ([[1], [2] * 30], NEW, {}, "a prompt of 30 tokens and 10 new ones are more than the 32"),
         ([[60]], NEW, {}, "token id 60 is beyond the vocabulary of 60"),
         ([[-1]], NEW, {}, "token id -1"),
         ([[1]], NEW, {"solver": "rk4"}, "solver 'rk4' is unknown"),
@@ -237,7 +410,16 @@ def test_the_prompt_is_encoded_alone_and_standardised() -> None:
         ([[1], [2]], NEW, {"seed": [1]}, "seed has 1 values; expected one for all, or one for each of 2 prompts"),
         ([[1], [2]], [3, 4, 5], {}, "max_new_tokens has 3 values"),
         ([[1], [2]], [3, 0], {}, "max_new_tokens >= 1"),
-        ([[1], [2] * 30], [9, 3], {}, "a prompt of 30 tokens and 3 new ones are more than the 32"),
+        ([[1]], NEW, {"block_size": 33}, "block_size is 33; expected 1 to the 32 tokens"),
+        ([[1]], NEW, {"block_size": 0}, "block_size is 0"),
+        ([[1]], NEW, {"patience": 1}, "patience is 1; expected at least 2"),
+        ([[1]], NEW, {"best_of": 0}, "best_of 0"),
+        ([[1]], NEW, {"top_k": 5, "num_beams": 2}, "has no use for num_beams, top_k"),
+        ([[1]], NEW, {"generation_config": GenerationConfig(top_p=0.5)}, "no use for top_p"),
+        (torch.tensor([[1, 2]]), NEW, {"attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \[1, 3\]"),
+        (torch.tensor([[1.5]]), NEW, {}, "expected integers"),
+        ([[1], [2]], NEW, {"streamer": object()}, "a streamer follows one sequence, found 2"),
+        ([[1] * 4], None, {"max_length": 4}, "max_new_tokens >= 1"),
         ([1, [2]], NEW, {}, "a text is given as"),
         ([[[1, 2]]], NEW, {}, r"of shape \[1, 2\]; expected its token ids"),
         ([[1.5]], NEW, {}, r"a torch.float32 tensor of shape \[1\]; expected its token ids"),
@@ -314,8 +496,8 @@ def test_a_model_that_knows_the_frequencies_alone_has_their_cross_entropy_as_its
         ([], [], {}, "as many targets as prompts"),
         ([[1]], [[2], [3]], {}, "as many targets as prompts"),
         ([[1]], [[]], {}, "none of them empty"),
-        ([[1] * 30], [[2] * 3], {}, "a prompt of 30 tokens and 3 new ones are more than the 32"),
         ([[1]], [[60]], {}, "token id 60 is beyond the vocabulary"),
+        ([[1]], [[2]], {"block_size": 40}, "block_size is 40"),
         ([[1]], [[2]], {"t0": 1.0}, "t0 is 1"),
         ([[1]], [[2]], {"num_times": 2}, "at least 3"),
     ],

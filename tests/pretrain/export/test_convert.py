@@ -168,6 +168,7 @@ def test_the_folder_holds_what_its_parts_were(trained: Trained, exported: Path) 
     stems = (
         "attention",
         "continuation",
+        "conventions",
         "flow",
         "heads",
         "shapes",
