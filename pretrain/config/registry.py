@@ -34,6 +34,8 @@ class StageKind:
         samples: place of a function of (session) that gives texts for the log at held-out evaluations, one dictionary "name of a
             column" -> text each; all ranks call it, rank 0's are logged (pretrain/stages/samples.py).
         diagnosis: place of a `Diagnosis` (pretrain/diagnose/diagnosis.py), for `textldm diagnose`.
+        outline: place of a function of (config, device, size of the vocabulary or 0) that gives an `Outline` (pretrain/stages/outline.py),
+            for `textldm plan`.
         export: place of a function of (`Source`) that gives an `Exported` (pretrain/export/parts.py), for `textldm convert`.
     """
 
@@ -44,6 +46,7 @@ class StageKind:
     samples: str | None = None
     diagnosis: str | None = None
     export: str | None = None
+    outline: str | None = None
 
 
 def stage_kind(name: str) -> StageKind:

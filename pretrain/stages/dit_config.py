@@ -81,4 +81,5 @@ KIND = StageKind(
     samples="pretrain.stages.samples:continuations",
     diagnosis="pretrain.diagnose.dit:DIAGNOSIS",
     export="pretrain.export.textldm:export",
+    outline="pretrain.stages.outline:of_dit",
 )

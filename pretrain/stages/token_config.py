@@ -73,10 +73,12 @@ AR = StageKind(
     samples="pretrain.stages.samples:token_continuations",
     diagnosis="pretrain.diagnose.tokens:DIAGNOSIS",
     export="pretrain.export.language_model:export",
+    outline="pretrain.stages.outline:of_ar",
 )
 MDLM = StageKind(
     config=MDLMRun,
     stage="pretrain.stages.mdlm:MDLMStage",
     samples="pretrain.stages.samples:token_continuations",
     diagnosis="pretrain.diagnose.tokens:DIAGNOSIS",
+    outline="pretrain.stages.outline:of_mdlm",
 )

@@ -68,4 +68,5 @@ KIND = StageKind(
     stage="pretrain.stages.vae:VAEStage",
     inputs="pretrain.stages.inputs:of_vae",
     diagnosis="pretrain.diagnose.vae:DIAGNOSIS",
+    outline="pretrain.stages.outline:of_vae",
 )
