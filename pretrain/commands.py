@@ -60,6 +60,11 @@ GROUPS = {
         ),
         "convert": Command("pretrain.export.convert", "a run into one Hugging Face folder"),
         "generate": Command("pretrain.export.generate", "continue prompts with an exported model"),
+        "serve": Command(
+            "pretrain.serve.__main__",
+            "the same over HTTP: OpenAI's completions API, and a page",
+            "pretrain.serve.command_line",
+        ),
     },
     "shell": {
         "completion": Command("pretrain.completion", "a script by which bash or zsh completes all of these"),
