@@ -1,6 +1,7 @@
 """Requests into draws, and tokens into answers."""
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -164,7 +165,8 @@ class Completions:
         num_steps = config.num_steps if body.num_steps is None else body.num_steps
         if num_steps > self.limits.max_steps:
             raise ApiError(400, f"num_steps is {num_steps}; expected at most {self.limits.max_steps}", "num_steps")
-        solver, grid = body.solver or config.solver, body.grid or config.grid
+        solver = config.solver if body.solver is None else body.solver
+        grid = config.grid if body.grid is None else body.grid
         if solver not in solver_names():
             raise ApiError(400, f"solver {solver!r} is unknown; expected one of {', '.join(solver_names())}", "solver")
         try:
@@ -251,8 +253,6 @@ class Completions:
             choices = await self.choices(asked, ticket)
         except Exception as error:
             yield event(_broken(error))
-            if not isinstance(error, ApiError):
-                raise
             return
         for index, (choice, echo) in enumerate(zip(choices, asked.echoes)):
             said: dict[str, Any] = {"delta": {"role": "assistant", "content": choice.text}}
@@ -285,8 +285,6 @@ class Completions:
             yield event("[DONE]")
         except Exception as error:
             yield event(_broken(error))
-            if not isinstance(error, ApiError):
-                raise
         finally:
             working.cancel()
             await asyncio.gather(working, return_exceptions=True)
@@ -305,4 +303,5 @@ class Completions:
 def _broken(error: Exception) -> dict[str, Any]:
     if isinstance(error, ApiError):
         return error_body(error.status, error.message, error.param, error.code)
+    logging.getLogger("uvicorn.error").error("drawing failed", exc_info=error)
     return error_body(500, "drawing failed; the server's log says why")
