@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from data_pipeline.text.readers.base import Reader, Unit, checked_text, endings, missing_field
+from data_pipeline.text.readers.arrow import ROWS_PER_BATCH, column_texts
+from data_pipeline.text.readers.base import Reader, Unit, endings, missing_field
 
-_ROWS_PER_BATCH = 256
 _OTHER_COLUMNS = 8  # Parquet counts bytes uncompressed and with all columns: an eighth of them counts as text
 
 
@@ -32,9 +32,9 @@ class Parquet(Reader):
                 raise missing_field(unit.location, text_field, file.schema_arrow.names)
             place = f"{unit.location}, row groups {unit.start} to {unit.stop - 1}"
             groups = range(unit.start, unit.stop)
-            for batch in file.iter_batches(_ROWS_PER_BATCH, row_groups=groups, columns=[text_field]):
-                for text in batch.column(text_field).to_pylist():
-                    yield checked_text(text, text_field, place)
+            # A page is unpacked at once: 2 GiB by the format at most, whatever it claims.
+            for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=[text_field]):
+                yield from column_texts(batch.column(text_field), text_field, place)
 
 
 def _open(file: Any) -> Any:

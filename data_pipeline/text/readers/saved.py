@@ -8,6 +8,7 @@ from typing import Any
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.outside import FILE, named, parse_json, read_at_most
+from data_pipeline.text.readers.arrow import check_batches
 from data_pipeline.text.readers.base import Reader, Unit, checked_text, missing_field, size_of
 
 _ROWS_PER_BATCH = 256
@@ -42,8 +43,8 @@ class SavedDataset(Reader):
                 yield checked_text(text, text_field, f"{unit.location}, rows from {start}")
 
 
-def _check_names(location: str) -> None:
-    """The folder says itself which files are its tables: they lie in it. Raises: UserError."""
+def _check_tables(location: str) -> None:
+    """The folder says itself which files are its tables: they lie in it, and unpack to what memory holds. Raises: UserError."""
     with open(os.path.join(location, "state.json"), "rb") as file:
         state = parse_json(read_at_most(file))
     for entry in state.get("_data_files") or ():
@@ -53,13 +54,14 @@ def _check_names(location: str) -> None:
         )
         if os.path.islink(os.path.join(location, name)):
             raise UserError(f"source {location}: its table {name} is a link; put the file itself there")
+        check_batches(os.path.join(location, name))
 
 
 def _load(location: str) -> Any:
     """The dataset, whatever the folder is called: to `datasets` a path may be a URL or a chain of them (a::b)."""
     from datasets import load_from_disk
 
-    _check_names(location)
+    _check_tables(location)
     with tempfile.TemporaryDirectory() as folder:
         link = os.path.join(folder, "dataset")
         os.symlink(os.path.abspath(location), link)

@@ -1,6 +1,7 @@
 """Parquet: row groups are shared out; the text column is named, null and empty are two things."""
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import pyarrow
@@ -8,6 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.text.readers.registry import read_unit
+from data_pipeline.text.sources import open_source
 from tests.data_pipeline.text.texts import TEXTS, by_unit, documents
 
 
@@ -58,3 +61,33 @@ def test_damage_that_shows_only_while_reading(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(data[:4] + os.urandom(200) + data[204:])
     with pytest.raises(UserError, match=r"a\.parquet: cannot be read"):
         documents(tmp_path)
+
+
+def bomb(path: Path, value_bytes: int) -> None:
+    """A thousand rows that name one long text."""
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000, "int32"), pyarrow.array(["x" * value_bytes]))
+    pq.write_table(pyarrow.table({"text": column}), path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 4096
+
+
+def test_attack_8d_a_column_that_unpacks_to_gigabytes_is_read_a_little_at_a_time(tmp_path: Path) -> None:
+    bomb(tmp_path / "a.parquet", 4 << 20)  # 4 GiB
+    (unit,) = open_source(str(tmp_path)).units()
+    before = pyarrow.default_memory_pool().bytes_allocated()
+    texts = read_unit(unit, "text")
+    tracemalloc.start()
+    assert len(next(texts)) == 4 << 20
+    assert pyarrow.default_memory_pool().bytes_allocated() - before < 128 << 20
+    assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    tracemalloc.stop()
+
+
+def test_attack_8d_a_value_is_no_longer_than_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.text.readers.arrow.LONGEST_LINE", 1 << 20)
+    bomb(tmp_path / "a.parquet", 1 << 20)
+    assert len(documents(tmp_path / "a.parquet")) == 1000
+    bomb(tmp_path / "a.parquet", (1 << 20) + 1)
+    with pytest.raises(
+        UserError, match=r"a\.parquet, row groups 0 to 0: a line or document of more than 1 MiB; divide"
+    ):
+        documents(tmp_path / "a.parquet")
