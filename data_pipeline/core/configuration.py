@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.mistakes import json_type
-from data_pipeline.core.outside import parse_json
+from data_pipeline.core.outside import parse_json, read_at_most
+from data_pipeline.core.storage import open_file
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
 BASE = "base"
@@ -36,7 +37,7 @@ class RawConfig(NamedTuple):
 
 
 def read_config(
-    path_or_name: str | Path, overrides: Sequence[str] = (), not_inherited: Sequence[str] = ()
+    path_or_name: str | Path, overrides: Sequence[str] = (), not_inherited: Sequence[str] = (), whole: bool = False
 ) -> RawConfig:
     """Read a file and its bases and apply overrides.
 
@@ -44,11 +45,16 @@ def read_config(
         path_or_name: a JSON file, else the name of one in the repository's configs/ (with or without .json).
         overrides: `key=value` with dotted keys; values are JSON, else strings: `train.steps=1000`, `data.path=data/x`.
         not_inherited: dotted keys that belong to one file alone, and are not taken from a base.
+        whole: refuse a base, which names another file: this one is a program's, or somebody else's.
 
     Raises: UserError.
     """
     path = find_config(path_or_name)
-    values, bases = _with_bases(path, not_inherited, ())
+    values, bases = (_parse(path), []) if whole else _with_bases(path, not_inherited, ())
+    if BASE in values:
+        raise UserError(
+            f"{_shown(path)} has a {BASE!r}, which a run's own configuration never has: put the run's own file back"
+        )
     for override in overrides:
         _set(values, override)
     notes = [f"based on {', '.join(bases)}"] * bool(bases) + ["with --set"] * bool(overrides)
@@ -112,8 +118,9 @@ def _parse(path: Path) -> dict[str, Any]:
     """A JSON object. Raises: UserError."""
     shown = _shown(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        with open_file(path) as file:
+            text = read_at_most(file).decode("utf-8-sig")
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {shown}: {error}") from None
     try:
         values = parse_json(text, _without_repeats)

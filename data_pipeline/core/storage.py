@@ -81,9 +81,9 @@ def read_bytes(folder: str, name: str, most: int = LARGEST_MANIFEST) -> bytes:
     return _with_retries(place, read) if is_url(folder) else read()
 
 
-def open_file(path: Path) -> IO[bytes]:
+def open_file(path: Path, buffering: int = -1) -> Any:
     """Open a local file for reading. Raises OSError for anything else of that name: a pipe would wait for its writer."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 (returned)
+    file = open(path, "rb", buffering, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 (returned)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "Not a file", str(path))

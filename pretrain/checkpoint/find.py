@@ -122,6 +122,17 @@ def complete_steps(run: Path) -> dict[int, str]:
     return found
 
 
+def stated_fingerprint(run: str | Path) -> str | None:
+    """What the checkpoint says of itself that `checkpoint_of` would take, by manifests and sizes alone; None if there is none.
+
+    Raises: UserError for a named checkpoint whose manifest cannot be read.
+    """
+    path = Path(run).absolute()
+    if (path / MANIFEST).is_file():
+        return read_manifest(Checkpoint(Folder(path.parent), path.name)).fingerprint
+    return next(iter(complete_steps(path).values()), None)
+
+
 def put_aside_after(run: Path, step: int, topology: "Topology") -> None:
     """What is newer than the checkpoint that a run goes on from was passed over: rename it, so that neither the next search nor what
     decides what is kept counts it. Collective.

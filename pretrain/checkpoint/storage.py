@@ -17,7 +17,8 @@ from typing import BinaryIO, Protocol
 
 from data_pipeline.core import plugins
 from data_pipeline.core.errors import UserError
-from data_pipeline.core.storage import atomic_write, sync_folder
+from data_pipeline.core.outside import read_at_most
+from data_pipeline.core.storage import atomic_write, open_file, sync_folder
 
 OWN = {"folder": "pretrain.checkpoint.storage:Folder"}
 """Our storages by name; called with the place, a string."""
@@ -27,6 +28,8 @@ CHECKPOINTS = "checkpoints"
 
 ROOT = ""
 """As a checkpoint's name: the storage itself, for a file beside the checkpoints."""
+
+_LONGEST_PLACE = 4096
 
 Content = Iterable[bytes | memoryview]
 """A file's content in pieces, each to be written before the next one is asked for."""
@@ -67,8 +70,8 @@ class Folder:
                 opened.write(piece)
 
     def read(self, checkpoint: str, file: str) -> BinaryIO:
-        """The open file."""
-        return (self.path / checkpoint / file).open("rb", buffering=0)
+        """The open file; a pipe or device is none."""
+        return open_file(self.path / checkpoint / file, buffering=0)
 
     def commit(self, unfinished: str, name: str) -> None:
         """Two renames if there is an older one of that name; between them neither is listed under it."""
@@ -114,7 +117,12 @@ def storage_of(run: str | Path) -> Storage:
     path = Path(run) / CHECKPOINTS
     if not path.is_file():
         return Folder(path)
-    name, colon, place = path.read_text(encoding="utf-8").strip().partition(":")
+    try:
+        with open_file(path) as file:
+            text = read_at_most(file, _LONGEST_PLACE).decode().strip()
+    except ValueError as error:
+        raise UserError(f"{path} names no place ({error}); expected name:place, or a folder of checkpoints") from None
+    name, colon, place = text.partition(":")
     if not colon:
         known = ", ".join(plugins.names("checkpoint_storages", OWN))
         raise UserError(f"{path} holds {name[:80]!r}; expected name:place, the name one of {known}")

@@ -24,17 +24,18 @@ NOT_INHERITED = ("about", "train.run")
 """What names and describes one run is not taken from its configuration's base."""
 
 
-def load_config(path_or_name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path_or_name: str | Path, overrides: Sequence[str] = (), whole: bool = False) -> RunConfig:
     """Read, override and check a configuration.
 
     Args:
         path_or_name: a JSON file, else the name of one in the repository's configs/ (with or without .json).
         overrides: `key=value` with dotted keys; values are JSON, else strings: `train.steps=1000`, `data.path=data/x`.
+        whole: refuse a base, as `read_config`.
 
     Returns: an instance of the stage's class, train.run filled in.
     Raises: UserError naming the key, what was found and what to do.
     """
-    raw = read_config(path_or_name, overrides, NOT_INHERITED)
+    raw = read_config(path_or_name, overrides, NOT_INHERITED, whole)
     return parse_config(raw.values, raw.source, default_name=raw.name)
 
 

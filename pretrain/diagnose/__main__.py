@@ -5,6 +5,7 @@ import math
 import sys
 import time
 import traceback
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,37 @@ import torch
 
 from data_pipeline.core.devices import device_of
 from data_pipeline.core.errors import cli
+from data_pipeline.core.hub import without_hub
 from data_pipeline.core.storage import atomic_write
 from data_pipeline.core.telling import tellable
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.config.registry import part, stage_kind
 from pretrain.config.schema import RunConfig
-from pretrain.diagnose.command_line import JSON_NAME, PAGE_NAME, make_parser, read
+from pretrain.diagnose.command_line import JSON_NAME, PAGE_NAME, given_keys, make_parser, read
 from pretrain.diagnose.page import Panel, draw
 from pretrain.diagnose.verdicts import Figures, Verdict, table
+from pretrain.runs.record import RunRecord
 from pretrain.stages.build import load_stage
+from pretrain.stages.recorded import check_recorded
 
 __all__ = ["main", "make_parser"]
 
 
-def diagnose(config: RunConfig, run: Path, device: torch.device) -> tuple[Figures, list[Verdict], list[Panel]]:
-    """Everything that is measured about a run, the verdicts by check, and the page's panels. Raises: UserError."""
+def diagnose(
+    config: RunConfig, run: Path, device: torch.device, given: Collection[str] = ()
+) -> tuple[Figures, list[Verdict], list[Panel]]:
+    """Everything that is measured about a run, the verdicts by check, and the page's panels; `given` are the keys that the user set.
+
+    Raises: UserError.
+    """
     place = stage_kind(config.stage).diagnosis
     assert place is not None  # command_line.read
     diagnosis, path = part(place), checkpoint_of(run)
+    saved = read_manifest(path)
+    check_recorded(config, RunRecord.of_checkpoint(saved), given)
     stage = load_stage(config, path, device)
-    figures: Figures = {"run": str(run), "stage": config.stage, "step": read_manifest(path).step}
+    figures: Figures = {"run": str(run), "stage": config.stage, "step": saved.step}
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         figures |= diagnosis.measure(stage, device)
     verdicts = sorted(diagnosis.judge(figures, config), key=lambda verdict: verdict.check)
@@ -67,7 +78,8 @@ def run(argv: list[str] | None = None) -> int:
     for name in (JSON_NAME, PAGE_NAME):  # an old verdict must not outlive a diagnosis that fails
         (output / name).unlink(missing_ok=True)
     started = time.perf_counter()
-    figures, verdicts, panels = diagnose(config, arguments.run, device)
+    with without_hub():  # the run may be anybody's: which model is fetched is the user's to say
+        figures, verdicts, panels = diagnose(config, arguments.run, device, given_keys(arguments))
     failed = [verdict for verdict in verdicts if verdict.passed is False]
     figures["seconds"] = round(time.perf_counter() - started, 1)
     figures["verdict"] = "no-go" if failed else "go"

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError, check_early
+from data_pipeline.core.storage import is_url
 from pretrain.checkpoint.find import had_checkpoints
 from pretrain.config.registry import stage_kind
 from pretrain.config.schema import RunConfig
@@ -46,8 +47,14 @@ def read(argv: list[str] | None = None) -> tuple[argparse.Namespace, RunConfig]:
         raise UserError(f"{arguments.run} is a run of stage {config.stage}, which has no diagnosis")
     if not had_checkpoints(arguments.run):
         raise UserError(f"{arguments.run} has no checkpoint yet; wait for the first one, or train longer")
-    config.data.manifest()
+    if not is_url(config.data.path) or "data.path" in given_keys(arguments):  # else __main__ says what to do
+        config.data.manifest()
     return arguments, config
+
+
+def given_keys(arguments: argparse.Namespace) -> set[str]:
+    """The keys that `--set` sets."""
+    return {override.partition("=")[0] for override in arguments.set}
 
 
 def check(argv: list[str] | None = None) -> None:

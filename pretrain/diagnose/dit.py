@@ -24,6 +24,8 @@ from pretrain.runs.record import RunRecord
 from pretrain.stages.build import load_stage
 from pretrain.stages.dit import DiTStage
 from pretrain.stages.dit_config import DiTRun
+from pretrain.stages.inputs import FEATURES_KEY
+from pretrain.stages.recorded import DATA_KEY, check_recorded
 from pretrain.stages.samples import sample
 from pretrain.stages.vae import VAEStage
 from pretrain.stages.vae_config import VAERun
@@ -42,14 +44,16 @@ def measure(stage: DiTStage, device: torch.device) -> Figures:
 def stage_of_vae(stage: DiTStage, device: torch.device) -> VAEStage:
     """The stage-1 stage of a DiT's VAE, on its own data if that is still there, with its teacher's features if they are."""
     path = checkpoint_of(stage.config.model.vae)
-    config = RunRecord.of_checkpoint(read_manifest(path)).run_config(str(path))
+    record = RunRecord.of_checkpoint(read_manifest(path))
+    config = record.run_config(str(path))
     assert isinstance(config, VAERun)  # load_vae has refused others
     config.diagnose = stage.config.diagnose
     try:
-        config.data.manifest()
+        check_recorded(config, record, {FEATURES_KEY})
     except UserError:
         config.data.path = stage.config.data.path
     try:
+        check_recorded(config, record, {DATA_KEY})
         vae_stage = load_stage(config, path, device)
     except UserError as error:
         say(f"  REPA is left out: {error}")

@@ -25,7 +25,7 @@ import torch
 
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.core.outside import named
-from data_pipeline.core.storage import atomic_folder
+from data_pipeline.core.storage import atomic_folder, is_url
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.text.tokenization import LoadedTokenizer, load_prepared_tokenizer
 from modeling.solvers import solver_names
@@ -82,6 +82,11 @@ def convert(
             f"{run} is a run of stage {record.stage}, which has no export; expected stage {' or '.join(able)}"
         )
     config = present_config(run, path, record)
+    if data is None and is_url(config.data.path):
+        raise UserError(
+            f"{run} was trained on {config.data.path}, and what a run names is not fetched: if you know that place, add"
+            f" --data {config.data.path}"
+        )
     data = data or config.data.path
     manifest = Manifest.load(data, "--data")
     if manifest.fingerprint != record.data_fingerprint:

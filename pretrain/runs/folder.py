@@ -32,7 +32,7 @@ def config_of(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     if not (run / CONFIG_NAME).is_file():
         raise UserError(f"{run} has no {CONFIG_NAME}; expected the folder of a training run, e.g. runs/vae_base")
-    config = load_config(run / CONFIG_NAME, overrides)
+    config = load_config(run / CONFIG_NAME, overrides, whole=True)
     config.train.run = str(run)
     named = any(override.startswith("data.cache_dir=") for override in overrides)
     return config if named else config.without_deletions()

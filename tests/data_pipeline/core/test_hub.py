@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,3 +79,36 @@ def test_offline_a_tokenizer_of_the_hub_is_one_line_about_the_network(
     ):
         load_tokenizer("no/such")
     monkeypatch.delenv("HF_HUB_OFFLINE")
+
+
+def test_attack_1c_without_the_hub_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.socket, "create_connection", lambda *_, **__: pytest.fail("the hub is asked"))
+    hub.use_hub.cache_clear()
+    with hub.without_hub():
+        assert huggingface_hub.constants.HF_HUB_OFFLINE
+        hub.find_model("me/model", "no teacher at", "a hub id")
+    assert "HF_HUB_OFFLINE" not in os.environ
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    hub.use_hub.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["huge", "pipe", "a file"])
+def test_attack_1c_a_model_is_a_folder_whose_settings_have_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if kind == "a file":
+        (tmp_path / "model").touch()
+    else:
+        (tmp_path / "model").mkdir()
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "model" / "config.json")
+    if kind == "huge":
+        with open(tmp_path / "model" / "config.json", "wb") as file:
+            file.truncate(1 << 40)
+    with pytest.raises(UserError, match=r"no teacher at model: .*expected a folder"):
+        hub.find_model("model", "no teacher at", "a folder")

@@ -256,10 +256,10 @@ class Hostile(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             type(self).answer(self)
 
-    def endless(self, piece: bytes = bytes(1 << 16), pause_s: float = 0.0) -> None:
+    def endless(self, piece: bytes = bytes(1 << 16), pause_s: float = 0.0, pieces: int = 1 << 12) -> None:
         self.send_response(200)
         self.end_headers()
-        for _ in range(1 << 12):  # 256 MiB in all
+        for _ in range(pieces):  # 256 MiB in all
             self.wfile.write(piece)
             type(self).sent += len(piece)
             time.sleep(pause_s)
@@ -315,7 +315,7 @@ def test_attack_9c_a_server_that_drips_is_given_up(
     """A byte now and then keeps every timeout of a socket from running out."""
     monkeypatch.setattr(storage, "_RETRY_SECONDS", (0.01,))
     monkeypatch.setattr(storage, "PATIENCE_S", 0.2)
-    Hostile.answer = partial(Hostile.endless, piece=b"x", pause_s=0.05)
+    Hostile.answer = partial(Hostile.endless, piece=b"x", pause_s=0.05, pieces=60)
     with pytest.raises(UserError, match=r"TimeoutError: only \d+ bytes in"):
         ShardFiles(hostile, str(tmp_path)).path("train-00000.tar", 1 << 20, "0" * 64)
     with pytest.raises(UserError, match=r"TimeoutError: only \d+ bytes in"):

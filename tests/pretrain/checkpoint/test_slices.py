@@ -1,5 +1,6 @@
 """The files of a checkpoint, and those that somebody forged (docs/security.md: attacks 7b, 7c, 7d, 7f)."""
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,23 @@ def test_attack_7f_a_buffer_takes_no_parameters_place(tmp_path: Path, alias: boo
     for use in (verify, lambda found: read_tensors(found, "weight")):
         with pytest.raises(UserError, match=f"buffer {name} has the name of a parameter"):
             use(checkpoint)
+
+
+def test_attack_7c_a_tensor_has_the_bytes_that_its_shape_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of a buffer the manifest says no size."""
+    claimed = {"dtype": "F32", "shape": [1 << 40], "data_offsets": [16, 16]}
+    checkpoint = forge(tmp_path / "step", safetensors({"weight/w@0": W, "buffer/b": claimed}, bytes(16)))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("4 TiB of memory"))
+    for use in (verify, lambda found: read_tensors(found, "weight")):
+        with pytest.raises(UserError, match=r"cannot be read: buffer/b does not lie within it"):
+            use(checkpoint)
+
+
+def test_attack_7c_a_header_is_no_longer_than_its_file(tmp_path: Path):
+    checkpoint = forge(tmp_path / "step", (1 << 33).to_bytes(8, "little") + b"{}")
+    tracemalloc.start()
+    with pytest.raises(UserError, match="its header would have 8589934592 bytes"):
+        verify(checkpoint)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 26
