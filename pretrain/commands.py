@@ -41,9 +41,7 @@ GROUPS = {
     },
     "train": {
         "config": Command("pretrain.config.__main__", "every key of a configuration, with its value and meaning"),
-        "plan": Command(
-            "pretrain.plan.__main__", "memory, days and failures of a run on a cluster; `plan simulate`"
-        ),
+        "plan": Command("pretrain.plan.__main__", "memory, days and failures of a run on a cluster; `plan simulate`"),
         "train": Command("pretrain.train", "train a stage, in one process", "pretrain.config.command_line"),
         "supervise": Command("pretrain.jobs.supervise", "start a job, and start it again on the hosts that answer"),
         "hosts": Command("pretrain.jobs.hosts", "do the hosts of a hostfile answer, with the same versions?"),

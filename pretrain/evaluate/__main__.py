@@ -7,7 +7,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
 import transformers
 
 from data_pipeline.core.devices import device_of, share_cores
@@ -86,7 +85,6 @@ def main(argv: list[str] | None = None) -> int | None:
         return harness.main(argv[1:])
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    torch.set_grad_enabled(False)
     if argv and argv[0] == "sweep":
         return sweep.main(argv[1:])
     try:

@@ -34,7 +34,7 @@ def ratio_of_sums(numerators: Sequence[float], denominators: Sequence[float], se
     value = over_N.sum() / under_N.sum()
     if n < 2:
         return Interval(value, float("nan"), float("nan"), n)
-    counts_RN = generator(seed, "bootstrap", n).multinomial(n, np.full(n, 1 / n), size=RESAMPLINGS)
+    counts_RN = generator(seed, "bootstrap", n).multinomial(n, np.full(n, 1 / n), size=RESAMPLINGS).astype(np.float64)
     under_R = np.maximum(counts_RN @ under_N, 1e-300)
     ratios_R = counts_RN @ over_N / under_R
     # Of the residuals over_i - ratio * under_i, expanded: R x N numbers are never held as floats at once.

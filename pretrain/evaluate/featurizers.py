@@ -23,7 +23,7 @@ from pretrain.evaluate.bootstrap import Interval, mean, of_all, ratio_of_sums
 from pretrain.evaluate.metrics import Judged
 from pretrain.evaluate.records import split_ids
 from pretrain.evaluate.samples import Sample
-from pretrain.evaluate.subjects import Sampling, load_causal
+from pretrain.evaluate.subjects import Sampling, causal_subject
 
 MAUVE_RESAMPLINGS = 30
 LEAST_PER_BUCKET = 10
@@ -38,7 +38,7 @@ def judge_nats(judged: Judged, judge: str, device: torch.device) -> dict[str, In
     Low values alone say little: read them beside the entropy.
     """
     find_model(judge, "--judge", "a causal language model: a hub id or a folder")
-    model = load_causal(judge, Sampling(), device)
+    model = causal_subject(judge, Sampling(), device)
     nats, tokens = [], []
     for sample, record in zip(tqdm(judged.samples, "judge", disable=None, mininterval=2), judged.records):
         written = Sample(sample.key, sample.prompt, record.continuation)

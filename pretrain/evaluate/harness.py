@@ -12,8 +12,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from data_pipeline.core.devices import device_of
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.keys import key
@@ -113,7 +111,6 @@ def register() -> type:
             super().__init__()
             for name in ("batch_size", "max_batch_size"):  # what is computed together does not depend on it
                 options.pop(name, None)
-            torch.set_grad_enabled(False)
             self._device = device_of(device)
             try:
                 sampling = Sampling(**options)

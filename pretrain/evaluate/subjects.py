@@ -29,6 +29,7 @@ from modeling.stock_language_model import stock_language_model
 from modeling.textldm import TextLDM, TextLDMConfig
 from modeling.token_transformer import TokenTransformer
 from pretrain.checkpoint.find import checkpoint_of
+from pretrain.diagnose.teacher import load_causal
 from pretrain.evaluate.ngram import NGram
 from pretrain.evaluate.windows import continued, pieces
 from pretrain.export.generate import load_exported
@@ -343,7 +344,7 @@ def open_subject(
         return _of_run(Path(name), sampling, device)
     find_model(name, "--model", "an exported folder, a run of stage ar or mdlm, a hub id, reference, chance or ngram")
     try:
-        kind = transformers.PretrainedConfig.get_config_dict(name)[0].get("model_type")
+        kind = transformers.PretrainedConfig.get_config_dict(name, trust_remote_code=False)[0].get("model_type")
     except ENDINGS:
         raise
     except BaseException as error:  # what transformers and the hub raise cannot be listed
@@ -353,23 +354,21 @@ def open_subject(
     if kind == TextLDMConfig.model_type:
         model, tokenizer = load_exported(name, device)
         return FlowSubject(model, StockTexts(tokenizer), sampling)
-    return load_causal(name, sampling, device)
+    return causal_subject(name, sampling, device)
 
 
-def load_causal(name: str, sampling: Sampling, device: torch.device) -> CausalSubject:
+def causal_subject(name: str, sampling: Sampling, device: torch.device) -> CausalSubject:
     """A causal language model of the hub or a folder, in fp32. Raises: UserError."""
+    model: Any = load_causal(name)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except ENDINGS:
         raise
     except BaseException as error:
-        raise UserError(
-            f"{name} cannot be had as a causal language model ({reason(error).split('. ')[0][:160]})"
-        ) from None
+        raise UserError(f"{name} has no tokenizer that can be loaded: {reason(error)}") from None
     starts = (tokenizer.bos_token_id, model.config.bos_token_id, tokenizer.eos_token_id, model.config.eos_token_id)
     start_id = next((id_ for id_ in starts if isinstance(id_, int)), None)
-    return CausalSubject(model.eval().to(device), StockTexts(tokenizer), start_id, sampling)
+    return CausalSubject(model.to(device), StockTexts(tokenizer), start_id, sampling)
 
 
 def _of_run(run: Path, sampling: Sampling, device: torch.device) -> Subject:

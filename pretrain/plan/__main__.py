@@ -22,7 +22,7 @@ from data_pipeline.format.manifest import Manifest
 from pretrain.config.load import load_config
 from pretrain.config.schema import RunConfig
 from pretrain.plan.estimate import GIB, Choice, Hardware, Plan, Text, make_plan, no_fit
-from pretrain.plan.reliability import DAY_S, LLAMA_3, OPT, between_failures_s, daly_s, goodput
+from pretrain.plan.reliability import LLAMA_3, OPT, between_failures_s, daly_s, goodput
 from pretrain.plan.simulate import POLICIES, Cluster, Outcome, sweep
 from pretrain.telemetry.flops import PEAK_TFLOPS, peak_flops
 
@@ -40,8 +40,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="(%(default)s)")
     parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GiB", help="of one GPU (%(default)s)")
-    parser.add_argument("--gpu", default="H100", help="name, for its peak: " + ", ".join(PEAK_TFLOPS) + " (%(default)s)")
-    parser.add_argument("--tflops", type=float, help="that a GPU sustains in training, measured; none: 40 %% of its peak")
+    parser.add_argument(
+        "--gpu", default="H100", help="name, for its peak: " + ", ".join(PEAK_TFLOPS) + " (%(default)s)"
+    )
+    parser.add_argument(
+        "--tflops", type=float, help="that a GPU sustains in training, measured; none: 40 %% of its peak"
+    )
     parser.add_argument(
         "--interconnect", type=float, default=50.0, metavar="GB/s", help="a GPU to other nodes (%(default)s)"
     )
@@ -72,8 +76,12 @@ def make_simulate_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--slow", type=float, default=0.0, help="nodes that become slow, per 1,000 node-days")
     parser.add_argument("--spares", type=int, default=0, help="further nodes at hand (%(default)s)")
-    parser.add_argument("--checkpoint", type=float, default=5.0, metavar="S", help="training stands still (%(default)s)")
-    parser.add_argument("--write-time", type=float, default=60.0, metavar="S", help="until it is complete (%(default)s)")
+    parser.add_argument(
+        "--checkpoint", type=float, default=5.0, metavar="S", help="training stands still (%(default)s)"
+    )
+    parser.add_argument(
+        "--write-time", type=float, default=60.0, metavar="S", help="until it is complete (%(default)s)"
+    )
     parser.add_argument("--restart", type=float, default=300.0, metavar="S", help="failure to training (%(default)s)")
     parser.add_argument("--repair", type=float, default=24.0, metavar="HOURS", help="of a node (%(default)s)")
     parser.add_argument("--days", type=float, default=100.0, help="simulated (%(default)s)")
@@ -89,7 +97,9 @@ def hardware_of(arguments: argparse.Namespace) -> Hardware:
         if getattr(arguments, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; expected a number above 0")
     if arguments.tflops is not None and arguments.tflops <= 0:
-        raise UserError(f"--tflops is {arguments.tflops}; expected a number above 0, measured by python -m benchmarks.gpu")
+        raise UserError(
+            f"--tflops is {arguments.tflops}; expected a number above 0, measured by python -m benchmarks.gpu"
+        )
     peak = peak_flops(arguments.gpu, "bf16")
     if peak is None and arguments.tflops is None:
         raise UserError(f"--gpu {arguments.gpu} is not known: name one of {', '.join(PEAK_TFLOPS)}, or give --tflops")
@@ -144,7 +154,8 @@ def report(plan: Plan, hardware: Hardware, text: Text) -> str:
     lines = [
         f"{plan.parameters:,} parameters trained, {plan.frozen_parameters:,} frozen; {plan.flops_per_token:.3g} FLOPs a token;"
         f" {plan.tokens_per_step:,} tokens a step",
-        f"{plan.ranks} GPUs, {plan.rows_per_rank} row(s) each" + (f", {plan.idle:.0%} of them filler" * (plan.idle > 0)),
+        f"{plan.ranks} GPUs, {plan.rows_per_rank} row(s) each"
+        + (f", {plan.idle:.0%} of them filler" * (plan.idle > 0)),
         "",
         choices_table(plan),
         "",
@@ -161,10 +172,13 @@ def report(plan: Plan, hardware: Hardware, text: Text) -> str:
         f"a checkpoint {plan.checkpoint_bytes / 1e9:.1f} GB, training stands still {plan.checkpoint_stall_s:.1f} s, complete after"
         f" {plan.checkpoint_write_s:.0f} s; one every {plan.checkpoint_interval_s / 60:.0f} minutes for"
         f" {plan.hours_between_failures:.1f} hours between failures",
-        f"{plan.gpu_hours:,.0f} GPU hours" + (f", {plan.cost:,.0f} at {hardware.price:g} an hour" * (hardware.price > 0)),
+        f"{plan.gpu_hours:,.0f} GPU hours"
+        + (f", {plan.cost:,.0f} at {hardware.price:g} an hour" * (hardware.price > 0)),
     ]
     if text.tokens:
-        cache = "; feature cache " + ", ".join(f"{size / 1e9:,.0f} GB ({name})" for name, size in plan.cache_bytes.items())
+        cache = "; feature cache " + ", ".join(
+            f"{size / 1e9:,.0f} GB ({name})" for name, size in plan.cache_bytes.items()
+        )
         lines.append(f"shards {plan.shard_bytes / 1e9:,.1f} GB" + cache * bool(plan.cache_bytes))
     return "\n".join(lines)
 
@@ -221,8 +235,21 @@ def simulate_command(argv: list[str]) -> None:
         for policy, of in found.items()
         for interval, one, daly in zip(intervals_s, of, formula, strict=True)
     ]  # fmt: skip
-    headers = ("policy", "minutes", "goodput", "with spares", "lost", "restarting", "waiting", "checkpoints", "slower", "Daly")
-    print(f"{arguments.nodes} nodes, {arguments.spares} spares, {between_s / 3600:.2f} hours between failures, {arguments.days:g} days")
+    headers = (
+        "policy",
+        "minutes",
+        "goodput",
+        "with spares",
+        "lost",
+        "restarting",
+        "waiting",
+        "checkpoints",
+        "slower",
+        "Daly",
+    )
+    print(
+        f"{arguments.nodes} nodes, {arguments.spares} spares, {between_s / 3600:.2f} hours between failures, {arguments.days:g} days"
+    )
     print(tabulate(rows, headers, tablefmt="plain", disable_numparse=True, colalign=("left", *["right"] * 9)))
 
 

@@ -43,7 +43,9 @@ class _Tracker(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = self.moved = 0
         self._seen: set[int] = set()
-        self._kept = [tensor.untyped_storage() for tensor in known]  # alive as long as we are, so that no number is used twice
+        self._kept = [
+            tensor.untyped_storage() for tensor in known
+        ]  # alive as long as we are, so that no number is used twice
         self._seen.update(id(storage) for storage in self._kept)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

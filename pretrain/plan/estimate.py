@@ -170,9 +170,7 @@ def make_plan(config: RunConfig, hardware: Hardware, text: Text, vocab_size: int
     choices = []
     for stage in range(1 if bf16 else 0, 4):
         for every, (fixed, each) in traces.items():
-            choices.append(
-                _choice(config, hardware, parameters, stage, every, fixed, each, frozen, bf16, rank_rows)
-            )
+            choices.append(_choice(config, hardware, parameters, stage, every, fixed, each, frozen, bf16, rank_rows))
     choices = [_timed(choice, hardware, parameters, outline, text, bf16, rank_rows) for choice in choices]
     fitting = [choice for choice in choices if choice.micro_batch_rows]
     best = min(fitting, key=lambda choice: (choice.step_s, choice.zero_stage), default=None)

@@ -32,9 +32,7 @@ def daly_s(checkpoint_s: float, between_s: float) -> float:
     ratio = checkpoint_s / (2 * between_s)
     if ratio >= 1:
         return between_s
-    return max(
-        checkpoint_s, young_s(checkpoint_s, between_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - checkpoint_s
-    )
+    return max(checkpoint_s, young_s(checkpoint_s, between_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - checkpoint_s)
 
 
 def goodput(interval_s: float, checkpoint_s: float, restart_s: float, between_s: float) -> float:

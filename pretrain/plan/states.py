@@ -91,9 +91,7 @@ def states(
     return States(model * share, 4 * share, own, bucket + model * parameters.small, gathered)
 
 
-def sent_bytes(
-    parameters: Parameters, stage: int, ranks: int, bf16: bool, micro_batches: int = 1
-) -> float:
+def sent_bytes(parameters: Parameters, stage: int, ranks: int, bf16: bool, micro_batches: int = 1) -> float:
     """Bytes that a rank sends in a step, by ring algorithms: (W - 1) / W of what is reduced or gathered, twice for an all-reduce.
 
     Gradients are reduced in fp32: once a step at stages 0 and 1, after every micro-batch at 2 and 3. Stage 3 gathers the parameters for
