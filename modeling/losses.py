@@ -3,8 +3,10 @@
 Shape letters: T packed tokens, D width, Z latent dim, V vocabulary.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -228,10 +230,15 @@ def categorical_loss(
 
     Returns: the sum of cross-entropies in nats, each one [M] without a gradient, and the mean [M, Z].
     """
-    with torch.autocast(scores.hidden_MD.device.type, enabled=False):
+    with _without_autocast(scores.hidden_MD):
         if not torch.is_grad_enabled():
             scores = ClassScores(*(x.detach() for x in scores))
         return _ChunkedCategorical.apply(*scores, values_VZ, targets_M, chunk or CLASS_CHUNK, through_mean)
+
+
+def _without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """What is written in fp32 stays so. The meta device, on which shapes are computed for planning, knows no autocast."""
+    return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 @torch.no_grad()
@@ -239,7 +246,7 @@ def class_mean(scores: ClassScores, values_VZ: torch.Tensor, temperature: float 
     """Mean [M, Z] of a value a class under softmax(logits / temperature), without gradients."""
     parts = []
     chunk = chunk or CLASS_CHUNK
-    with torch.autocast(values_VZ.device.type, enabled=False):
+    with _without_autocast(values_VZ):
         weight_VD = scores.weight_VD.to(scores.hidden_MD.dtype)
         for hidden_CD, known_CE in zip(scores.hidden_MD.split(chunk), scores.known_ME.split(chunk)):
             logits_CV = _logits(hidden_CD, weight_VD, known_CE, scores.known_VE)

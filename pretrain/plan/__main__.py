@@ -187,7 +187,7 @@ def simulated(arguments: argparse.Namespace) -> dict[str, list[Outcome]]:
     """Outcomes by policy, one for each factor of Daly's interval."""
     between_s = between_failures_s(arguments.nodes, max(arguments.failures, 1e-9))
     interval_s = daly_s(arguments.checkpoint, between_s)
-    found = {}
+    found: dict[str, list[Outcome]] = {}
     for policy in POLICIES:
         cluster = Cluster(
             arguments.nodes, arguments.spares, arguments.failures, interval_s, arguments.checkpoint, arguments.write_time,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from data_pipeline.core.errors import UserError
-from data_pipeline.reading.streams import largest_micro_batch
+from data_pipeline.reading.streams import idle_share, largest_micro_batch
 from pretrain.config.registry import part, stage_kind
 from pretrain.config.schema import RunConfig
 from pretrain.plan.activations import trace
@@ -162,7 +162,7 @@ def make_plan(config: RunConfig, hardware: Hardware, text: Text, vocab_size: int
     parameters = Parameters.of(outline.trained, config.optimizer)
     bf16 = config.train.precision != "fp32"
     rows = config.data.rows_per_step
-    rank_rows = -(-rows // hardware.ranks)
+    rank_rows = config.data.rank_rows(hardware.ranks)
     row = text.windows(1)
     flops_per_token = outline.flops(row) / row.num_tokens
     frozen = 4 * sum(p.numel() for module in outline.frozen for p in module.parameters())
@@ -182,7 +182,7 @@ def make_plan(config: RunConfig, hardware: Hardware, text: Text, vocab_size: int
         "tokens_per_step": tokens_per_step,
         "ranks": hardware.ranks,
         "rows_per_rank": rank_rows,
-        "idle": 1 - rows / (rank_rows * hardware.ranks),
+        "idle": idle_share(rows, hardware.ranks),
         "choices": choices,
         "best": best,
         "checkpoint_bytes": parameters.state_bytes,

@@ -86,10 +86,15 @@ class _Run:
     def outcome(self) -> Outcome:
         while self.now < self.horizon:
             self._train()
-        total, cluster = self.now, self.cluster
-        parts = (self.useful, self.lost, self.restarting, self.waiting, self.checkpoints, self.slower)
-        shares = [float(part / total) for part in parts]
-        return Outcome(*shares, self.failures, shares[0] * cluster.nodes / (cluster.nodes + cluster.spares))
+
+        def share(part: float) -> float:
+            return float(part / self.now)
+
+        useful, cluster = share(self.useful), self.cluster
+        return Outcome(
+            useful, share(self.lost), share(self.restarting), share(self.waiting), share(self.checkpoints), share(self.slower),
+            self.failures, useful * cluster.nodes / (cluster.nodes + cluster.spares),
+        )  # fmt: skip
 
     def _next(self, rate: float) -> float:
         """Seconds until the next of events per 1,000 node-days on the nodes that work."""
