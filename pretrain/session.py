@@ -1,6 +1,6 @@
 """A training session: all that the loop of pretrain/train.py works with, opened step by step in this order:
 
-    check          the ranks share out the data's streams; the data, its held-out split and the frozen inputs are there
+    check          the data, its held-out split and the frozen inputs are there
     own            an earlier run in the same folder is put aside, if --fresh says so; the folder is this job's alone from here on
     watch          signals and hangs are noticed from here on
     find           the newest complete checkpoint; what differs from its run is allowed
@@ -28,6 +28,7 @@ from data_pipeline.core.errors import EXIT_USER, UserError
 from data_pipeline.core.keys import key
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.loader import TrainLoader
+from data_pipeline.reading.streams import idle_share
 from pretrain.checkpoint.find import discard_after, newest_complete, put_aside_after, saved_steps
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.read import restore
@@ -158,7 +159,7 @@ def open_session(
     With `fresh`, an existing run folder is put aside, once the inputs are known to be there.
     What must not survive an error (signal handlers, threads) is registered with `stack`. Raises: UserError.
     """
-    inputs = check(config, topology)
+    inputs = check(config)
     own(config, topology, stack, fresh)
     signals, watchdog = watch(config, topology, stack)
     earlier = find(config, topology, inputs, allow_change)
@@ -185,9 +186,8 @@ class Earlier:
     differences: list[Difference] = field(default_factory=list)
 
 
-def check(config: RunConfig, topology: Topology) -> Inputs:
+def check(config: RunConfig) -> Inputs:
     """What is wrong with the input is found before anything is built. Raises: UserError."""
-    config.data.rank_rows(topology.world_size)  # ranks that cannot share out the streams are refused first
     inputs = find_inputs(config)
     if config.train.eval_every and not inputs.manifest.splits["heldout"]:
         raise UserError(
@@ -365,6 +365,8 @@ def describe(session: Session) -> str:
     why = f" (data.micro_batch_rows is {wanted}; a rank has {rows * settings.accumulation_steps} rows)" * (
         rows < wanted
     )
+    if idle := idle_share(config.data.rows_per_step, topology.world_size):
+        why += f"; {idle:.0%} of all ranks' rows are filler: {topology.world_size} ranks do not divide {config.data.rows_per_step} rows"
     return "\n".join(
         (
             f"stage {config.stage} in {session.run}: {config.about.purpose}",

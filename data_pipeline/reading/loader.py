@@ -25,11 +25,10 @@ from data_pipeline.reading.batch import Batch, RowBlock, RowId
 from data_pipeline.reading.order import Order, Span
 from data_pipeline.reading.settings import Split
 from data_pipeline.reading.shard_pool import FeatureRows, TokenRows
-from data_pipeline.reading.streams import check_micro_batch, rank_streams
+from data_pipeline.reading.streams import check_micro_batch, open_ahead, rank_lanes, rank_rows
 
 _OPENERS = 8
 _STEPS_AHEAD = 2
-_OPEN_AHEAD_STEPS = 32
 _BLOCK_BYTES = 16 << 20  # of steps built together
 
 
@@ -40,10 +39,9 @@ class TrainLoader:
         data: prepared folder (path or URL).
         features: feature cache made for it, or None.
         seed: of the order, the splits and the noise keys.
-        streams: S; the number of ranks must divide it. Changing it changes the order of training; changing the number
-            of ranks does not.
-        rows_per_step: rows of the global batch.
-        micro_batch_rows: rows of one Batch; must divide the rank's share of a step.
+        streams: S. Changing it changes the order of training; changing the number of ranks does not.
+        rows_per_step: rows of the global batch. Ranks that do not divide it get filler rows, so that all have equally many.
+        micro_batch_rows: rows of one Batch; must divide the rank's rows of a step.
         start_step: first step to give; costs the same whatever it is.
         workers: threads that build steps, `_STEPS_AHEAD` of them ahead at least (0: built when asked for).
         verify: compare every shard's SHA-256 with the manifest before its first use.
@@ -74,8 +72,9 @@ class TrainLoader:
         self.manifest, self.feature_manifest = load_manifests(data, features)
         shard_rows = [shard.rows for shard in self.manifest.splits["train"]]
         self.order = Order(shard_rows, streams, rows_per_step, seed)
-        self._streams = rank_streams(streams, rank, world_size)
-        self._rank_rows = self.order.rows_per_stream * len(self._streams)
+        self._lanes = rank_lanes(streams, rows_per_step, rank, world_size)
+        self._streams = sorted({lane.stream for lane in self._lanes if lane.stream is not None})
+        self._rank_rows = rank_rows(rows_per_step, world_size)
         check_micro_batch(micro_batch_rows, self._rank_rows)
         options: dict[str, Any] = {
             "verify": verify,
@@ -92,9 +91,7 @@ class TrainLoader:
         self._blocks_ahead = max(1, workers, -(-_STEPS_AHEAD // self._block_steps))
         self._executor = ThreadPoolExecutor(workers, "loader") if workers else None
         self._openers = ThreadPoolExecutor(_OPENERS, "shards") if workers else None
-        # Shards are opened (downloaded, hashed) this many steps before their first row is due, but within half a shard, so
-        # that a stream never needs more than two.
-        self._open_ahead = min(_OPEN_AHEAD_STEPS, min(shard_rows) // (2 * self.order.rows_per_stream))
+        self._shard_steps = min(shard_rows) // self.order.rows_per_stream
         self._pending: deque[Future[list[list[Batch]]]] = deque()
         self._ready: deque[list[Batch]] = deque()
         self.wait_seconds = 0.0
@@ -138,7 +135,7 @@ class TrainLoader:
         if self._executor is None:
             return self._build_block(*self._advance())
         if not self._pending:
-            self._open_shards(self._next_step, 1)
+            self._open_shards(dict.fromkeys(self._streams, self._next_step), 1)
         while len(self._pending) < self._blocks_ahead:
             self._pending.append(self._executor.submit(self._build_block, *self._advance()))
         block = self._pending.popleft().result()
@@ -147,20 +144,22 @@ class TrainLoader:
 
     def _build_block(self, step: int, steps: int) -> list[list[Batch]]:
         """The rank's micro-batches of consecutive steps."""
-        self._open_shards(step + self._open_ahead, steps)
-        spans = [self.order.spans(stream, step, steps) for stream in self._streams]
-        tickets = np.stack([self.order.tickets(stream, step, steps) for stream in self._streams], axis=1)
+        ahead = {stream: open_ahead(stream, self.order.streams, self._shard_steps) for stream in self._streams}
+        for latest_or_earliest in (0, 1):
+            self._open_shards({stream: step + of[latest_or_earliest] for stream, of in ahead.items()}, steps)
+        spans = [self.order.lane_spans(lane, step, steps) for lane in self._lanes]
+        tickets = np.stack([self.order.lane_tickets(lane, step, steps) for lane in self._lanes], axis=1)
         block = read_rows(self._tokens, self._features, spans, tickets, "train", self._seed, self._split)
         starts = range(0, steps * self._rank_rows, self._micro_batch_rows)
         batches = [block.batch(start, start + self._micro_batch_rows) for start in starts]
         per_step = self._rank_rows // self._micro_batch_rows
         return [batches[first : first + per_step] for first in range(0, len(batches), per_step)]
 
-    def _open_shards(self, step: int, steps: int) -> None:
-        """Start opening the shards of these steps side by side, those that are not open yet."""
+    def _open_shards(self, firsts: dict[int, int], steps: int) -> None:
+        """Start opening, side by side, the shards that a stream reads in so many steps from its own first on, those that are not open."""
         if self._openers is None:
             return
-        for shard in {span.shard for stream in self._streams for span in self.order.spans(stream, step, steps)}:
+        for shard in {span.shard for stream, step in firsts.items() for span in self.order.spans(stream, step, steps)}:
             for rows in (self._tokens, self._features):
                 if rows is not None and not rows.is_open(shard):
                     self._openers.submit(

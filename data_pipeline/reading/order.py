@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.keys import permutation
-from data_pipeline.reading.streams import check_streams
+from data_pipeline.reading.streams import Lane, check_streams
 
 
 class Span(NamedTuple):
@@ -29,7 +29,7 @@ class Order:
 
     Args:
         shard_rows: number of rows of each shard, in the manifest's order.
-        streams: S, fixed by the config; the number of ranks must divide it.
+        streams: S, fixed by the config.
         rows_per_step: rows of the global batch, a multiple of S.
 
     Raises:
@@ -61,7 +61,26 @@ class Order:
         """The rows that the stream gives to so many steps from this one on, as few contiguous spans as possible, in
         reading order.
         """
-        position, remaining = step * self.rows_per_stream, steps * self.rows_per_stream
+        return self._spans(stream, step * self.rows_per_stream, steps * self.rows_per_stream)
+
+    def lane_spans(self, lane: Lane, step: int, steps: int = 1) -> list[Span]:
+        """The rows of a lane, in reading order; none for filler."""
+        if lane.stream is None:
+            return []
+        if lane.num_rows == self.rows_per_stream:
+            return self.spans(lane.stream, step, steps)
+        starts = [number * self.rows_per_stream + lane.place for number in range(step, step + steps)]
+        return [span for start in starts for span in self._spans(lane.stream, start, lane.num_rows)]
+
+    def lane_tickets(self, lane: Lane, step: int, steps: int = 1) -> np.ndarray:
+        """Global numbers, in training order, of a lane's rows (int64 [steps * num_rows]); filler is numbered -1."""
+        if lane.stream is None:
+            return np.full(steps * lane.num_rows, -1, dtype=np.int64)
+        places = np.arange(step, step + steps, dtype=np.int64)[:, None] * self.rows_per_stream + lane.place
+        return (places + np.arange(lane.num_rows)).ravel() * self.streams + lane.stream
+
+    def _spans(self, stream: int, position: int, remaining: int) -> list[Span]:
+        """So many rows of a stream from this one on."""
         spans = []
         while remaining:
             epoch, offset = divmod(position, self._epoch_rows[stream])
@@ -75,8 +94,7 @@ class Order:
 
     def tickets(self, stream: int, step: int, steps: int = 1) -> np.ndarray:
         """Global numbers, in training order, of the rows that the stream gives to these steps (int64 [steps * q])."""
-        places = step * self.rows_per_stream + np.arange(steps * self.rows_per_stream, dtype=np.int64)
-        return places * self.streams + stream
+        return self.lane_tickets(Lane(stream, 0, self.rows_per_stream), step, steps)
 
     def _epoch(self, stream: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The stream's shards in the epoch's order and the running sum of their rows; the latest epoch is

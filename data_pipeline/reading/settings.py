@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.settings import STRICT, OnResume, Section, Share
 from data_pipeline.format.manifest import Manifest
-from data_pipeline.reading.streams import check_ranks, check_streams, largest_micro_batch
+from data_pipeline.reading.streams import check_streams, largest_micro_batch, rank_rows
 
 
 class Split(Section):
@@ -49,9 +49,10 @@ class Data(Section):
     fingerprint: Annotated[str | None, OnResume.FREE] = Field(default=None, pattern=r"^[0-9a-f]{8,64}$")
     """Beginning of the fingerprint (textldm prepare inspect) that the folder must have; none: any, and a resumed run its own."""
     streams: Annotated[PositiveInt, OnResume.NEVER]
-    """Independent sequences of rows. The number of ranks must divide it; it fixes the order of the data for good."""
+    """Independent sequences of rows, each with shards of its own; it fixes the order of the data for good."""
     rows_per_step: Annotated[PositiveInt, OnResume.NEVER]
-    """Rows of one optimizer step over all ranks; times the manifest's row_tokens = tokens a step."""
+    """Rows of one optimizer step over all ranks; times the manifest's row_tokens = tokens a step. Any number of ranks shares them out;
+    one that does not divide them computes filler rows besides."""
     micro_batch_rows: Annotated[PositiveInt, OnResume.FREE]
     """Most rows of one forward and backward pass on one rank; training takes the largest divisor of the rank's rows within
     it. Memory only: the gradients do not depend on it."""
@@ -86,9 +87,8 @@ class Data(Section):
         return self.model_dump(include={"verify", "cache_dir", "cache_gigabytes"})
 
     def rank_rows(self, world_size: int) -> int:
-        """Rows of a step that one of so many ranks computes. Raises: UserError when they cannot share out the streams."""
-        check_ranks(self.streams, world_size)
-        return self.rows_per_step // world_size
+        """Rows of a step that each of so many ranks computes, filler included."""
+        return rank_rows(self.rows_per_step, world_size)
 
     def micro_batch(self, world_size: int = 1, at_most: int | None = None) -> int:
         """Rows of a training micro-batch: the largest divisor of a rank's rows a step within micro_batch_rows and `at_most`."""

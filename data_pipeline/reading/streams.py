@@ -1,6 +1,11 @@
 """How a step's rows are shared out: over streams, ranks and micro-batches. The one place that checks these numbers."""
 
+from typing import NamedTuple
+
 from data_pipeline.core.errors import UserError
+
+OPEN_AHEAD_STEPS = 32
+"""Before a shard is due, it is opened (downloaded, hashed) this many steps ahead at least, or half a shard."""
 
 
 def check_streams(streams: int, rows_per_step: int) -> None:
@@ -13,20 +18,43 @@ def check_streams(streams: int, rows_per_step: int) -> None:
         )
 
 
-def rank_streams(streams: int, rank: int, world_size: int) -> range:
-    """Streams that the rank serves: those congruent to it modulo the number of ranks. Raises: UserError, as `check_ranks`."""
-    check_ranks(streams, world_size)
-    return range(rank, streams, world_size)
+class Lane(NamedTuple):
+    """Rows [place, place + num_rows) that one stream gives to a step; without a stream, filler."""
+
+    stream: int | None
+    place: int
+    num_rows: int
 
 
-def check_ranks(streams: int, world_size: int) -> None:
-    """Raise UserError, with the possible numbers, when so many ranks cannot share out the streams evenly."""
-    if streams % world_size:
-        usable = ", ".join(str(n) for n in range(1, streams + 1) if streams % n == 0)
-        raise UserError(
-            f"{world_size} ranks cannot share data.streams {streams} evenly; possible are {usable} (or train from the"
-            " beginning with other streams, which fix the order of the data)"
-        )
+def rank_rows(rows_per_step: int, world_size: int) -> int:
+    """Rows of a step that every rank computes: an equal share, rounded up; what is left over is filler."""
+    return -(-rows_per_step // world_size)
+
+
+def rank_lanes(streams: int, rows_per_step: int, rank: int, world_size: int) -> list[Lane]:
+    """Which rows of every step the rank takes: those whose number in the step, i, is congruent to it modulo the number of ranks.
+
+    Row i is the (i // streams)-th of stream i % streams, so a rank has the same streams for ever. As many lanes on every rank.
+    """
+    if streams % world_size == 0:
+        return [Lane(stream, 0, rows_per_step // streams) for stream in range(rank, streams, world_size)]
+    rows = range(rank, rank_rows(rows_per_step, world_size) * world_size, world_size)
+    return [Lane(i % streams if i < rows_per_step else None, i // streams, 1) for i in rows]
+
+
+def idle_share(rows_per_step: int, world_size: int) -> float:
+    """Share of all ranks' rows that is filler."""
+    return 1 - rows_per_step / (rank_rows(rows_per_step, world_size) * world_size)
+
+
+def open_ahead(stream: int, streams: int, shard_steps: int) -> tuple[int, int]:
+    """How many steps before its first row is due a stream opens its next shard: at the latest, and at the earliest.
+
+    Equal streams reach their shards' ends in the same step. So each begins earlier by a part of a shard's length of its own, and what
+    is opened in a step is about the same in every step. Always less than a shard, so that a stream never needs more than two.
+    """
+    latest = min(OPEN_AHEAD_STEPS, shard_steps // 2)
+    return latest, latest + (shard_steps - 1 - latest) * stream // max(1, streams)
 
 
 def check_micro_batch(micro_batch_rows: int, rank_rows: int) -> None:

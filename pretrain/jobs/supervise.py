@@ -3,7 +3,7 @@
     textldm supervise --hostfile hosts -- --config dit_xl --set train.steps=400000
 
 What follows `--` goes to pretrain/train.py; without a hostfile the job runs on this machine. A host that does not answer
-is left out as long as the ranks that remain can share the data's streams. Exit codes of the job (`train.py --help`):
+is left out. Exit codes of the job (`train.py --help`):
 
     0        finished: so does this command
     2, 87    a restart would end the same way: given up, with that code
@@ -31,7 +31,6 @@ from pathlib import Path
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.core.outside import WORD
 from data_pipeline.core.telling import tellable
-from data_pipeline.reading.streams import check_ranks
 from pretrain.checkpoint.find import complete_steps
 from pretrain.config.command_line import make_parser as train_parser
 from pretrain.config.load import load_config
@@ -139,23 +138,19 @@ class Supervisor:
             time.sleep(min(left, 1.0))
 
     def _available_hosts(self) -> dict[str, int]:
-        """Hosts that answer and whose ranks can share the data; waits for them. Raises: UserError."""
+        """Hosts that answer; waits for the first of them. Raises: UserError."""
         hosts, deadline = self.plan.hosts, time.monotonic() + self.plan.wait_s
         while hosts and not self._stop:
             alive = answering(hosts)
             for host in hosts.keys() - set(alive):
                 say(f"{host} does not answer")
-            chosen, problem = usable(self.plan.config, {host: hosts[host] for host in alive})
-            if chosen:
-                for host in set(alive) - chosen.keys():
-                    say(f"{host} answers, but is left out: with it, the ranks cannot share out the data")
-                return chosen
+            if alive:
+                return {host: hosts[host] for host in alive}
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"{len(alive)} of {len(hosts)} hosts answer ({', '.join(alive) or 'none'}), which is not enough: {problem};"
-                    f" waited {self.plan.wait_s:.0f} s (--wait-s)"
+                    f"none of {len(hosts)} hosts answers; waited {self.plan.wait_s:.0f} s (--wait-s): textldm hosts check says why"
                 )
-            say(f"waiting for hosts: {problem}")
+            say("waiting for hosts: none answers")
             self._sleep(min(10.0, self.plan.wait_s / 4))
         return hosts
 
@@ -259,20 +254,6 @@ def quoted(plan: Plan, script: Sequence[str]) -> list[str]:
     return [script[0], *(for_pdsh(argument, pastes) for argument in script[1:])]
 
 
-def usable(config: RunConfig, alive: Mapping[str, int]) -> tuple[dict[str, int], str]:
-    """The most of these hosts, from the first on, whose ranks can share out the data; else why none can."""
-    problem = "no host answers"
-    for count in range(len(alive), 0, -1):
-        chosen = dict(list(alive.items())[:count])
-        try:
-            check_ranks(config.data.streams, sum(chosen.values()))
-        except UserError as error:
-            problem = problem if count < len(alive) else str(error)
-        else:
-            return chosen, ""
-    return {}, problem
-
-
 def meaning(code: int) -> str:
     """What the exit code of a rank or a launcher means, in words."""
     ended = ended_by(code)
@@ -304,7 +285,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-failures", type=int, default=3, metavar="N", help="in a row, without a new checkpoint (3)"
     )
-    parser.add_argument("--wait-s", type=float, default=600.0, metavar="S", help="for hosts, when too few answer (600)")
+    parser.add_argument("--wait-s", type=float, default=600.0, metavar="S", help="for hosts, when none answers (600)")
     parser.add_argument("train", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="of pretrain/train.py")
     return parser
 
@@ -318,8 +299,6 @@ def make_plan(argv: list[str] | None) -> Plan:
         raise UserError("--dry-run ends by itself; run it with pretrain/train.py, not under textldm supervise")
     config = load_config(parsed.config, [*parsed.set, *([f"train.run={parsed.run}"] if parsed.run else [])])
     hosts = read_hostfile(arguments.hostfile) if arguments.hostfile else {}
-    if hosts:
-        check_ranks(config.data.streams, sum(hosts.values()))
     launcher = shlex.split(arguments.launcher)
     if any(argument.startswith("--ssh_port") for argument in launcher):
         raise UserError(

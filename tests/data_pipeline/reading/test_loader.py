@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_pipeline.core.errors import UserError
-from data_pipeline.reading.batch import Batch, Split
+from data_pipeline.reading.batch import FILLER, Batch, Split
 from data_pipeline.reading.loader import TrainLoader, heldout_batches
 from data_pipeline.reading.shard_pool import ShardPool
 from tests.data_pipeline.conftest import write_prepared
@@ -55,8 +55,11 @@ def global_batches(data: Path, world_size: int, steps: int = STEPS, **changes: o
         with make_loader(data, rank=rank, world_size=world_size, **changes) as loader:
             for step, batches in enumerate(islice(loader, steps)):
                 rows = [row for batch in batches for row in rows_of(batch)]
-                assert rows == sorted(rows, key=lambda row: row[0].ticket)
-                result[step] += rows
+                real = [row for row in rows if row[0].ticket >= 0]
+                assert real == sorted(real, key=lambda row: row[0].ticket)
+                assert rows[len(real) :] == [row for row in rows if row[0].ticket < 0]
+                assert all(role == FILLER for row in rows[len(real) :] for _, role, _ in row[3])
+                result[step] += real
     return [sorted(rows, key=lambda row: row[0].ticket) for rows in result]
 
 
@@ -68,6 +71,13 @@ def test_global_batch_is_the_same_for_any_ranks_and_workers(prepared: Path, worl
     micro_batch_rows = 2 if world_size != 12 else 1
     found = global_batches(prepared, world_size, workers=workers, micro_batch_rows=micro_batch_rows)
     assert found == expected
+
+
+@pytest.mark.parametrize("world_size", [5, 7, 16, 24, 30])
+def test_ranks_that_divide_nothing_see_the_same_global_batch(prepared: Path, world_size: int) -> None:
+    expected = global_batches(prepared, 1)
+    assert global_batches(prepared, world_size, workers=2) == expected
+    assert global_batches(prepared, world_size, steps=2, start_step=3) == expected[3:]
 
 
 def test_resume_at_any_step_continues_the_same_sequence(prepared: Path) -> None:

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.core.errors import UserError
 from data_pipeline.reading.settings import Data
 
 
@@ -37,11 +36,8 @@ def test_a_micro_batch_is_the_largest_divisor_within_its_bound(
     assert data(micro_batch_rows=most).micro_batch(ranks, at_most) == expected
 
 
-def test_ranks_that_cannot_share_the_streams_have_no_rows() -> None:
-    assert [data().rank_rows(ranks) for ranks in (1, 8, 192)] == [192, 24, 1]
-    for refuse in (data().rank_rows, data().micro_batch):
-        with pytest.raises(UserError, match=r"5 ranks cannot share data\.streams 192"):
-            refuse(5)
+def test_all_ranks_have_equally_many_rows_filler_included() -> None:
+    assert [data().rank_rows(ranks) for ranks in (1, 5, 8, 192, 512)] == [192, 39, 24, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -1,31 +1,85 @@
 """Which numbers of ranks, rows and streams fit each other: said once, the same for configuration, loader and supervisor."""
 
+import time
+from collections import Counter
+
 import pytest
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.reading.order import Order
 from data_pipeline.reading.streams import (
     check_micro_batch,
-    check_ranks,
     check_streams,
+    idle_share,
     largest_micro_batch,
-    rank_streams,
+    open_ahead,
+    rank_lanes,
+    rank_rows,
 )
 
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
-def test_ranks_share_out_all_streams_evenly(world_size: int) -> None:
-    shares = [rank_streams(12, rank, world_size) for rank in range(world_size)]
-    assert sorted(stream for share in shares for stream in share) == list(range(12))
-    assert {len(share) for share in shares} == {12 // world_size}
+BIG = (192, 192)
+"""Streams and rows a step of the shipped big configurations."""
 
 
-@pytest.mark.parametrize("world_size", [3, 5, 8])
-def test_ranks_that_cannot_are_told_which_can(world_size: int) -> None:
-    for refuse in (lambda: check_ranks(4, world_size), lambda: rank_streams(4, 0, world_size)):
-        with pytest.raises(
-            UserError, match=f"{world_size} ranks cannot share data.streams 4 evenly; possible are 1, 2, 4"
-        ):
-            refuse()
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8, 40, 128, 192, 256, 384, 512, 1000, 1024, 16_384])
+@pytest.mark.parametrize(("streams", "rows"), [BIG, (12, 24), (64, 512)])
+def test_any_number_of_ranks_shares_out_a_step(world_size: int, streams: int, rows: int) -> None:
+    shares = [rank_lanes(streams, rows, rank, world_size) for rank in range(world_size)]
+    assert {sum(lane.num_rows for lane in share) for share in shares} == {rank_rows(rows, world_size)}
+    given = [
+        (lane.stream, lane.place + n)
+        for share in shares
+        for lane in share
+        if lane.stream is not None
+        for n in range(lane.num_rows)
+    ]
+    assert sorted(given) == [(stream, place) for stream in range(streams) for place in range(rows // streams)]
+    filler = sum(lane.num_rows for share in shares for lane in share if lane.stream is None)
+    assert filler / (filler + rows) == pytest.approx(idle_share(rows, world_size))
+
+
+def test_streams_are_spread_over_as_few_ranks_as_can_be() -> None:
+    assert [lane.stream for lane in rank_lanes(*BIG, 3, 64)] == [3, 67, 131]
+    assert [lane.stream for lane in rank_lanes(*BIG, 39, 40)] == [39, 79, 119, 159, None]
+
+
+@pytest.mark.parametrize("world_size", [5, 7, 40])
+def test_ranks_that_divide_nothing_see_every_row_of_an_epoch_once(world_size: int) -> None:
+    order = Order([6] * 24, 12, 24, seed=1)
+    steps = 6  # two rows of a stream in each, of its twelve
+    seen = [
+        (span.shard, row)
+        for rank in range(world_size)
+        for lane in rank_lanes(12, 24, rank, world_size)
+        for span in order.lane_spans(lane, 0, steps)
+        for row in range(span.start, span.stop)
+    ]
+    assert sorted(seen) == [(shard, row) for shard in range(24) for row in range(6)]
+
+
+def test_a_rank_of_many_costs_next_to_nothing() -> None:
+    order = Order([1024] * 1920, *BIG, seed=1)
+    started = time.process_time()
+    for rank in (0, 191, 200, 16_383):
+        for lane in rank_lanes(*BIG, rank, 16_384):
+            order.lane_spans(lane, 10**7, 8)
+    assert time.process_time() - started < 0.5
+
+
+@pytest.mark.parametrize("shard_rows", [1024, 300])
+@pytest.mark.parametrize("world_size", [1, 8, 40])
+def test_what_is_opened_is_about_the_same_in_every_stretch_of_steps(shard_rows: int, world_size: int) -> None:
+    """A simulation: all streams change shards in the same step; a shard counts when it is first asked for."""
+    streams, rows = BIG
+    stretch = shard_rows // 8
+    opened = Counter()
+    for lane in (lane for rank in range(world_size) for lane in rank_lanes(streams, rows, rank, world_size)):
+        if lane.stream is not None:
+            latest, earliest = open_ahead(lane.stream, streams, shard_rows)
+            assert 0 < latest <= earliest < shard_rows
+            opened.update((change * shard_rows - earliest) // stretch for change in range(2, 20))
+    whole = [opened[n] for n in range(shard_rows // stretch * 2, shard_rows // stretch * 18)]
+    assert max(whole) <= 1.5 * sum(whole) / len(whole)
 
 
 @pytest.mark.parametrize(("streams", "rows", "better"), [(5, 192, 195), (4, 1, 4), (4, 0, 4), (0, 3, 3)])
