@@ -219,7 +219,9 @@ def watch(config: RunConfig, topology: Topology, stack: ExitStack) -> tuple[Sign
     """Until `stack` is left."""
     train = config.train
     signals = stack.enter_context(Signals())
-    watchdog = stack.enter_context(Watchdog(train.watchdog_s, config.run_folder, topology.rank, topology.hostname))
+    watchdog = stack.enter_context(
+        Watchdog(train.watchdog_s, config.run_folder, topology.rank, topology.hostname, world_size=topology.world_size)
+    )
 
     def first() -> None:
         watchdog.end_within(train.grace_s)

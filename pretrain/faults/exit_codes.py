@@ -3,6 +3,7 @@
 import signal
 import sys
 import time
+from typing import Literal
 
 from data_pipeline.core.errors import EXIT_USER, UserError
 from pretrain.ranks.peers import EXIT_LOST
@@ -19,6 +20,19 @@ EXIT_CODES = {
     EXIT_LOST: "another rank was killed or its host is out of reach, and is named; restarting resumes",
     EXIT_INTERRUPTED: "Ctrl-C: a checkpoint is written, unless it was pressed twice; the same command goes on",
 }
+
+Restart = Literal["never", "at once", "bounded"]
+RESTARTS: dict[int, Restart] = {
+    EXIT_OK: "never", EXIT_USER: "never", EXIT_SKIPS: "never", EXIT_INTERRUPTED: "never", EXIT_REQUEUE: "at once",
+}  # fmt: skip
+"""What is done after a job's exit code; of every other one, a signal's and a hang's (134 with NCCL) among them, "bounded": started again
+until MAX_FAILURES starts in a row have brought no new checkpoint. The supervisor, Slurm and Kubernetes all go by this (docs/cluster.md)."""
+MAX_FAILURES = 3
+
+
+def restart(code: int) -> Restart:
+    """Whether a job that ended with this code is started again."""
+    return RESTARTS.get(code, "bounded")
 
 
 def say_mistake(error: UserError, rank: int = 0) -> int:

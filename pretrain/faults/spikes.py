@@ -29,6 +29,8 @@ class GuardState(BaseModel):
     """Of the last accepted steps."""
     skipped_steps: list[int] = []
     """Numbers of the steps skipped lately."""
+    rejected: list[float] = []
+    """Norms of the steps that were skipped one after the other just now, for their size alone."""
 
 
 class SpikeGuard:
@@ -36,20 +38,33 @@ class SpikeGuard:
 
     A step is skipped when its loss or gradient norm is not finite, or (sigmas > 0) when its norm exceeds the median of
     the last `WINDOW` accepted norms by more than `sigmas` robust standard deviations (1.4826 x median absolute
-    deviation, at least 1 % of the median). The state belongs into checkpoints: a resumed run must
+    deviation, at least 1 % of the median). A raised norm that lasts is no spike but a new level: after `LEVEL_AFTER` of them in a
+    row, or max_skips where that is less, near one another and no more than `LEVEL_FACTOR` times the old median, the next are
+    measured by them. The state belongs into checkpoints: a resumed run must
     decide as the uninterrupted one.
     """
 
     MIN_HISTORY, WINDOW = 16, 128
+    LEVEL_AFTER, LEVEL_SPREAD, LEVEL_FACTOR = 4, 1.5, 4.0
 
     def __init__(self, sigmas: float, max_skips: int, skip_window: int):
         self._sigmas, self._max_skips, self._skip_window = sigmas, max_skips, skip_window
         self._norms: deque[float] = deque(maxlen=self.WINDOW)
         self._skipped_steps: list[int] = []
+        self._rejected: list[float] = []
 
     def verdict(self, step: int, loss: float, grad_norm: float) -> str | None:
         """Why the step must be skipped, or None."""
         reason = self._reason(loss, grad_norm)
+        if reason is None or not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self._rejected = []
+        elif self._is_new_level(grad_norm):
+            self._norms.clear()
+            self._norms.extend([*self._rejected, grad_norm])
+            self._rejected = []
+            return None
+        else:
+            self._rejected.append(grad_norm)
         if reason is None:
             self._norms.append(grad_norm)
         else:
@@ -65,6 +80,14 @@ class SpikeGuard:
                 f" than train.max_skips {self._max_skips}. skipped.jsonl says why and names their rows; lower"
                 " optimizer.lr, or set train.rewind=true to go back and leave those rows out"
             )
+
+    def _is_new_level(self, grad_norm: float) -> bool:
+        """Whether the norms rejected in a row, this one behind them, are a level of their own."""
+        level = [*self._rejected, grad_norm]
+        if len(self._rejected) < max(1, min(self.LEVEL_AFTER, self._max_skips)):
+            return False
+        near = max(level) <= self.LEVEL_SPREAD * min(level)
+        return near and max(level) <= self.LEVEL_FACTOR * statistics.median(self._norms)
 
     def _reason(self, loss: float, grad_norm: float) -> str | None:
         if not math.isfinite(loss):
@@ -83,13 +106,16 @@ class SpikeGuard:
 
     def state(self) -> GuardState:
         """What a checkpoint must carry."""
-        return GuardState(norms=list(self._norms), skipped_steps=list(self._skipped_steps))
+        return GuardState(
+            norms=list(self._norms), skipped_steps=list(self._skipped_steps), rejected=list(self._rejected)
+        )
 
     def load(self, state: GuardState) -> None:
         """The inverse of `state`."""
         self._norms.clear()
         self._norms.extend(state.norms)
         self._skipped_steps = list(state.skipped_steps)
+        self._rejected = list(state.rejected)
 
 
 def record_skip(run: Path, rank: int, world_size: int, entry: dict[str, Any], batches: Iterable[Any]) -> None:

@@ -14,7 +14,9 @@ from pretrain.faults.heartbeat import FOLDER, Heartbeat, heartbeat_file, read_he
 from pretrain.ranks.distributed import goodbye
 
 HEARTBEAT_S = 5.0
-"""Longest pause between a rank's heartbeats."""
+"""Pause between a rank's heartbeats, and between two looks at the time."""
+HEARTBEATS_A_SECOND = 8.0
+"""Of all ranks together, at most: they write to a disk that they share."""
 END_TIMEOUT_S = 20.0
 """How long a hung process may take to say so."""
 HEARTBEAT_AGE_S = 120.0
@@ -31,7 +33,15 @@ class Watchdog:
 
     PHASES = ("setup", "data", "count", "compute", "measure", "update", "log", "checkpoint", "evaluate", "end")
 
-    def __init__(self, timeout_s: float, run: Path, rank: int, host: str = "", exit_process: Callable = os._exit):
+    def __init__(
+        self,
+        timeout_s: float,
+        run: Path,
+        rank: int,
+        host: str = "",
+        exit_process: Callable = os._exit,
+        world_size: int = 1,
+    ):
         self._timeout_s, self._run, self._rank, self._host = timeout_s, run, rank, host
         self._exit_process = exit_process
         self._position = (0, "setup", time.monotonic())
@@ -39,6 +49,7 @@ class Watchdog:
         self._silent, self._stopped = threading.Event(), threading.Event()
         self._since = time.time()
         self._poll_s = min(HEARTBEAT_S, timeout_s / 4)
+        self._heartbeat_s = min(max(HEARTBEAT_S, world_size / HEARTBEATS_A_SECOND), timeout_s / 4)
         self._heart = threading.Thread(target=self._write_heartbeats, name="heartbeat", daemon=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -78,7 +89,7 @@ class Watchdog:
                 self._end(EXIT_REQUEUE, "the checkpoint did not finish within train.grace_s; the one before it stands")
 
     def _write_heartbeats(self) -> None:
-        while not self._silent.wait(self._poll_s):
+        while not self._silent.wait(self._heartbeat_s):
             self._write_heartbeat()
 
     def _write_heartbeat(self) -> None:
@@ -100,7 +111,7 @@ class Watchdog:
 
         oldest = min(beats, key=lambda beat: beat.time)
         silent_s = max(beat.time for beat in beats) - oldest.time
-        if silent_s > 3 * self._poll_s:
+        if silent_s > 3 * self._heartbeat_s:
             return f"{name(oldest)} is silent for {silent_s:.0f} s: frozen, dead or cut off"
         slowest = min(beats, key=lambda beat: (beat.step, self.PHASES.index(beat.phase)))
         return f"{name(slowest)} is the furthest behind"

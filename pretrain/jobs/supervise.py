@@ -35,7 +35,7 @@ from pretrain.checkpoint.find import complete_steps
 from pretrain.config.command_line import make_parser as train_parser
 from pretrain.config.load import load_config
 from pretrain.config.schema import RunConfig
-from pretrain.faults.exit_codes import EXIT_CODES, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, EXIT_SKIPS, EXIT_USER
+from pretrain.faults.exit_codes import EXIT_CODES, EXIT_FAILED, EXIT_OK, EXIT_REQUEUE, MAX_FAILURES, restart
 from pretrain.faults.heartbeat import read_heartbeats
 from pretrain.faults.output import lasting_output
 from pretrain.jobs.hosts import ROOT, answering, for_pdsh, launch_variables, on_hosts, own_secrets, read_hostfile
@@ -115,7 +115,7 @@ class Supervisor:
                 say(f"the launcher says all is well, but the run is at step {after} of {self.plan.config.train.steps}")
                 code = EXIT_FAILED
             say(f"the job ended with exit code {code} ({meaning(code)}) at step {after}")
-            if code in (EXIT_OK, EXIT_USER, EXIT_SKIPS):
+            if restart(code) == "never":
                 return code
             if self._stop:
                 return code
@@ -125,7 +125,7 @@ class Supervisor:
             if failures > self.plan.max_failures:
                 say(f"giving up: {failures} starts in a row brought no new checkpoint")
                 return code
-            if code != EXIT_REQUEUE:
+            if restart(code) != "at once":
                 say(
                     f"starting again in {pause_s:.0f} s; {failures} of {self.plan.max_failures} failures without progress"
                 )
@@ -283,7 +283,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--launcher", default="deepspeed -q", help='its command, e.g. "deepspeed --master_port 29501" (deepspeed -q)'
     )
     parser.add_argument(
-        "--max-failures", type=int, default=3, metavar="N", help="in a row, without a new checkpoint (3)"
+        "--max-failures",
+        type=int,
+        default=MAX_FAILURES,
+        metavar="N",
+        help="in a row, without a new checkpoint (%(default)s)",
     )
     parser.add_argument("--wait-s", type=float, default=600.0, metavar="S", help="for hosts, when none answers (600)")
     parser.add_argument("train", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="of pretrain/train.py")

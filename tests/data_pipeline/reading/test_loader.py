@@ -123,7 +123,6 @@ def test_features_line_up_with_their_tokens(prepared: Path) -> None:
         ({"streams": 26, "rows_per_step": 26}, "26"),
         ({"rows_per_step": 25}, "rows_per_step"),
         ({"micro_batch_rows": 5}, "micro_batch_rows"),
-        ({"world_size": 5}, "streams"),
     ],
 )
 def test_numbers_that_do_not_divide_are_refused(prepared: Path, changes: dict, named: str) -> None:

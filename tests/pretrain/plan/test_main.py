@@ -9,7 +9,8 @@ from pretrain.config.load import load_config
 from pretrain.plan.__main__ import main
 from pretrain.plan.estimate import GIB
 
-SMALL = ["--set", "model.width=128", "--set", "model.num_layers=2", "--row-tokens", "512", "--window-tokens", "128", "--vocab-size", "2000"]  # fmt: skip
+TEXT = ["--row-tokens", "512", "--window-tokens", "128", "--tokens", "1e9"]
+SMALL = ["--set", "model.width=128", "--set", "model.num_layers=2", "--vocab-size", "2000", *TEXT]
 
 
 def test_a_plan_in_words_and_as_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,8 +35,9 @@ def test_a_plan_in_words_and_as_a_configuration(tmp_path: Path, capsys: pytest.C
 
 
 def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--config", "vae_base", "--set", "model.vocab_size=2000", "--set", "model.width=128", "--set", "model.num_encoder_layers=1",
-                 "--set", "model.num_decoder_layers=1", "--row-tokens", "512", "--window-tokens", "128", "--tokens", "1e9", "--json"]) == 0  # fmt: skip
+    sizes = {"vocab_size": 2000, "width": 128, "num_encoder_layers": 1, "num_decoder_layers": 1}
+    overrides = [word for name, size in sizes.items() for word in ("--set", f"model.{name}={size}")]
+    assert main(["--config", "vae_base", *overrides, *TEXT, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert {choice["zero_stage"] for choice in plan["choices"]} == {1, 2, 3}
     assert plan["cache_bytes"]["exact, 16 bits"] == 1e9 * 4096
