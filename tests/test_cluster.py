@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pretrain.faults.exit_codes import EXIT_HUNG, EXIT_LOST, RESTARTS, restart
 from pretrain.jobs.hosts import read_hostfile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,25 +22,42 @@ def test_the_example_hostfile_is_one() -> None:
     assert read_hostfile(CLUSTER / "hosts.example") == {"node01": 8, "node02": 8}
 
 
-@pytest.mark.parametrize(
-    ("code", "again"),
-    [(0, False), (1, False), (2, False), (85, True), (86, True), (87, False), (88, True), (137, True)],
-)
-def test_slurm_requeues_what_a_restart_brings_on(code: int, again: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [2, 85, 134])
+def test_slurm_requeues_what_a_restart_brings_on(code: int, tmp_path: Path) -> None:
+    """By the table; which codes those are: tests/pretrain/jobs/test_requeue.py."""
     for name, body in {
         "srun": f'echo "$@" > {tmp_path}/srun.log; exit {code}',
         "scontrol": f'echo "$@" > {tmp_path}/scontrol.log',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "PYTHON": sys.executable}
     done = subprocess.run(
-        ["bash", str(CLUSTER / "slurm.sbatch"), "dit_xl", "--set", "train.steps=9"],
-        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}, check=False,
+        ["bash", str(CLUSTER / "slurm.sbatch"), "dit_xl", "--run", str(tmp_path / "run"), "--set", "train.steps=9000"],
+        env=os.environ | variables, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == code
-    assert "pretrain/train.py --config dit_xl --set train.steps=9" in (tmp_path / "srun.log").read_text()
-    assert (tmp_path / "scontrol.log").exists() is again
+    assert "pretrain/train.py --config dit_xl --run" in (tmp_path / "srun.log").read_text()
+    again = restart(code) != "never"
+    assert (tmp_path / "scontrol.log").exists() is again, done.stderr
     assert not again or (tmp_path / "scontrol.log").read_text() == "requeue 77\n"
+
+
+def test_kubernetes_goes_by_the_same_table() -> None:
+    """What is never started again fails the job; what another start is sure to help is not counted; the rest is, up to backoffLimit."""
+    job = kubernetes()["Job"]["spec"]
+    rules = {
+        rule["action"]: rule["onExitCodes"]["values"]
+        for rule in job["podFailurePolicy"]["rules"]
+        if "onExitCodes" in rule
+    }
+    assert sorted(rules["FailJob"]) == sorted(code for code, kind in RESTARTS.items() if kind == "never" and code)
+    assert set(rules["Ignore"]) == {code for code, kind in RESTARTS.items() if kind == "at once"} | {
+        EXIT_HUNG,
+        EXIT_LOST,
+    }
+    assert all(restart(code) == "bounded" for code in (1, 86, 88, 134, 135, 137, 139))
+    assert job["backoffLimit"] > 0
 
 
 def kubernetes() -> dict[str, dict]:

@@ -54,6 +54,38 @@ def test_a_hang_up_asks_to_stop_unless_it_is_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_raised_norm_that_lasts_is_a_new_level() -> None:
+    guard = make_guard(sigmas=20.0, max_skips=5, skip_window=100)
+    for step in range(40):
+        assert guard.verdict(step, 1.0, 1.0 + 0.001 * (step % 3)) is None
+    verdicts = []
+    for step in range(40, 200):  # a quarter more, for good
+        verdicts.append(guard.verdict(step, 1.0, 1.25 + 0.001 * (step % 3)))
+        guard.enforce(step)
+        kept = make_guard(sigmas=20.0, max_skips=5, skip_window=100)
+        kept.load(guard.state())  # as a resumed run would decide
+        guard = kept
+    assert all(verdicts[:4])
+    assert not any(verdicts[4:])
+    assert guard.verdict(200, 1.0, 2.0) is not None  # guarded as before, at the new level
+
+
+@pytest.mark.parametrize("norms", [(9.0,) * 9, (1.3, 2.0, 3.1, 4.6, 7.0, 10.0), (1.3, math.nan) * 4])
+def test_a_norm_that_explodes_or_grows_is_none(norms: tuple[float, ...]) -> None:
+    guard = make_guard(sigmas=20.0, max_skips=5, skip_window=100)
+    for step in range(40):
+        guard.verdict(step, 1.0, 1.0 + 0.001 * (step % 3))
+    assert all(guard.verdict(40 + number, 1.0, norm) for number, norm in enumerate(norms))
+    with pytest.raises(TooManySkips):
+        guard.enforce(60)
+
+
+def test_many_ranks_write_few_heartbeats(tmp_path: Path) -> None:
+    assert Watchdog(1800.0, tmp_path, rank=0, world_size=8)._heartbeat_s == 5.0
+    assert 512 / Watchdog(1800.0, tmp_path, rank=0, world_size=512)._heartbeat_s <= 8.0
+    assert Watchdog(20.0, tmp_path, rank=0, world_size=512)._heartbeat_s == 5.0  # a quarter of what is waited for
+
+
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
 def test_non_finite_steps_are_skipped_from_the_first_step_on(loss: float, norm: float) -> None:
     assert make_guard(sigmas=0).verdict(0, loss, norm) is not None
