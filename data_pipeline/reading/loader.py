@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from itertools import repeat
 from pathlib import Path
 from types import TracebackType
@@ -250,7 +250,7 @@ def heldout_batches(
 
     Every rank gets the same number of batches of micro_batch_rows rows; places behind the last row are filler. `options`: of `TokenRows`.
     """
-    manifest, feature_manifest = load_manifests(data, features)
+    manifest, feature_manifest = _known_manifests(str(data), features and str(features), _changed(data, features))
     infos = manifest.splits["heldout"]
     if not infos:
         raise UserError(f"{data} has no held-out split: prepare the data again with --heldout-fraction 0.005")
@@ -280,6 +280,20 @@ def _heldout_spans(ends: np.ndarray, start: int, stop: int) -> Iterator[Span]:
         end = min(stop, int(ends[shard]))
         yield Span(0, shard, start - first, end - first)
         start = end
+
+
+@lru_cache(maxsize=4)
+def _known_manifests(
+    data: str, features: str | None, _changed: tuple[int, ...]
+) -> tuple[Manifest, FeatureManifest | None]:
+    """`load_manifests`, but for folders that have not changed: every rank evaluates again and again."""
+    return load_manifests(data, features)
+
+
+def _changed(*folders: str | Path | None) -> tuple[int, ...]:
+    """When the manifests of local folders were written; those behind URLs do not change while a process lives."""
+    files = [Path(folder) / MANIFEST_NAME for folder in folders if folder is not None]
+    return tuple(file.stat().st_mtime_ns for file in files if file.is_file())
 
 
 def load_manifests(data: str | Path, features: str | Path | None) -> tuple[Manifest, FeatureManifest | None]:
