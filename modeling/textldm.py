@@ -86,10 +86,11 @@ class TextLDM(PreTrainedModel, GenerationMixin):
         self.dit = TextDiT(TextDiTConfig(**config.dit))
         # For from_pretrained, which converts tensor by tensor.
         self._keep_in_fp32_modules_strict = set(statistics(self))
-        assert self.generation_config is not None
-        for name in SAMPLING:
-            setattr(self.generation_config, name, getattr(config, name))
-        self.generation_config.update(do_sample=True, temperature=config.token_temperature)
+        known = {name: getattr(config, name) for name in SAMPLING}
+        marks = {name: getattr(config, name, None) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
+        self.generation_config = GenerationConfig(
+            do_sample=True, temperature=config.token_temperature, **known, **marks
+        )
         self.post_init()
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -2,7 +2,8 @@
 
     textldm convert --run runs/dit_xl --output export/textldm-xl
 
-    config.json                    shapes of the models and sampling defaults
+    config.json                    shapes of the models
+    generation_config.json         defaults of `generate`
     model.safetensors              EMA weights by default
     textldm.py, text_vae.py, ...   the modeling code, for `AutoModel.from_pretrained(folder, trust_remote_code=True)`
     tokenizer.json, ...            the tokenizer of the prepared data
@@ -13,6 +14,7 @@ its exporter's matter (`StageKind.export`, parts.py).
 """
 
 import argparse
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -128,12 +130,20 @@ def write(exported: Exported, tokenizer: LoadedTokenizer, output: Path) -> None:
         exported.model.save_pretrained(folder)
         for file in exported.code:
             shutil.copyfile(file, folder / file.name)
-        tokenizer.save(folder)
+        padding(tokenizer).save(folder)
         (folder / "README.md").write_text(exported.card, encoding="utf-8")
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         sealed = config | {FILES: _hashes(folder, config)}
         (folder / CONFIG).write_text(json.dumps(sealed, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         make_room(output)
+
+
+def padding(tokenizer: LoadedTokenizer) -> LoadedTokenizer:
+    """One that pads, as `tokenizer(texts, padding=True)` asks: by the end-of-text token and on the left, unless it says otherwise."""
+    config, end = {"padding_side": "left"} | tokenizer.config, tokenizer.info.eos_id
+    if not config.get("pad_token") and end is not None:
+        config["pad_token"] = config.get("eos_token") or tokenizer.backend.id_to_token(end)
+    return dataclasses.replace(tokenizer, config=config)
 
 
 def check_output(output: Path, overwrite: bool) -> None:

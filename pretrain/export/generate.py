@@ -19,11 +19,11 @@ import transformers
 from data_pipeline.core.devices import device_of
 from data_pipeline.core.errors import ENDINGS, UserError, cli, reason
 from data_pipeline.core.hub import find_model
+from modeling.conventions import DEFAULT_NEW_TOKENS
 from modeling.solvers import solver_names
 from modeling.textldm import TextLDM, TextLDMConfig
 from modeling.times import GRIDS
 
-DEFAULT_NEW_TOKENS = 128
 TRAJECTORY_TEXTS = 8
 
 
@@ -84,16 +84,17 @@ def continue_prompts(
     """Continuations of all prompts, drawn together.
 
     Args:
-        trajectory: JSON file for the first prompt's text on its way from noise: a list of {"t", "text"}, t falling to 0.
+        trajectory: JSON file for the first prompt's text on its way from noise: a list of {"t", "text"}, t falling to 0; in a text beyond
+            the window from 1 again in every block, behind those before it.
 
-    Raises: UserError for requests beyond the model's windows or vocabulary.
+    Raises: UserError for requests beyond the model's vocabulary.
     """
     ids = [tokenizer(prompt, add_special_tokens=False, split_special_tokens=True).input_ids for prompt in prompts]
     request = asdict(options)
-    limit = model.config.max_window - max(map(len, ids), default=0)
+    left = model.config.max_window - max(map(len, ids), default=0)
     if options.max_new_tokens is None:
-        request["max_new_tokens"] = max(1, min(DEFAULT_NEW_TOKENS, limit))
-    num_steps = options.num_steps or model.config.num_steps
+        request["max_new_tokens"] = min(DEFAULT_NEW_TOKENS, left) if left > 0 else DEFAULT_NEW_TOKENS
+    num_steps: int = options.num_steps or getattr(model.generation_config, "num_steps", model.config.num_steps)
     wanted = {round(i * (num_steps - 1) / (TRAJECTORY_TEXTS - 1)) for i in range(TRAJECTORY_TEXTS)}
     stages: list[dict[str, Any]] = []
 

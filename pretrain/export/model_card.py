@@ -28,20 +28,20 @@ of network evaluations does not depend on the length.
 ## Use
 
 ```python
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True)  # or the path of this folder
-prompts = ["Once upon a time"]
-ids = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
-for prompt, continuation in zip(prompts, model.generate(ids, max_new_tokens={new_tokens}, seed=0)):
-    print(prompt + tokenizer.decode(continuation))
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)  # or the path of this folder
+inputs = tokenizer(["Once upon a time"], add_special_tokens=False, padding=True, return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens={new_tokens}, seed=0)
+print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
 ```
 
-`generate` also takes `num_steps` (default {num_steps}), `guidance_scale` ({guidance_scale:g}), `token_temperature`
-({token_temperature:g}), `solver` ({solver}; there are euler, heun and multistep) and `noise`. Prompt and continuation together have
-at most {max_window} tokens. The noise of a prompt depends on the seed and its place alone, so a result does not depend on what
-else is in the batch.
+`pipeline("text-generation", "{name}", trust_remote_code=True)` works as well. `generate` also takes lists of token ids of any lengths, and
+then returns a list of the new tokens alone; `num_steps` (default {num_steps}), `guidance_scale` ({guidance_scale:g}), `token_temperature`
+({token_temperature:g}), `solver` ({solver}; there are euler, heun and multistep), `seed` (one for all, or one for each prompt), and more in
+its docstring; defaults are in `generation_config.json`. Up to {max_window} tokens, prompt and continuation together, are drawn at once;
+longer texts block by block. A continuation depends on its prompt, its seed and its length alone, not on what else is in the batch.
 
 ## Made from
 

@@ -11,6 +11,7 @@ from torch import Tensor
 import modeling
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.outside import parse_json
+from modeling.conventions import DEFAULT_NEW_TOKENS
 from modeling.likelihood import LAST_T0
 from modeling.text_vae import TextVAE
 from modeling.textldm import TextLDM, TextLDMConfig
@@ -40,7 +41,11 @@ def export(source: Source) -> Exported:
         dit=dataclasses.asdict(shape),
         max_window=source.manifest.max_window,
         eos_token_id=source.manifest.tokenizer.eos_id,
-        auto_map={"AutoConfig": "textldm.TextLDMConfig", "AutoModel": "textldm.TextLDM"},
+        auto_map={
+            "AutoConfig": "textldm.TextLDMConfig",
+            "AutoModel": "textldm.TextLDM",
+            "AutoModelForCausalLM": "textldm.TextLDM",
+        },
         **diagnosed(times, source.run),
         **source.sampling.settings(config.diagnose),
     )
@@ -53,6 +58,9 @@ def export(source: Source) -> Exported:
     model.to_empty(device="cpu")
     load_weights(model, tensors, source.saved.checkpoint)
     model.eval().requires_grad_(False)
+    assert model.generation_config is not None
+    new_tokens = min(DEFAULT_NEW_TOKENS, max(1, model_config.max_window // 2))
+    model.generation_config.update(max_new_tokens=new_tokens, pad_token_id=model_config.eos_token_id)
     return Exported(model, model_card(model, source), tuple(modeling_files()))
 
 

@@ -49,6 +49,15 @@ def test_without_a_length_the_window_is_filled(exported: Path, capsys: pytest.Ca
     assert found["continuation"] == tokenizer.decode(whole)
 
 
+def test_beyond_the_window_it_goes_on_in_blocks(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = load_exported(exported)
+    for given, prompt, new in ((["--max-new-tokens", "40"], [3, 4], 40), ([], [3] * 40, 128)):
+        text = " ".join(f"w{i}" for i in prompt)
+        found = json.loads(start(capsys, exported, "--prompt", text, "--num-steps", "2", "--json", *given))
+        assert found["continuation"] == tokenizer.decode(model.generate([prompt], new, num_steps=2)[0])
+        assert found["num_prompt_tokens"] == len(prompt)
+
+
 def test_the_trajectory_is_the_first_prompts_way(
     exported: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -83,8 +92,6 @@ def test_mistakes_are_one_line(
     for model, arguments, message in (
         (exported, [], "nothing to continue"),
         (exported, ["--prompt-file", str(tmp_path / "none.txt")], "none.txt cannot be read"),
-        (exported, ["--prompt", "w3 " * 30, "--max-new-tokens", "9"], "a prompt of 30 tokens and 9 new ones"),
-        (exported, ["--prompt", "w3 " * 40], "a prompt of 40 tokens"),
         (exported, [*prompt, "--max-new-tokens", "0"], "--max-new-tokens is 0; expected at least 1"),
         (exported, [*prompt, "--seed", "-1"], "seed is -1; expected 0 to"),
         (exported, [*prompt, "--num-steps", "-1"], "--num-steps is -1; expected at least 1"),
