@@ -7,18 +7,16 @@ Shape letters: N new tokens of all prompts, Z latent dim.
 """
 
 import dataclasses
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import init_hf_modules
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 
 from .continuation import block_sizes, draw_tokens, latest
 from .conventions import Generated, chosen, end_ids, right_padded, row_texts
-from .layers import statistics
 from .likelihood import LAST_T0, target_nats
+from .pretrained import ExportedModel
 from .prompts import each, end_of, several, texts_of
 from .solvers import Solver
 from .text_dit import TextDiT, TextDiTConfig
@@ -73,35 +71,22 @@ class TextLDMConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-class TextLDM(PreTrainedModel, GenerationMixin):
+class TextLDM(ExportedModel, GenerationMixin):
     """Prompt in, continuation out: encode the prompt, flow from noise to latents given it, decode all tokens in one pass."""
 
     config_class = TextLDMConfig
     config: TextLDMConfig
-    _no_split_modules = ["Block", "CategoricalHead"]  # noqa: RUF012 (the base class declares it so)
+    vae: TextVAE
+    dit: TextDiT
 
     def __init__(self, config: TextLDMConfig):
-        super().__init__(config)
-        self.vae = TextVAE(TextVAEConfig(**config.vae))
-        self.dit = TextDiT(TextDiTConfig(**config.dit))
-        # For from_pretrained, which converts tensor by tensor.
-        self._keep_in_fp32_modules_strict = set(statistics(self))
+        vae, dit = TextVAE(TextVAEConfig(**config.vae)), TextDiT(TextDiTConfig(**config.dit))
+        super().__init__(config, vae=vae, dit=dit)
         known = {name: getattr(config, name) for name in SAMPLING}
         marks = {name: getattr(config, name, None) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
         self.generation_config = GenerationConfig(
             do_sample=True, temperature=config.token_temperature, **known, **marks
         )
-        self.post_init()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """As any module; but first the process that reads it finds this file, where it is one that transformers copied."""
-        if not type(self).__module__.startswith("transformers_modules."):
-            return super().__reduce_ex__(protocol)
-        in_order = (_Later(init_hf_modules), _Later(object.__new__, type(self)))
-        return operator.getitem, (in_order, 1), self.__dict__
-
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        """Nothing: the two models initialise themselves (`layers.initialize`)."""
 
     def forward(self, input_ids: Any = None, **options: Any) -> Any:
         """The same as `generate`: a diffusion language model has no other forward pass for a user."""
@@ -408,16 +393,6 @@ class TextLDM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"seed is {seed}; expected 0 to {SEEDS - 1}, that is 2^64 - 1")
         generator = torch.Generator().manual_seed((seed * 1_000_003 + index + block * BLOCK_STRIDE) % SEEDS)
         return torch.randn(new, self.vae.config.latent_dim, generator=generator)
-
-
-class _Later:
-    """Pickled as a call that is made when it is read."""
-
-    def __init__(self, function: Callable[..., Any], *args: Any):
-        self._call = (function, args)
-
-    def __reduce__(self) -> Any:
-        return self._call
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

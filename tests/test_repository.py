@@ -18,8 +18,8 @@ FLOORS = {
     "modeling": [
         ["attention", "flow", "losses", "prompts", "shapes", "times", "token_statistics"],
         ["conventions", "floors", "layers", "solvers"],
-        ["heads", "repa", "text_vae", "token_transformer"],
-        ["text_dit", "masked_diffusion", "stock_language_model"],
+        ["heads", "pretrained", "repa", "text_vae", "token_transformer"],
+        ["text_dit", "textvae", "masked_diffusion", "stock_language_model"],
         ["guidance"],
         ["continuation"],
         ["likelihood"],

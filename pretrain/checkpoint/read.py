@@ -77,7 +77,7 @@ def read_tensors(run: str | Path | Checkpoint, state: str = "ema", buffers: bool
         return tensors | reader.buffers() if buffers else tensors
 
 
-def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Checkpoint) -> None:
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Checkpoint | Path) -> None:
     """`load_state_dict` whose mismatches are one message. Raises: UserError."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -24,7 +24,8 @@ from pretrain.runs.record import RunRecord
 from pretrain.stages.build import load_stage
 from pretrain.stages.dit import DiTStage
 from pretrain.stages.dit_config import DiTRun
-from pretrain.stages.inputs import FEATURES_KEY
+from pretrain.stages.exported_vae import exported_vae
+from pretrain.stages.inputs import FEATURES_KEY, VAE_KEY
 from pretrain.stages.recorded import DATA_KEY, check_recorded
 from pretrain.stages.samples import sample
 from pretrain.stages.vae import VAEStage
@@ -43,7 +44,13 @@ def measure(stage: DiTStage, device: torch.device) -> Figures:
 
 def stage_of_vae(stage: DiTStage, device: torch.device) -> VAEStage:
     """The stage-1 stage of a DiT's VAE, on its own data if that is still there, with its teacher's features if they are."""
-    path = checkpoint_of(stage.config.model.vae)
+    vae = stage.config.model.vae
+    if exported_vae(vae, f"--set {VAE_KEY}=") is not None:
+        raise UserError(
+            f"{vae} is an exported VAE, which does not say how it was trained; expected a stage-1 run: put its folder or its checkpoint's"
+            f" as {VAE_KEY} into the run's config.json"
+        )
+    path = checkpoint_of(vae)
     record = RunRecord.of_checkpoint(read_manifest(path))
     config = record.run_config(str(path))
     assert isinstance(config, VAERun)  # load_vae has refused others

@@ -1,11 +1,13 @@
 """What an exporter is given and what it gives: a stage's part of `textldm convert` is one function of a `Source`."""
 
+import ast
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+import modeling
 from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.text.tokenization import LoadedTokenizer
@@ -72,3 +74,19 @@ class Exported:
     model: PreTrainedModel
     card: str
     code: tuple[Path, ...] = ()
+
+
+def modeling_files(entry: str) -> tuple[Path, ...]:
+    """A file of modeling/, e.g. textldm.py, and every neighbour that it needs, by their relative imports."""
+    folder = Path(modeling.__path__[0])
+    names, waiting = set[str](), [entry]
+    while waiting:
+        name = waiting.pop()
+        if name in names:
+            continue
+        names.add(name)
+        for node in ast.walk(ast.parse((folder / name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                modules = [node.module] if node.module else [alias.name for alias in node.names]
+                waiting += [f"{module}.py" for module in modules]
+    return tuple(folder / name for name in sorted(names))

@@ -1,6 +1,5 @@
 """The export of stage 2: frozen VAE, DiT and the latents' statistics as one `TextLDM`, with the code that it needs."""
 
-import ast
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import modeling
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.outside import parse_json
 from modeling.conventions import DEFAULT_NEW_TOKENS
@@ -19,13 +17,11 @@ from modeling.times import TimeDistribution
 from pretrain.checkpoint.read import load_weights, read_tensors
 from pretrain.checkpoint.storage import Checkpoint
 from pretrain.export.model_card import model_card
-from pretrain.export.parts import Exported, Source
+from pretrain.export.parts import Exported, Source, modeling_files
 from pretrain.stages.dit import times_of
 from pretrain.stages.dit_config import DiTRun
 from pretrain.stages.frozen_vae import load_vae
 from pretrain.stages.inputs import vae_fingerprint
-
-ENTRY = "textldm.py"
 
 
 def export(source: Source) -> Exported:
@@ -61,7 +57,7 @@ def export(source: Source) -> Exported:
     assert model.generation_config is not None
     new_tokens = min(DEFAULT_NEW_TOKENS, max(1, model_config.max_window // 2))
     model.generation_config.update(max_new_tokens=new_tokens, pad_token_id=model_config.eos_token_id)
-    return Exported(model, model_card(model, source), tuple(modeling_files()))
+    return Exported(model, model_card(model, source), modeling_files("textldm.py"))
 
 
 def frozen_vae_of(source: Source, config: DiTRun) -> TextVAE:
@@ -101,19 +97,3 @@ def take_statistics(vae: TextVAE, tensors: dict[str, Tensor], path: Checkpoint) 
         if name not in tensors:
             raise UserError(f"{path} has no {name}: it is not a checkpoint of stage dit")
         getattr(vae, name).copy_(tensors[name])
-
-
-def modeling_files() -> list[Path]:
-    """modeling/textldm.py and every neighbour that it needs, by its relative imports."""
-    folder = Path(modeling.__path__[0])
-    names, waiting = [], [ENTRY]
-    while waiting:
-        name = waiting.pop()
-        if name in names:
-            continue
-        names.append(name)
-        for node in ast.walk(ast.parse((folder / name).read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                modules = [node.module] if node.module else [alias.name for alias in node.names]
-                waiting += [f"{module}.py" for module in modules]
-    return [folder / name for name in sorted(names)]

@@ -7,6 +7,8 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.core.errors import UserError
@@ -17,7 +19,9 @@ from modeling.text_vae import TextVAE, TextVAEConfig
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.read import load_weights, read_tensors
+from pretrain.checkpoint.storage import Checkpoint
 from pretrain.runs.record import RunRecord
+from pretrain.stages.exported_vae import WEIGHTS, export_config, exported_vae
 from pretrain.stages.inputs import VAE_KEY
 
 
@@ -27,35 +31,56 @@ def load_vae(
     latent_dim: int | None = None,
     named_by: str = f"--set {VAE_KEY}=",
 ) -> TextVAE:
-    """The TextVAE of a stage-1 run, frozen, in eval mode, with EMA weights.
+    """The TextVAE of a stage-1 run with EMA weights, or of an exported folder; frozen, in eval mode.
 
-    Raises: UserError when the run is not of stage 1, has no complete checkpoint, was trained with another tokenizer than
-    that of `manifest`, or has another `latent_dim` than the one given.
+    Raises: UserError when the run is not of stage 1, or the export not of a VAE, when it has no complete checkpoint, was trained with
+    another tokenizer than that of `manifest`, or has another `latent_dim` than the one given.
     """
-    path = checkpoint_of(run, named_by)
-    record = RunRecord.of_checkpoint(read_manifest(path))
-    if record.stage != "vae":
-        raise UserError(f"{run} is a run of stage {record.stage}; expected stage vae: set model.vae to a stage-1 run")
-    if manifest is not None and record.tokenizer_sha256 != manifest.tokenizer.sha256:
+    shape, tensors, tokenizer_sha256, place = _of_export(run, named_by) or _of_run(run, named_by)
+    if manifest is not None and tokenizer_sha256 != manifest.tokenizer.sha256:
         raise UserError(
-            f"the VAE in {run} was trained with tokenizer {record.tokenizer_sha256[:16]}, the data has"
+            f"the VAE in {run} was trained with tokenizer {tokenizer_sha256[:16]}, the data has"
             f" {manifest.tokenizer.sha256[:16]} ({manifest.tokenizer.name}): train a VAE on this data, or name other data"
         )
-    tensors = read_tensors(path, "ema")
-    tensors = {name.removeprefix("vae."): t for name, t in tensors.items() if name.startswith("vae.")}
-    fields = {field.name for field in dataclasses.fields(TextVAEConfig)}
-    shape = {name: value for name, value in record.config["model"].items() if name in fields}
-    shape["vocab_size"] = tensors["embedding.weight"].shape[0]
     with torch.device("meta"):
-        vae = TextVAE(TextVAEConfig(**shape))
+        vae = TextVAE(shape)
     vae.to_empty(device="cpu")
-    load_weights(vae, tensors, path)
+    load_weights(vae, tensors, place)
     if latent_dim is not None and latent_dim != vae.config.latent_dim:
         raise UserError(
             f"model.latent_dim is {latent_dim}, but the VAE in {run} has latent_dim {vae.config.latent_dim}: set"
             f" model.latent_dim={vae.config.latent_dim}, or name another VAE"
         )
     return vae.eval().requires_grad_(False)
+
+
+def _of_run(run: str | Path, named_by: str) -> tuple[TextVAEConfig, dict[str, Tensor], str, Checkpoint | Path]:
+    """Shape, weights, tokenizer's hash and place."""
+    path = checkpoint_of(run, named_by)
+    record = RunRecord.of_checkpoint(read_manifest(path))
+    if record.stage != "vae":
+        raise UserError(f"{run} is a run of stage {record.stage}; expected stage vae: set model.vae to a stage-1 run")
+    tensors = read_tensors(path, "ema")
+    tensors = {name.removeprefix("vae."): t for name, t in tensors.items() if name.startswith("vae.")}
+    fields = {field.name for field in dataclasses.fields(TextVAEConfig)}
+    shape = {name: value for name, value in record.config["model"].items() if name in fields}
+    shape["vocab_size"] = tensors["embedding.weight"].shape[0]
+    return TextVAEConfig(**shape), tensors, record.tokenizer_sha256, path
+
+
+def _of_export(run: str | Path, named_by: str) -> tuple[TextVAEConfig, dict[str, Tensor], str, Path] | None:
+    """The same of an exported folder, None where there is none."""
+    folder = exported_vae(run, named_by)
+    if folder is None:
+        return None
+    config = export_config(folder)
+    try:
+        shape = TextVAEConfig(**config["vae"])
+        tensors = load_file(folder / WEIGHTS)
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder} is not what textldm convert writes of a VAE ({error}): export it again") from None
+    tensors = {name.removeprefix("vae."): tensor.float() for name, tensor in tensors.items()}
+    return shape, tensors, str(config.get("tokenizer_sha256")), folder
 
 
 def posterior_mean(vae: TextVAE, batch: Batch) -> Tensor:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from data_pipeline.format.manifest import FeatureManifest
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.manifest import read_manifest
+from pretrain.stages.exported_vae import export_fingerprint, exported_vae
 
 if TYPE_CHECKING:
     from pretrain.stages.dit_config import DiTRun
@@ -26,5 +27,10 @@ def of_dit(config: "DiTRun") -> dict[str, str]:
 
 
 def vae_fingerprint(run: str | Path, named_by: str = f"--set {VAE_KEY}=") -> str:
-    """Hash of the checkpoint that `load_vae` takes: which VAE a DiT was trained with. Raises: UserError, see `checkpoint_of`."""
+    """Hash of what `load_vae` takes, a checkpoint or an export: which VAE a DiT was trained with.
+
+    Raises: UserError, see `checkpoint_of` and `exported_vae`.
+    """
+    if (folder := exported_vae(run, named_by)) is not None:
+        return export_fingerprint(folder)
     return read_manifest(checkpoint_of(run, named_by)).fingerprint

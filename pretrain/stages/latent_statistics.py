@@ -29,9 +29,9 @@ from modeling.floors import Floors, measure_floors
 from modeling.heads import CategoricalHead
 from modeling.text_vae import TextVAE
 from modeling.token_statistics import log_frequencies, token_statistics
-from pretrain.checkpoint.find import checkpoint_of, saved_steps
-from pretrain.checkpoint.manifest import read_manifest
+from pretrain.checkpoint.find import saved_steps
 from pretrain.stages.frozen_vae import load_vae, posterior_mean
+from pretrain.stages.inputs import vae_fingerprint
 from pretrain.stages.rows import training_batches
 
 if TYPE_CHECKING:
@@ -145,10 +145,8 @@ def statistics_of(vae: TextVAE, config: "DiTRun", manifest: Manifest, device: to
 
 def statistics_key(config: "DiTRun", manifest: Manifest) -> str:
     """What the statistics depend on, as a hash: the VAE's checkpoint, the data, and how the rows are drawn."""
-    vae = read_manifest(checkpoint_of(config.model.vae))
     parts = [
-        vae.step,
-        vae.fingerprint,
+        vae_fingerprint(config.model.vae),
         manifest.fingerprint,
         config.data.split.model_dump(),
         [config.train.seed, config.data.streams, config.data.rows_per_step, config.flow.statistics_rows],

@@ -69,4 +69,5 @@ KIND = StageKind(
     inputs="pretrain.stages.inputs:of_vae",
     diagnosis="pretrain.diagnose.vae:DIAGNOSIS",
     outline="pretrain.stages.outline:of_vae",
+    export="pretrain.export.text_vae:export",
 )

@@ -28,8 +28,7 @@ from pretrain.checkpoint.read import read_tensors
 from pretrain.config.load import load_config
 from pretrain.config.sections import Diagnose
 from pretrain.export.convert import convert, is_export, main
-from pretrain.export.parts import Sampling
-from pretrain.export.textldm import modeling_files
+from pretrain.export.parts import Sampling, modeling_files
 from pretrain.stages.build import build_stage
 from pretrain.stages.dit import DiTStage
 from pretrain.stages.rows import heldout_rows
@@ -176,6 +175,7 @@ def test_the_folder_holds_what_its_parts_were(trained: Trained, exported: Path) 
         "layers",
         "likelihood",
         "losses",
+        "pretrained",
         "prompts",
         "shapes",
         "solvers",
@@ -193,7 +193,7 @@ def test_the_folder_holds_what_its_parts_were(trained: Trained, exported: Path) 
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    assert {path.name for path in modeling_files()} == code
+    assert {path.name for path in modeling_files("textldm.py")} == code
     weights = load_file(exported / "model.safetensors")
     ema, last = (read_tensors(trained.dit, state) for state in ("ema", "weight"))
     stage_one = read_tensors(trained.vae, "ema")
@@ -394,7 +394,7 @@ def test_a_vae_that_was_trained_on_is_refused_unless_the_checkpoint_of_then_is_n
 def test_wrong_runs_and_steps(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for run, extra, message in (
         (tmp_path, [], "is neither a checkpoint"),
-        (trained.vae, [], "is a run of stage vae"),
+        (trained.vae, ["--vae", "x"], "is a run of stage vae, whose export has no flow"),
         (trained.dit, ["--checkpoint", "7"], "no checkpoint of step 7; it has 2"),
         (trained.dit, ["--num-steps", "0"], "--num-steps is 0"),
         (trained.dit, ["--vae", str(trained.dit)], "is a run of stage dit; expected stage vae"),
@@ -433,7 +433,7 @@ def test_a_run_in_half_precision_keeps_its_statistics_exact(trained: Trained, tm
 
 
 def test_exported_code_is_not_stale(exported: Path) -> None:
-    for source in modeling_files():
+    for source in modeling_files("textldm.py"):
         assert (exported / source.name).read_bytes() == source.read_bytes()
 
 

@@ -1,0 +1,84 @@
+"""The export of stage 1: the TextVAE alone, which a run of stage 2 takes as its `model.vae`, and transformers as an AutoModel."""
+
+import dataclasses
+import json
+
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.telling import tellable
+from modeling.textvae import TextVAEModel, TextVAEModelConfig
+from pretrain.checkpoint.read import load_weights, read_tensors
+from pretrain.export.parts import Exported, Source, modeling_files
+from pretrain.stages.vae_config import VAERun
+
+CARD = """---
+library_name: transformers
+license: {license_id}
+tags:
+- text-vae
+---
+
+# {name}
+
+A TextVAE of {millions:,.1f}M parameters (stage 1 of TextLDM, arXiv 2605.07748): every token becomes a continuous latent of {latent_dim}
+channels; all tokens are decoded in one parallel pass.
+
+```python
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True)  # or the path of this folder
+inputs = tokenizer(["Once upon a time"], add_special_tokens=False, padding=True, return_tensors="pt")
+latents = model(**inputs).latents  # [rows, tokens, {latent_dim}]
+print(tokenizer.batch_decode(model.decode(latents, inputs.attention_mask)))
+```
+
+A run of stage 2 takes this folder, or the hub's as `hf://owner/name`, as its `model.vae`.
+
+Trained for {step:,} steps on data with fingerprint `{fingerprint}`.
+
+<details><summary>Model and optimizer</summary>
+
+```json
+{settings}
+```
+</details>
+"""
+
+
+def export(source: Source) -> Exported:
+    """A stage-vae run. Raises: UserError."""
+    config = source.config
+    assert isinstance(config, VAERun)
+    if source.vae is not None or any(value is not None for value in dataclasses.astuple(source.sampling)):
+        raise UserError(
+            f"{source.run} is a run of stage vae, whose export has no flow: drop --vae and the defaults of generate"
+        )
+    checkpoint = source.saved.checkpoint
+    tensors = read_tensors(checkpoint, source.weights)
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("vae.")}
+    shape = config.model.architecture()
+    shape.vocab_size = tensors["vae.embedding.weight"].shape[0]
+    model = TextVAEModel(
+        TextVAEModelConfig(
+            vae=dataclasses.asdict(shape),
+            tokenizer_sha256=source.record.tokenizer_sha256,
+            auto_map={"AutoConfig": "textvae.TextVAEModelConfig", "AutoModel": "textvae.TextVAEModel"},
+        )
+    )
+    load_weights(model, tensors, checkpoint)
+    model.eval().requires_grad_(False)
+    card = CARD.format(
+        name=source.name,
+        license_id=source.license_id,
+        millions=sum(p.numel() for p in model.parameters()) / 1e6,
+        latent_dim=shape.latent_dim,
+        step=source.saved.step,
+        fingerprint=source.manifest.fingerprint,
+        settings=tellable(
+            json.dumps(
+                {"model": dataclasses.asdict(config.model), "optimizer": config.optimizer.model_dump(mode="json")},
+                indent=1,
+            )
+        ),
+    )
+    return Exported(model, card, modeling_files("textvae.py"))
