@@ -79,6 +79,12 @@ def read_tensors(run: str | Path | Checkpoint, state: str = "ema", buffers: bool
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Checkpoint | Path) -> None:
     """`load_state_dict` whose mismatches are one message. Raises: UserError."""
+    check_weights(model, tensors, source)
+    model.load_state_dict(tensors)
+
+
+def check_weights(model: nn.Module, tensors: dict[str, Tensor], source: Checkpoint | Path) -> None:
+    """Raise UserError for weights that a model, which may be on the meta device, does not have or has in other shapes."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = [
@@ -89,7 +95,6 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Checkpoin
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{source} does not fit the model: {'; '.join(wrong[:3])}{more}; check the sizes in its config")
-    model.load_state_dict(tensors)
 
 
 def verify(checkpoint: Checkpoint) -> Manifest:

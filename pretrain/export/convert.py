@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from data_pipeline.core.errors import UserError, cli
+from data_pipeline.core.errors import UserError, cli, reason
+from data_pipeline.core.hub import use_hub
 from data_pipeline.core.outside import named
 from data_pipeline.core.storage import atomic_folder, is_url
 from data_pipeline.format.manifest import Manifest
@@ -41,6 +42,8 @@ from pretrain.runs.folder import CONFIG_NAME, config_of
 from pretrain.runs.record import RunRecord
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STATES = {"ema": "ema", "raw": "weight"}
+"""The checkpoint's states by what they are called on the command line."""
 CONFIG = "config.json"
 MARK = "textldm_stage"
 """Of the configs that this command writes: the stage of the run."""
@@ -64,7 +67,7 @@ def convert(
     """Write the Hugging Face folder of a run; returns it.
 
     Args:
-        weights: "ema", or "weight" for the last weights themselves.
+        weights: one of STATES: "ema", or "raw" for the last weights themselves.
         step: which checkpoint; the newest complete one when None.
         sampling: defaults of the exported model's `generate`, for stages that have them.
         data, vae: where the prepared data and the stage-1 run are now, when they moved since training.
@@ -98,7 +101,17 @@ def convert(
         )
     tokenizer = load_prepared_tokenizer(data, manifest.tokenizer)
     source = Source(
-        run, saved, record, config, manifest, tokenizer, weights, output.name, license_id, sampling or Sampling(), vae
+        run,
+        saved,
+        record,
+        config,
+        manifest,
+        tokenizer,
+        STATES[weights],
+        output.name,
+        license_id,
+        sampling or Sampling(),
+        vae,
     )
     exported: Exported = part(export)(source)
     setattr(exported.model.config, MARK, record.stage)
@@ -182,13 +195,27 @@ def _hashes(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     return hashes | {CONFIG: hashlib.sha256(rest.encode()).hexdigest()}
 
 
+def push(folder: Path, repository: str) -> str:
+    """Upload an export to the hub, where the token of `hf auth login` or HF_TOKEN may write; returns its address. Raises: UserError."""
+    from huggingface_hub import HfApi
+
+    use_hub()
+    try:
+        api = HfApi()
+        address = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="textldm convert")
+    except Exception as error:  # of many kinds: no token, no right, no network
+        raise UserError(f"--push {repository}: {reason(error)}; the export itself is whole, in {folder}") from None
+    return str(address)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="textldm convert", description=main.__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run folder, e.g. runs/dit_xl")
     parser.add_argument("--output", type=Path, required=True, help="folder to write, e.g. export/textldm-xl")
     parser.add_argument(
-        "--weights", choices=["ema", "weight"], default="ema", help="averaged (default) or last weights"
+        "--weights", choices=sorted(STATES), default="ema", help="averaged (default) or the raw last weights"
     )
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="instead of the newest complete one")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of the stored weights")
@@ -200,14 +227,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", help="the prepared data folder, if it moved since training")
     parser.add_argument("--vae", help="the stage-1 run's folder, or a checkpoint's, if it is elsewhere now")
     parser.add_argument("--license", default="apache-2.0", help="licence id for the model card")
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload it to the hub as well, as a private repository if it is new"
+    )
     parser.add_argument("--overwrite", action="store_true", help="put a folder that stands in the way aside")
     return parser
 
 
 @cli
 def main(argv: list[str] | None = None) -> None:
-    """Export a stage-2 run as a Hugging Face folder."""
+    """Export a run as a Hugging Face folder."""
     given = make_parser().parse_args(argv)
+    if given.push is not None:
+        named(re.compile(r"[\w.-]+/[\w.-]+"), given.push, "--push", "name the repository with its owner")
     output = convert(
         given.run,
         given.output,
@@ -221,8 +253,12 @@ def main(argv: list[str] | None = None) -> None:
         overwrite=given.overwrite,
     )
     num_bytes = sum(path.stat().st_size for path in output.iterdir())
-    print(f"{output}: {num_bytes / 1e6:,.1f} MB; try it:")
-    print(f'textldm generate --model {output} --prompt "Once upon a time"')
+    stage = json.loads((output / CONFIG).read_text(encoding="utf-8"))[MARK]
+    print(f"{output}: {num_bytes / 1e6:,.1f} MB" + ("; try it:" if stage == "dit" else ""))
+    if stage == "dit":
+        print(f'textldm generate --model {output} --prompt "Once upon a time"')
+    if given.push is not None:
+        print(push(output, given.push))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 from data_pipeline.core.errors import UserError, reason
 from data_pipeline.core.hub import use_hub
-from data_pipeline.core.outside import parse_json
+from data_pipeline.core.outside import parse_json, read_at_most
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE = "textvae"
@@ -21,7 +21,7 @@ def exported_vae(name: str | Path, named_by: str) -> Path | None:
     """
     folder = _fetched(str(name), named_by) if str(name).startswith(HUB) else Path(name)
     try:
-        kind = parse_json((folder / CONFIG).read_bytes()).get("model_type")
+        kind = export_config(folder).get("model_type")
     except (OSError, ValueError, AttributeError):
         kind = None
     if kind is None and folder == Path(name):
@@ -35,8 +35,9 @@ def exported_vae(name: str | Path, named_by: str) -> Path | None:
 
 
 def export_config(folder: Path) -> dict[str, Any]:
-    """config.json of an exported folder that `exported_vae` has found."""
-    return parse_json((folder / CONFIG).read_bytes())
+    """config.json of an exported folder. Raises: OSError, ValueError."""
+    with (folder / CONFIG).open("rb") as file:
+        return parse_json(read_at_most(file))
 
 
 def export_fingerprint(folder: Path) -> str:

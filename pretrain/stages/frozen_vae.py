@@ -18,7 +18,7 @@ from modeling.attention import Segments
 from modeling.text_vae import TextVAE, TextVAEConfig
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.manifest import read_manifest
-from pretrain.checkpoint.read import load_weights, read_tensors
+from pretrain.checkpoint.read import check_weights, load_weights, read_tensors
 from pretrain.checkpoint.storage import Checkpoint
 from pretrain.runs.record import RunRecord
 from pretrain.stages.exported_vae import WEIGHTS, export_config, exported_vae
@@ -44,6 +44,7 @@ def load_vae(
         )
     with torch.device("meta"):
         vae = TextVAE(shape)
+    check_weights(vae, tensors, place)  # before memory is taken for it
     vae.to_empty(device="cpu")
     load_weights(vae, tensors, place)
     if latent_dim is not None and latent_dim != vae.config.latent_dim:

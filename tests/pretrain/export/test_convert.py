@@ -40,13 +40,8 @@ PROMPTS, NEW_TOKENS, NUM_STEPS, SCALE = [[3, 4, 5, 6, 7], [9, 8]], 12, 8, 3.0
 OUTSIDE = """
     import json, pickle, sys
 
-    class Blocker:
-        def find_spec(self, name, path=None, target=None):
-            if name.split(".")[0] in ("modeling", "pretrain", "data_pipeline", "deepspeed"):
-                raise ImportError(f"{name} must not be needed")
-
-    sys.meta_path.insert(0, Blocker())
-    assert not any(name in sys.modules for name in ("modeling", "deepspeed"))
+    for name in ("modeling", "pretrain", "data_pipeline", "deepspeed"):
+        sys.modules[name] = None  # it must not be needed
     import torch
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -254,7 +249,7 @@ def test_a_diagnosis_that_is_none_is_one_message(
 
 def test_options_reach_the_folder(trained: Trained, tmp_path: Path) -> None:
     output = tmp_path / "half"
-    flags = ["--weights", "weight", "--dtype", "bf16", "--num-steps", "9", "--guidance-scale", "2", "--solver", "heun"]
+    flags = ["--weights", "raw", "--dtype", "bf16", "--num-steps", "9", "--guidance-scale", "2", "--solver", "heun"]
     command = ["--run", str(trained.dit), "--output", str(output), "--checkpoint", "2", *flags]
     assert main(command) == 0
     config, weights = json.loads((output / "config.json").read_text()), load_file(output / "model.safetensors")
@@ -448,3 +443,39 @@ def test_neither_command_imports_deepspeed() -> None:
     code = "import sys, pretrain.export.convert, pretrain.export.generate; raise SystemExit('deepspeed' in sys.modules)"
     repository = Path(textldm_source).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=repository, timeout=120, check=False).returncode == 0
+
+
+def test_it_is_pushed_where_it_is_asked_for(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+
+    from pretrain.export import convert as command
+
+    sent: list[tuple] = []
+
+    class Api:
+        def create_repo(self, repo_id: str, **options: object) -> str:
+            if repo_id == "not/mine":
+                raise PermissionError("403 forbidden")
+            sent.append((repo_id, options))
+            return f"https://hub/{repo_id}"
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            sent.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(command, "use_hub", lambda: None)
+    output = tmp_path / "x"
+    arguments = ["--run", str(trained.dit), "--output", str(output), "--push"]
+    assert main([*arguments, "me/textldm-1.0"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "https://hub/me/textldm-1.0"
+    whole = sorted(path.name for path in output.iterdir())
+    assert sent == [("me/textldm-1.0", {"private": True, "exist_ok": True}), ("me/textldm-1.0", whole)]
+    assert main([*arguments, "not/mine"]) == 2
+    assert "--push not/mine: " in (message := capsys.readouterr().err)
+    assert f"403 forbidden; the export itself is whole, in {output}" in message
+    shutil.rmtree(output)
+    assert main([*arguments, "nobodys"]) == 2
+    assert "--push is 'nobodys'" in capsys.readouterr().err
+    assert not output.exists()

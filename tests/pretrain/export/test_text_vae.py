@@ -61,8 +61,7 @@ def test_its_latents_are_the_runs(trained: Trained, folder: Path) -> None:
 
 def test_last_weights_in_half_precision(trained: Trained, tmp_path: Path) -> None:
     assert (
-        main(["--run", str(trained.vae), "--output", str(tmp_path / "x"), "--weights", "weight", "--dtype", "bf16"])
-        == 0
+        main(["--run", str(trained.vae), "--output", str(tmp_path / "x"), "--weights", "raw", "--dtype", "bf16"]) == 0
     )
     weights, saved = load_file(tmp_path / "x" / "model.safetensors"), read_tensors(trained.vae, "weight")
     assert all(torch.equal(weights[name], saved[name].to(weights[name].dtype)) for name in weights)
