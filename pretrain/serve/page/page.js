@@ -106,6 +106,7 @@ async function write() {
     if (!answer.ok) throw new Error(await failure(answer));
     at("given").textContent = body.prompt;
     at("result").hidden = false;
+    at("text").scrollIntoView({ block: "nearest" });
     for await (const data of events(answer)) {
       if (data === "[DONE]") break;
       const found = JSON.parse(data);
