@@ -2,8 +2,9 @@
 
     python -m benchmarks.serving --model export/textldm-xl --seconds 60
 
-starts `textldm serve` as it is, asks one request at a time for a third of the seconds and then with `--clients` at once. `throughput_ratio` is tokens/s
-of the second over the first; `p95_s` the time below which 95 % of the requests of many clients ended; `errors` counts answers that are none.
+starts `textldm serve` as it is, asks one request at a time for a third of the seconds and then with `--clients` at once.
+`throughput_ratio` is tokens/s of the second over the first; `p95_s` the time below which 95 % of the many clients' requests ended;
+`errors` counts answers that are none.
 """
 
 import argparse
@@ -50,7 +51,9 @@ class Client:
 def ask(url: str, body: dict[str, object] | None = None) -> dict:
     """The JSON at a URL. Raises: OSError, ValueError."""
     data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(url, data, {"content-type": "application/json"}), timeout=600) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(url, data, {"content-type": "application/json"}), timeout=600
+    ) as answer:
         return json.load(answer)
 
 
@@ -113,10 +116,11 @@ def main(argv: list[str] | None = None) -> None:
         process.terminate()
         ended = process.wait(120)
     taken = sorted(seconds for client in clients for seconds in client.seconds)
+    alone_p50_s = sorted(one.seconds)[len(one.seconds) // 2]
     print_figures({
         "throughput_ratio": many / alone, "p95_s": taken[int(0.95 * len(taken))] if taken else None,
         "errors": one.errors + sum(client.errors for client in clients) + (ended != 0), "clients": given.clients,
-        "requests": len(taken), "tokens_per_s": many, "alone_tokens_per_s": alone, "alone_p50_s": sorted(one.seconds)[len(one.seconds) // 2],
+        "requests": len(taken), "tokens_per_s": many, "alone_tokens_per_s": alone, "alone_p50_s": alone_p50_s,
     })  # fmt: skip
 
 

@@ -215,6 +215,9 @@ class Completions:
             texts = await ticket.texts()
         except Closed:
             raise ApiError(503, "this server is ending", retry_after="10") from None
+        except Exception as error:
+            logging.getLogger("uvicorn.error").error("drawing failed", exc_info=error)
+            raise ApiError(500, "drawing failed; the server's log says why") from None
         found = [self._choice(tokens, asked.stop) for tokens in texts]
         self._metrics.prompt_tokens.inc(sum(map(len, asked.prompts)))
         self._metrics.new_tokens.inc(sum(choice.num_new for choice in found))
@@ -251,7 +254,7 @@ class Completions:
         head = self._head(asked, "chat.completion.chunk" if chat else "text_completion", chat)
         try:
             choices = await self.choices(asked, ticket)
-        except Exception as error:
+        except ApiError as error:
             yield event(_broken(error))
             return
         for index, (choice, echo) in enumerate(zip(choices, asked.echoes)):
@@ -283,7 +286,7 @@ class Completions:
                 "usage": self.usage(asked, [choice]),
             })  # fmt: skip
             yield event("[DONE]")
-        except Exception as error:
+        except ApiError as error:
             yield event(_broken(error))
         finally:
             working.cancel()
@@ -300,8 +303,5 @@ class Completions:
         return await asyncio.get_running_loop().run_in_executor(self._text_thread, work)
 
 
-def _broken(error: Exception) -> dict[str, Any]:
-    if isinstance(error, ApiError):
-        return error_body(error.status, error.message, error.param, error.code)
-    logging.getLogger("uvicorn.error").error("drawing failed", exc_info=error)
-    return error_body(500, "drawing failed; the server's log says why")
+def _broken(error: ApiError) -> dict[str, Any]:
+    return error_body(error.status, error.message, error.param, error.code)

@@ -41,7 +41,16 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun, status = time.monotonic(), 500
+        begun, status, counted = time.monotonic(), 500, False
+
+        def count() -> None:
+            nonlocal counted
+            if counted:
+                return
+            counted = True
+            route = scope["path"] if scope["path"] in ROUTES else "other"
+            self._metrics.requests.labels(route, str(status)).inc()
+            self._metrics.seconds.labels(route).observe(time.monotonic() - begun)
 
         async def dressed(message: Message) -> None:
             nonlocal status
@@ -52,6 +61,8 @@ class Guard:
                     (name.encode(), value.encode()) for name, value in HEADERS.items() if name.encode() not in present
                 ]
                 message = {**message, "headers": [*message["headers"], *more]}
+            elif not message.get("more_body"):
+                count()
             await send(message)
 
         try:
@@ -63,9 +74,7 @@ class Guard:
                 return
             await self._app(scope, _replay(body, receive), dressed)
         finally:
-            route = scope["path"] if scope["path"] in ROUTES else "other"
-            self._metrics.requests.labels(route, str(status)).inc()
-            self._metrics.seconds.labels(route).observe(time.monotonic() - begun)
+            count()  # what broke off
 
     def _check(self, scope: Scope) -> None:
         """Raises: ApiError."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
 import torch
 import uvicorn
 from fastapi import FastAPI
@@ -67,9 +68,10 @@ class Gate:
 
 @dataclass
 class Running:
-    """A server that listens."""
+    """A server that listens, and a client of it."""
 
     url: str
+    http: httpx.Client
     app: FastAPI
     server: uvicorn.Server
     gate: Gate
@@ -106,7 +108,11 @@ def running(**options: Any) -> Iterator[Running]:
     try:
         while not server.started and thread.is_alive():
             time.sleep(0.01)
-        yield Running(f"http://127.0.0.1:{listening.getsockname()[1]}", app, server, gate)
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with httpx.Client(
+            base_url=url, timeout=60, verify=False, trust_env=False
+        ) as http:  # certificates take their time
+            yield Running(url, http, app, server, gate)
     finally:
         gate.open.set()
         server.should_exit = True

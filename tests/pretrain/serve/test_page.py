@@ -17,7 +17,9 @@ def test_nothing_in_the_page_reads_markup_or_asks_others() -> None:
     assert set(files) == {"index.html", "page.css", "page.js"}
     for name, text in files.items():
         assert "://" not in text, name
-        assert not any(word in text for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "style="))
+        assert not any(
+            word in text for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "style=")
+        )
     assert "onclick" not in files["index.html"]
 
 
@@ -45,7 +47,9 @@ def test_text_emerges_and_the_slider_goes_back(
     page.complaints.clear()
     page.look(server.url, width, 800, scheme)
     page.until("document.getElementById('model').textContent === 'tiny'")
-    page.evaluate(f"document.getElementById('prompt').value = {HOSTILE!r}; document.getElementById('settings').open = true")
+    page.evaluate(
+        f"document.getElementById('prompt').value = {HOSTILE!r}; document.getElementById('settings').open = true"
+    )
     page.evaluate("document.getElementById('max_tokens').value = 10; document.getElementById('seed').value = 5")
     page.evaluate("document.getElementById('go').click()")
     page.until("!document.getElementById('go').disabled && !document.getElementById('time').disabled")
