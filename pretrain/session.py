@@ -51,7 +51,7 @@ from pretrain.runs.owner import Ownership
 from pretrain.runs.record import RunRecord
 from pretrain.runs.resume import allowed_differences, refuse_lost_checkpoints
 from pretrain.stages.base import Stage
-from pretrain.stages.build import build_stage, measure
+from pretrain.stages.build import build_stage, measure, take_first_weights
 from pretrain.telemetry.record import Telemetry
 
 
@@ -164,7 +164,7 @@ def open_session(
     signals, watchdog = watch(config, topology, stack)
     earlier = find(config, topology, inputs, allow_change)
     measure_once(config, topology, inputs)
-    stage, engine = build(config, topology, inputs)
+    stage, engine = build(config, topology, inputs, new=earlier.checkpoint is None)
     step = restore(earlier.checkpoint, engine).step if earlier.checkpoint else 0
     guard, telemetry, writer = open_records(config, topology, inputs, engine, stage, earlier, step)
     loader = open_loader(config, topology, step)
@@ -264,13 +264,15 @@ def measure_once(config: RunConfig, topology: Topology, inputs: Inputs) -> None:
     barrier()
 
 
-def build(config: RunConfig, topology: Topology, inputs: Inputs) -> tuple[Stage, Engine]:
-    """Stage and engine. Collective, because DeepSpeed's part is."""
+def build(config: RunConfig, topology: Topology, inputs: Inputs, new: bool) -> tuple[Stage, Engine]:
+    """Stage and engine; a new run's weights are those of `train.init_from`, if there is one. Collective, because DeepSpeed's part is."""
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(key(config.train.seed, "initial weights") % 2**63)  # every rank builds the same weights
     stage = build_stage(config, inputs.manifest, topology.device)
+    if new:
+        take_first_weights(stage, config, inputs.manifest)
     return stage, Engine(stage, engine_settings(config, topology), config.optimizer, topology)
 
 

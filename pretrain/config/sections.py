@@ -32,6 +32,8 @@ class Train(Sharding):
 
     run: Annotated[str, OnResume.FREE] = ""
     """Run folder; empty: runs/<name of the config>."""
+    init_from: str = ""
+    """Run folder or checkpoint of the same stage whose EMA weights a new run starts from, with a new optimizer at step 0; empty: none."""
     steps: PositiveInt  # by leave only, unless the schedule allows it (RunConfig.free_on_resume)
     """Optimizer steps in all."""
     seed: Annotated[NonNegativeInt, OnResume.NEVER] = 0

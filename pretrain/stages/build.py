@@ -12,6 +12,7 @@ from pretrain.checkpoint.storage import Checkpoint
 from pretrain.config.registry import part, stage_kind
 from pretrain.config.schema import RunConfig
 from pretrain.config.sections import Train
+from pretrain.stages.earlier import earlier_checkpoint
 
 
 def measure(config: RunConfig, manifest: Manifest, device: torch.device) -> None:
@@ -28,6 +29,14 @@ def build_stage(config: RunConfig, manifest: Manifest, device: torch.device) -> 
     stage = part(stage_kind(config.stage).stage)(config, manifest, device)
     prepare_blocks(stage, config.train)
     return stage.to(device)
+
+
+def take_first_weights(stage: Any, config: RunConfig, manifest: Manifest) -> None:
+    """Put the EMA weights of `train.init_from`, if there is one, in place of the first weights. Raises: UserError, if they do not fit."""
+    if not config.train.init_from:
+        return
+    checkpoint = earlier_checkpoint(config, manifest)
+    stage.load_trained(read_tensors(checkpoint, "ema"), checkpoint)
 
 
 def load_stage(config: RunConfig, path: Checkpoint, device: torch.device) -> Any:

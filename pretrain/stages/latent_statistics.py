@@ -30,6 +30,8 @@ from modeling.heads import CategoricalHead
 from modeling.text_vae import TextVAE
 from modeling.token_statistics import log_frequencies, token_statistics
 from pretrain.checkpoint.find import saved_steps
+from pretrain.checkpoint.read import read_tensors
+from pretrain.stages.earlier import earlier_checkpoint
 from pretrain.stages.frozen_vae import load_vae, posterior_mean
 from pretrain.stages.inputs import vae_fingerprint
 from pretrain.stages.rows import training_batches
@@ -130,6 +132,11 @@ def statistics_of(vae: TextVAE, config: "DiTRun", manifest: Manifest, device: to
     rows = training_batches(config, config.flow.statistics_rows)
     latents_MZ, tokens_M = target_latents(vae, rows, device)
     standardised_MZ = set_statistics(vae, latents_MZ)
+    if config.train.init_from:  # its DiT goes on in the latent space that it knows
+        known = read_tensors(earlier_checkpoint(config, manifest), "ema")
+        vae.latents_mean.copy_(known["latents_mean"])
+        vae.latents_std.copy_(known["latents_std"])
+        standardised_MZ = standardised(vae, latents_MZ)
     found = token_counts(
         config.data.path, manifest, max_rows=COUNTED_TOKENS // manifest.row_tokens, **config.data.reading()
     )
@@ -151,6 +158,7 @@ def statistics_key(config: "DiTRun", manifest: Manifest) -> str:
         config.data.split.model_dump(),
         [config.train.seed, config.data.streams, config.data.rows_per_step, config.flow.statistics_rows],
         config.model.head == "categorical",
+        *([config.train.init_from] if config.train.init_from else []),
     ]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
