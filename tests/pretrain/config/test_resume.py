@@ -84,6 +84,7 @@ def test_what_decides_the_weights_is_not_free() -> None:
             "repa",
             "train.spike",
             "train.steps",
+            "train.init_from",
             "train.precision",
         )
         elsewhere = {"data", "train"}

@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.pretrain.serve.running import EOS, NAME, Running, running, tiny_model, words
 
@@ -261,6 +263,24 @@ def test_bad_requests_are_told_in_openais_format_and_none_is_the_servers_fault(s
         assert 400 <= answer.status_code < 500, (body, answer.text)
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
         assert len(answer.json()["error"]["message"]) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions", "/v1/steps"])
+def test_what_schemathesis_makes_of_the_schema_is_refused(server: Running, route: str) -> None:
+    schema = schemathesis.openapi.from_dict(server.app.openapi())
+    statuses: list[int] = []
+
+    @given(case=schema[route]["POST"].as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE))
+    @settings(
+        max_examples=140, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
+    def ask(case: Any) -> None:
+        statuses.append(case.call(base_url=server.url, timeout=60).status_code)
+        assert 400 <= statuses[-1] < 500, case.as_curl_command()
+
+    ask()
+    assert len(statuses) >= 140
 
 
 @pytest.mark.parametrize(
