@@ -7,6 +7,7 @@ from pathlib import Path
 from data_pipeline.core.configuration import read_config
 from data_pipeline.core.errors import UserError, check_early
 from data_pipeline.core.hub import check_hub_id
+from data_pipeline.core.launcher import check_hostfile
 from data_pipeline.core.mistakes import check_config
 from data_pipeline.core.settings import Section
 from data_pipeline.core.storage import is_url, local_folder
@@ -120,5 +121,10 @@ def read(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(argv: list[str] | None = None) -> None:
-    """End the process with a line and exit code 2 if `read` finds a mistake."""
-    check_early(read, argv)
+    """End the process with a line and exit code 2 if `read` finds a mistake, or deepspeed did not find its hostfile."""
+
+    def read_all(argv: list[str] | None) -> None:
+        read(argv)
+        check_hostfile()
+
+    check_early(read_all, argv)

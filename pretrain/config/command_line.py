@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError, check_arguments
+from data_pipeline.core.launcher import check_hostfile
 from pretrain.config.load import load_config
 from pretrain.config.schema import RunConfig
 from pretrain.faults.exit_codes import EXIT_CODES, say_mistake
-from pretrain.ranks.launcher import missing_hostfile
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -55,11 +55,7 @@ def check(argv: list[str] | None = None) -> None:
     """End the process with a line and EXIT_USER if the arguments or the configuration hold a mistake."""
     try:
         _, config = read(argv)
-        if hostfile := missing_hostfile():
-            raise UserError(
-                f"there is no hostfile {hostfile}, without which deepspeed would train on this machine alone; expected lines like those of"
-                " configs/cluster/hosts.example; for one machine leave --hostfile out"
-            )
+        check_hostfile()
         if os.environ.get("WORLD_SIZE", "1") == "1" and "SLURM_PROCID" not in os.environ:
             config.data.manifest()  # of several ranks none may end alone, before they have met
     except UserError as error:

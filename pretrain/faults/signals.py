@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pretrain.ranks.launcher import first_launchers, launchers, stop_signals
+from data_pipeline.core.launcher import launchers
+from pretrain.ranks.launcher import first_launchers, stop_signals
 
 INTERRUPT = signal.SIGINT.name
 SAME_PRESS_S = 1.0

@@ -1,6 +1,5 @@
 """What started this process, has started it before, and will end it. Imports nothing that takes its time."""
 
-import contextlib
 import functools
 import itertools
 import os
@@ -8,39 +7,13 @@ import signal
 import socket
 from collections.abc import Mapping
 
-import psutil
-
-
-def launchers() -> tuple[int, int] | None:
-    """Process ids of deepspeed's launcher on this host and of what started that; None where there is none."""
-    with contextlib.suppress(psutil.Error):
-        parent = psutil.Process(os.getppid())
-        if "deepspeed.launcher.launch" in parent.cmdline():
-            return parent.pid, parent.ppid()
-    return None
+from data_pipeline.core.launcher import launchers
 
 
 @functools.cache
 def first_launchers() -> tuple[int, int] | None:
     """What `launchers()` gave at the first call. train.py makes it among its first lines: a launcher may end during the imports."""
     return launchers()
-
-
-def missing_hostfile() -> str | None:
-    """The hostfile that `deepspeed` was given and did not find, whereupon it goes on with this machine alone; None if all is well."""
-    with contextlib.suppress(psutil.Error, AttributeError):  # no parent's parent
-        runner = psutil.Process(os.getppid()).parent()
-        return _named_but_missing(runner.cmdline(), runner.cwd()) if launchers() else None
-    return None
-
-
-def _named_but_missing(words: list[str], folder: str) -> str | None:
-    for word, following in itertools.pairwise([*words, ""]):
-        option, equals, value = word.partition("=")
-        if option in ("-H", "--hostfile"):
-            path = value if equals else following
-            return None if os.path.isfile(os.path.join(folder, path)) else path
-    return None
 
 
 def stop_signals() -> list[signal.Signals]:

@@ -26,6 +26,7 @@ from data_pipeline.reading.batch import Split
 from data_pipeline.reading.loader import heldout_batches
 from data_pipeline.reading.order import Span
 from data_pipeline.reading.shard_pool import FeatureRows, TokenRows
+from tests.data_pipeline.core.test_launcher import launched
 from tests.data_pipeline.sentences import ROW_TOKENS, write_data
 
 FAST = ["--sample-tokens", "4000", "--ngram-order", "1"]
@@ -351,3 +352,13 @@ def test_mismatches_are_refused_when_opened(data, cached, tmp_path):
 def test_a_teacher_with_another_tokenizer_is_refused(data, shared, tmp_path, capsys):
     assert main(command(data, shared / "teachers/stories260K", tmp_path / "none")) == 2
     assert "differ in" in capsys.readouterr().err
+
+
+def test_a_hostfile_that_deepspeed_did_not_find_is_said_before_the_teacher_is_loaded(data, tmp_path):
+    script = Path(__file__).parents[2] / "data_pipeline" / "cache_features.py"
+    (tmp_path / "teacher").mkdir()
+    rank = [sys.executable, str(script), "--data", str(data), "--teacher", str(tmp_path / "teacher")]
+    done = launched(tmp_path, ["--hostfile", "nothere"], rank)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: there is no hostfile nothere, without which deepspeed would use")
+    assert done.stderr.count("\n") == 1
