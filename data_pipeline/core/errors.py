@@ -1,6 +1,7 @@
 """The one error class for users' mistakes, and the wrapper that every command's `main` runs under."""
 
 import contextlib
+import errno
 import functools
 import io
 import os
@@ -20,6 +21,11 @@ TRACEBACK = "TEXTLDM_TRACEBACK"
 """Environment variable: 1 shows the traceback of a UserError, and of the exception behind it, before its line."""
 
 _REASON_CHARACTERS = 800
+_OF_PLACES = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY,
+}  # fmt: skip
+"""What is wrong with a place that was named, rather than with the program."""
 
 
 class UserError(ValueError):
@@ -77,7 +83,7 @@ def check_early(read: Callable[[list[str] | None], object], argv: list[str] | No
 
 
 def cli(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
-    """Wrap a command's `main(argv)`: a UserError becomes one line on stderr and exit code 2, Ctrl-C becomes 130.
+    """Wrap a command's `main(argv)`: a UserError, or a place that cannot be used, becomes one line on stderr and exit code 2, Ctrl-C 130.
 
     TEXTLDM_TRACEBACK=1 in the environment prints the traceback before that line. What is printed is `tellable`.
     """
@@ -104,8 +110,24 @@ def cli(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
         except BrokenPipeError:  # `command | head`: the reader has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        except OSError as error:
+            return _tell_place(error)
 
     return run
+
+
+def _tell_place(error: OSError) -> int:
+    """One line for a file or folder that cannot be read or written; the exit code. Raises: the error, if it names no place."""
+    if error.filename is None or error.errno not in _OF_PLACES:
+        raise error
+    if os.environ.get(TRACEBACK, "") not in ("", "0"):
+        _tell_exception(type(error), error, error.__traceback__)
+    place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename
+    print(
+        tellable(f"error: {place}: {error.strerror}; name another place, or see to it that this one can be used"),
+        file=sys.stderr,
+    )
+    return EXIT_USER
 
 
 def _tell_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

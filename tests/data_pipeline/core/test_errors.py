@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,37 @@ def test_names_that_no_encoding_can_print_are_printed(monkeypatch: pytest.Monkey
     assert naming([]) == 0
     stream.flush()
     assert stream.buffer.getvalue() == b"caf\\udce9.jsonl\n"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda folder: (folder / "file").mkdir(), "file: Is a directory"),
+        (lambda folder: folder.rmdir(), "file: No such file or directory"),
+        (lambda folder: (folder.rmdir(), folder.touch()), "file: Not a directory"),
+        (lambda folder: (folder / "file").symlink_to("file"), "file: Too many levels of symbolic links"),
+    ],
+)
+def test_a_place_that_cannot_be_used_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], object], said: str
+) -> None:
+    (tmp_path / "a").mkdir()
+    make(tmp_path / "a")
+
+    @cli
+    def writing(argv: list[str] | None) -> None:
+        (tmp_path / "a" / "file").write_text("x")
+
+    assert writing([]) == EXIT_USER
+    shown = capsys.readouterr().err
+    assert f"{said}; name another place" in shown
+    assert shown.count("\n") == 1
+
+
+def test_other_errors_of_the_system_stay_what_they_are() -> None:
+    @cli
+    def failing(argv: list[str] | None) -> None:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    with pytest.raises(ConnectionResetError):
+        failing([])
