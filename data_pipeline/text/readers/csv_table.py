@@ -22,6 +22,11 @@ class CsvTable(Reader):
             rows = csv.reader(lines_of(file, unit.location), delimiter=delimiter, strict=True)
             columns = next(rows, [])
             if text_field not in columns:
+                if len(columns) == 1 and (other := next((sign for sign in ";\t|" if sign in columns[0]), None)):
+                    raise UserError(
+                        f"source {unit.location}: its first line {columns[0][:80]!r} has {other!r} between names, where {delimiter!r} is"
+                        " expected; write it with commas as .csv, or with tabs as .tsv"
+                    )
                 raise missing_field(unit.location, text_field, columns)
             if columns.count(text_field) > 1:
                 raise UserError(

@@ -40,6 +40,10 @@ def open_plain(location: str) -> IO[bytes]:
     found = next((name for name, kind in _COMPRESSIONS.items() if start.startswith(kind.magic)), None)
     if named and not start:
         raise EOFError("the file is empty, which no compressed file is")
+    if other := next((what for magic, what in _NO_TEXT.items() if start.startswith(magic)), None):
+        raise UserError(
+            f"source {location}: holds {other}, against its name; unpack or convert it, or give it the ending of what it is"
+        )
     if found != named:
         its = f"{_COMPRESSIONS[found].name} data" if found else f"no {_COMPRESSIONS[cast(str, named)].name} data"
         raise UserError(
@@ -117,6 +121,13 @@ _COMPRESSIONS = {
     "bz2": _Compression("bzip2", _BZIP2, lambda location: _in_frames(location, bz2.BZ2Decompressor)),
     "xz": _Compression("xz", (b"\xfd7zXZ\x00",), lambda location: _in_frames(location, lzma.LZMADecompressor)),
 }
+
+
+_NO_TEXT = {
+    b"PK\x03\x04": "a ZIP archive", b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive", b"Rar!\x1a\x07": "a RAR archive", b"%PDF-": "a PDF",
+    b"PAR1": "a Parquet table", b"ARROW1\0\0": "an Arrow table", b"SQLite format 3\0": "an SQLite database",
+}  # fmt: skip
+"""Beginnings of files that are sometimes called what they are not."""
 
 
 def lines_of(file: IO[AnyStr], location: str, longest: int = LONGEST_LINE) -> Iterator[AnyStr]:

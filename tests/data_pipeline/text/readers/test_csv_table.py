@@ -48,3 +48,13 @@ def test_broken_tables_are_named(tmp_path: Path, content: str, named: str) -> No
     (tmp_path / "a.csv").write_text(content)
     with pytest.raises(UserError, match=named):
         documents(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(("sign", "name"), [(";", "a.csv"), ("\t", "a.csv"), ("|", "a.csv"), (";", "a.tsv")])
+def test_another_sign_between_cells_is_named_and_not_the_column_blamed(tmp_path: Path, sign: str, name: str) -> None:
+    (tmp_path / name).write_text(f"id{sign}text\n1{sign}hello\n")
+    with pytest.raises(
+        UserError, match=r"has '.*' between names, where '.*' is expected; write it with commas"
+    ) as raised:
+        documents(tmp_path / name)
+    assert repr(sign) in str(raised.value)

@@ -174,3 +174,13 @@ def test_documents_of_text_and_lines_of_csv_are_bounded_together(
     (tmp_path / "a.csv").write_text('text\n"' + "short line\n" * 10 + '"\n')
     with pytest.raises(UserError, match=r"a\.csv: cannot be read .*field larger than field limit \(100\)"):
         documents(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.json"])
+@pytest.mark.parametrize(
+    ("start", "what"), [(b"PK\x03\x04", "a ZIP archive"), (b"%PDF-1.7", "a PDF"), (b"PAR1", "a Parquet table")]
+)
+def test_what_is_no_text_at_all_is_called_by_its_name(tmp_path: Path, name: str, start: bytes, what: str) -> None:
+    (tmp_path / name).write_bytes(start + bytes(range(200)))
+    with pytest.raises(UserError, match=f"{name}: holds {what}, against its name; unpack or convert it"):
+        documents(tmp_path / name)
