@@ -1,5 +1,6 @@
 """The diagnosis of stage 2: does the TextDiT model language, on a latent space that is fit for it?"""
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -87,12 +88,17 @@ def flow_figures(stage: DiTStage, vae: VAERun, device: torch.device) -> Figures:
     figures["loss_by_target_length"] = flow.loss_by_length
     figures["within_token_variance"] = stage.floors.within_token_variance
     with phase("DiT: one-step estimates") as tick:
-        figures["estimate_accuracy"] = model_checks.estimate_accuracy(stage, batches, tick)
+        accuracies, errors = model_checks.estimate_accuracy(stage, batches, tick)
+    figures |= {"estimate_accuracy": accuracies, "estimate_accuracy_error": errors}
     figures["estimate_times"] = list(model_checks.TIMES)
     rows = training(stage.config, device, max(1, stage.config.diagnose.rows // 2))
     with phase("DiT: training rows", len(rows)) as tick:
-        figures["training_flow_loss"] = model_checks.heldout_metrics(stage, rows, tick)["flow"]
-    figures["generalisation_gap"] = statistics.fmean(flow.losses) / figures["training_flow_loss"] - 1
+        metrics, errors_by_name = model_checks.heldout_metrics_with_errors(stage, rows, tick)
+    held_out, trained = statistics.fmean(flow.losses), metrics["flow"]
+    figures |= {"training_flow_loss": trained, "generalisation_gap": held_out / trained - 1}
+    figures["generalisation_gap_error"] = (
+        math.hypot(flow.loss_error, held_out / trained * errors_by_name["flow"]) / trained
+    )
     return figures
 
 
@@ -149,13 +155,23 @@ def judge(figures: Figures, config: DiTRun) -> list[Verdict]:
         Verdict(1, "blind floor removed, by t", quarters(figures["blind_floor_removed"])),
         Verdict(1, "covariance floor removed, by t", quarters(figures["covariance_floor_removed"])),
         at_least(
-            3, "one-step estimate decoded at t = 0.05", figures["estimate_accuracy"][0], limits.min_estimate_accuracy
+            3,
+            "one-step estimate decoded at t = 0.05",
+            figures["estimate_accuracy"][0],
+            limits.min_estimate_accuracy,
+            error=figures.get("estimate_accuracy_error", [None])[0],
         ),
         Verdict(
             5, "loss of a foreign context, by t", quarters(figures["context_gap"], "+.4f", figures["context_gap_error"])
         ),
         at_most(6, "loss of the worst length / mean", ratio, limits.max_length_ratio, ".2f"),
-        at_most(9, "held-out / training loss - 1", figures["generalisation_gap"], limits.max_generalisation_gap),
+        at_most(
+            9,
+            "held-out / training loss - 1",
+            figures["generalisation_gap"],
+            limits.max_generalisation_gap,
+            error=figures.get("generalisation_gap_error"),
+        ),
     ]
     if "latent_rms" not in figures:
         return [*verdicts, Verdict(7, "generated text", "not measured")]

@@ -44,15 +44,26 @@ def _no_tick() -> None:
     """Default of the progress callbacks, which are called once a batch."""
 
 
-@torch.no_grad()
 def heldout_metrics(stage: Stage, batches: Sequence[Batch], tick: Tick = _no_tick) -> dict[str, float]:
     """What the stage tells of the batches."""
-    sums = MetricSums()
+    return heldout_metrics_with_errors(stage, batches, tick)[0]
+
+
+@torch.no_grad()
+def heldout_metrics_with_errors(
+    stage: Stage, batches: Sequence[Batch], tick: Tick = _no_tick
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What the stage tells of the batches, and the metrics' standard errors over batches; nan of a single one."""
+    sums, parts = MetricSums(), list[Sums]()
     for batch in batches:
         counts = {name: max(count, 1) for name, count in stage.token_counts(batch).items()}
-        sums.add(stage(batch, counts).metrics)
+        own = MetricSums()
+        own.add(stage(batch, counts).metrics)
+        sums.merge(own)
+        parts.append({name: (total, weight) for name, (total, weight) in own.totals().items()})
         tick()
-    return stage.summarised({name: total / weight for name, (total, weight) in sums.totals().items() if weight})
+    means = {name: total / weight for name, (total, weight) in sums.totals().items() if weight}
+    return stage.summarised(means), {name: _standard_error(parts, None, name) for name in means}
 
 
 @dataclass(frozen=True)
@@ -140,18 +151,26 @@ def basin_radius(accuracies: Sequence[float], accuracy: float = BASIN_ACCURACY) 
 
 
 @torch.no_grad()
-def estimate_accuracy(stage: DiTStage, batches: Sequence[Batch], tick: Tick = _no_tick) -> list[float]:
-    """Check 3: share of target tokens that decode correctly from the one-step estimate of z at each of `TIMES`."""
-    right, total = [0] * len(TIMES), 0
+def estimate_accuracy(
+    stage: DiTStage, batches: Sequence[Batch], tick: Tick = _no_tick
+) -> tuple[list[float], list[float]]:
+    """Check 3: share of target tokens that decode correctly from the one-step estimate of z at each of `TIMES`, and the shares'
+    standard errors over batches.
+    """
+    parts: list[Sums] = []
     for batch in first_tokens(batches, ESTIMATE_TOKENS):
-        for i, time in enumerate(TIMES):
+        right: dict[str, float] = {}
+        for time in TIMES:
             estimate_TZ, is_target_T = stage.one_step_estimate(batch, time)
             segments = Segments.from_lengths(batch.segment_lengths, estimate_TZ.device)
             decoded_T = stage.vae.decode_tokens(estimate_TZ, segments)
-            right[i] += int(((decoded_T == batch.tokens_T) & is_target_T).sum())
-        total += batch.num_tokens(SUFFIX)
+            right[str(time)] = float(((decoded_T == batch.tokens_T) & is_target_T).sum())
+        parts.append({name: (count, float(batch.num_tokens(SUFFIX))) for name, count in right.items()})
         tick()
-    return [count / max(total, 1) for count in right]
+    names = [str(time) for time in TIMES]
+    total = sum(batch[names[0]][1] for batch in parts)
+    shares = [sum(batch[name][0] for batch in parts) / max(total, 1) for name in names]
+    return shares, [_standard_error(parts, None, name) for name in names]
 
 
 def first_tokens(batches: Sequence[Batch], max_tokens: int) -> list[Batch]:
@@ -179,6 +198,13 @@ class FlowFigures:
     def losses(self) -> list[float]:
         """Flow loss with true contexts, by quarter of t."""
         return [_mean(self.true, f"flow_q{q + 1}") for q in range(QUARTERS)]
+
+    @property
+    def loss_error(self) -> float:
+        """Standard error over batches of the mean of the four."""
+        names = [f"flow_q{q + 1}" for q in range(QUARTERS)]
+        both = [{"flow": tuple(sum(part[name][i] for name in names) for i in (0, 1))} for part in self.true]
+        return _standard_error(both, None, "flow")  # type: ignore[arg-type]
 
     @cached_property
     def foreign_losses(self) -> list[float]:

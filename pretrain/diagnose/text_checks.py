@@ -27,6 +27,7 @@ WORD = re.compile(r"[^\W\d_]+")
 COPY_WORDS = 6
 """Shortest word sequence that counts as copied: shorter ones are common phrases."""
 READ_ROWS = 64
+JACKKNIFE_GROUPS = 20
 
 
 def guidance_sweep(
@@ -140,13 +141,62 @@ def _split(row, lengths: Sequence[int]) -> Iterator:  # type: ignore[no-untyped-
         start += length
 
 
-def copied_share(texts: Sequence[Sequence[str]], found: set[tuple[str, ...]]) -> float | None:
-    """Check 9: share of the texts' `COPY_WORDS`-word sequences that the training text holds; None if they are too short for any."""
-    grams = [gram for text in texts for gram in ngrams(text, COPY_WORDS)]
-    return sum(gram in found for gram in grams) / len(grams) if grams else None
+@dataclass(frozen=True)
+class Shares:
+    """Of every text, how many of its items there are (`counts`), and how many have what is asked for (`hits`)."""
+
+    hits: list[int]
+    counts: list[int]
+
+    @property
+    def share(self) -> float | None:
+        """Over all texts; None if there is not one item."""
+        return sum(self.hits) / sum(self.counts) if sum(self.counts) else None
+
+    @property
+    def error(self) -> float:
+        """Standard error of the share over texts; nan of fewer than two with an item."""
+        return standard_error(self._residuals())
+
+    def excess_error(self, other: "Shares") -> float:
+        """Standard error of this share minus that of other texts, one for each of these: a hard document is hard for both."""
+        return standard_error([own - its for own, its in zip(self._residuals(), other._residuals(), strict=True)])
+
+    def _residuals(self) -> list[float]:
+        """What each text adds to the share's deviation from the truth, to first order."""
+        share, total = self.share, sum(self.counts)
+        if share is None or sum(count > 0 for count in self.counts) < 2:
+            return [math.nan] * len(self.counts)
+        return [(hit - share * count) / total for hit, count in zip(self.hits, self.counts)]
 
 
-def real_word_share(texts: Sequence[Sequence[str]], vocabulary: set[str]) -> float | None:
-    """Check 8: share of words that occur in the training text; None if there is not one word."""
-    everything = [word for text in texts for word in text]
-    return sum(word in vocabulary for word in everything) / len(everything) if everything else None
+def standard_error(residuals: Sequence[float]) -> float:
+    """Of a sum of independent contributions, by their deviations; nan of fewer than two."""
+    count = len(residuals)
+    return math.sqrt(math.fsum(residual**2 for residual in residuals) * count / (count - 1)) if count > 1 else math.nan
+
+
+def jackknife_error(statistic: Callable[[list[int]], float], num_texts: int) -> float:
+    """Standard error over texts of what is no mean, from its values without one of `JACKKNIFE_GROUPS` of them; nan of fewer than two.
+
+    Args:
+        statistic: of the texts of these numbers. (A bootstrap would take texts twice, which have nothing new to say: distinct-n of
+            it is not distinct-n of so many texts.)
+    """
+    groups = min(JACKKNIFE_GROUPS, num_texts)
+    if groups < 2:
+        return math.nan
+    values = [statistic([n for n in range(num_texts) if n % groups != left_out]) for left_out in range(groups)]
+    mean = math.fsum(values) / groups
+    return math.sqrt((groups - 1) / groups * math.fsum((value - mean) ** 2 for value in values))
+
+
+def copied(texts: Sequence[Sequence[str]], found: set[tuple[str, ...]]) -> Shares:
+    """Check 9: of the texts' `COPY_WORDS`-word sequences, those that the training text holds."""
+    grams = [list(ngrams(text, COPY_WORDS)) for text in texts]
+    return Shares([sum(gram in found for gram in text) for text in grams], list(map(len, grams)))
+
+
+def real_words(texts: Sequence[Sequence[str]], vocabulary: set[str]) -> Shares:
+    """Check 8: of the texts' words, those that occur in the training text."""
+    return Shares([sum(word in vocabulary for word in text) for text in texts], list(map(len, texts)))

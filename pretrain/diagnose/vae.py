@@ -34,8 +34,10 @@ def space_figures(
     """
     batches = heldout(stage.config, device)
     with phase("VAE: reconstruction and REPA", len(batches)) as tick:
-        metrics = model_checks.heldout_metrics(stage, batches, tick)
+        metrics, errors = model_checks.heldout_metrics_with_errors(stage, batches, tick)
     figures: Figures = {"vae_token_accuracy": metrics["token_accuracy"]}
+    figures |= {"vae_token_accuracy_error": errors["token_accuracy"]}
+    figures |= {"repa_cosine_excess_error": errors.get("repa_cosine_excess")}
     for name in ("ce", "kl_per_token", "repa_cosine", "repa_cosine_excess"):
         figures[name if name.startswith("repa") else f"vae_{name}"] = metrics.get(name)
     with phase("VAE: posterior and decoder", len(batches)) as tick:
@@ -51,15 +53,17 @@ def space_figures(
 
 def space_verdicts(figures: Figures, limits: Diagnose, expects_teacher: bool) -> list[Verdict]:
     """Is the latent space fit for diffusion? With `expects_teacher`, REPA must have been measured."""
+    accuracy, accuracy_error = figures["vae_token_accuracy"], figures.get("vae_token_accuracy_error")
     verdicts = [
         at_most(2, "noise in sampled latents", figures["posterior_noise_share"], limits.max_posterior_noise_share),
         Verdict(2, "channels that are mostly noise (s > 10)", f"{figures['dead_channels']}"),
-        at_least(3, "VAE token accuracy", figures["vae_token_accuracy"], limits.min_token_accuracy, ".4f"),
+        at_least(3, "VAE token accuracy", accuracy, limits.min_token_accuracy, ".4f", accuracy_error),
         at_least(3, "decoder basin, radius for 90 %", figures["basin_radius"], limits.min_basin_radius, ".2f"),
     ]
     if figures.get("repa_cosine_excess") is not None or expects_teacher:
         excess = figures.get("repa_cosine_excess")
-        verdicts.append(at_least(4, "REPA cosine above shuffled pairs", excess, limits.min_repa_excess))
+        error = figures.get("repa_cosine_excess_error")
+        verdicts.append(at_least(4, "REPA cosine above shuffled pairs", excess, limits.min_repa_excess, error=error))
     else:
         verdicts.append(Verdict(4, "REPA cosine above shuffled pairs", "no teacher"))
     return verdicts

@@ -1,5 +1,6 @@
 """Verdicts: a figure beside its threshold, and the table that a tired person can read."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,28 +25,36 @@ class Verdict:
         return asdict(self)
 
 
-def at_least(check: int, name: str, value: float | None, limit: float, form: str = ".3f") -> Verdict:
-    """A verdict that passes if value >= limit; nan fails."""
+def at_least(
+    check: int, name: str, value: float | None, limit: float, form: str = ".3f", error: float | None = None
+) -> Verdict:
+    """A verdict that passes if value >= limit; nan fails. Beside the figure stands its standard error, where there is one."""
     if value is None:
         return Verdict(check, name, "not measured", f">= {limit:g}")
-    return Verdict(check, name, f"{value:{form}}", f">= {limit:g}", bool(value >= limit))
+    return Verdict(check, name, with_error(value, error, form), f">= {limit:g}", bool(value >= limit))
 
 
 def above(check: int, name: str, value: float, limit: float, form: str = ".3f", error: float | None = None) -> Verdict:
-    """A verdict that passes if value > limit; nan fails. Beside the figure stands its standard error, where there is one."""
+    """A verdict that passes if value > limit; nan fails. The error as in `at_least`."""
     return Verdict(check, name, with_error(value, error, form), f"> {limit:g}", bool(value > limit))
 
 
-def at_most(check: int, name: str, value: float | None, limit: float, form: str = ".3f") -> Verdict:
-    """A verdict that passes if value <= limit; nan fails."""
+def at_most(
+    check: int, name: str, value: float | None, limit: float, form: str = ".3f", error: float | None = None
+) -> Verdict:
+    """A verdict that passes if value <= limit; nan fails. The error as in `at_least`."""
     if value is None:
         return Verdict(check, name, "not measured", f"<= {limit:g}")
-    return Verdict(check, name, f"{value:{form}}", f"<= {limit:g}", bool(value <= limit))
+    return Verdict(check, name, with_error(value, error, form), f"<= {limit:g}", bool(value <= limit))
 
 
 def with_error(value: float, error: float | None, form: str = ".3f") -> str:
-    """A figure and its standard error."""
-    return f"{value:{form}}" if error is None else f"{value:{form}} +- {error:{form.removeprefix('+')}}"
+    """A figure and its standard error, where there is one: none, or nan, stands for too few documents to tell."""
+    return (
+        f"{value:{form}}"
+        if error is None or math.isnan(error)
+        else f"{value:{form}} +- {error:{form.removeprefix('+')}}"
+    )
 
 
 def quarters(values: Sequence[float], form: str = ".3f", errors: Sequence[float] | None = None) -> str:

@@ -5,7 +5,9 @@ from itertools import pairwise
 
 import pytest
 
+from pretrain.config.sections import Diagnose
 from pretrain.diagnose import text_checks
+from pretrain.diagnose.texts import variety_figures, variety_verdicts
 
 
 def test_words_at_the_ends_of_a_continuation_are_not_counted() -> None:
@@ -26,10 +28,40 @@ def test_words_at_the_ends_of_a_continuation_are_not_counted() -> None:
 
 def test_shares_of_real_and_copied_words() -> None:
     texts = [["a", "b", "c", "d", "e", "f", "g"], ["x"]]
-    assert text_checks.real_word_share(texts, {"a", "x"}) == 0.25
-    assert text_checks.copied_share(texts, {("a", "b", "c", "d", "e", "f")}) == 0.5
-    assert text_checks.real_word_share([], {"a"}) is None
-    assert text_checks.copied_share([["a"]], set()) is None
+    assert text_checks.real_words(texts, {"a", "x"}).share == 0.25
+    assert text_checks.copied(texts, {("a", "b", "c", "d", "e", "f")}).share == 0.5
+    assert text_checks.real_words([], {"a"}).share is None
+    assert text_checks.copied([["a"]], set()).share is None
+
+
+def test_errors_of_shares_are_over_documents() -> None:
+    """Of documents that are all words or none, the standard error is that of so many coins, however long they are."""
+    half = text_checks.Shares([10, 0] * 8, [10] * 16)
+    assert half.error == pytest.approx(0.5 / math.sqrt(15))
+    assert math.isnan(text_checks.Shares([3], [4]).error)
+    assert math.isnan(text_checks.Shares([3, 0], [4, 0]).error)
+    assert text_checks.Shares([5] * 9, [10] * 9).error == 0
+    assert half.excess_error(half) == 0  # what is the same in every document differs for certain
+    assert half.excess_error(text_checks.Shares([0, 10] * 8, [10] * 16)) == pytest.approx(2 * half.error)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    values = [math.sin(n) for n in range(20)]
+    mean = sum(values) / 20
+    expected = math.sqrt(sum((value - mean) ** 2 for value in values) / 19 / 20)
+    found = text_checks.jackknife_error(lambda chosen: sum(values[n] for n in chosen) / len(chosen), 20)
+    assert found == pytest.approx(expected)
+    assert math.isnan(text_checks.jackknife_error(lambda chosen: 1.0, 1))
+
+
+def test_ratios_to_true_text_have_errors() -> None:
+    truth = [[1, 2, 3, 4], [5, 6, 7, 8], [1, 3, 5, 7]]
+    same = variety_figures(truth, truth)
+    assert same["distinct_2_ratio"] == same["entropy_ratio"] == 1
+    assert same["distinct_2_ratio_error"] == same["entropy_ratio_error"] == 0
+    assert variety_figures([[1, 1, 1, 1], [1, 2, 3, 4], [2, 2, 2, 2]], truth)["distinct_2_ratio_error"] > 0.05
+    (distinct, entropy) = variety_verdicts(same, Diagnose())
+    assert distinct.figure == entropy.figure == "1.00 +- 0.00"
 
 
 def test_distinct_and_entropy() -> None:
