@@ -83,7 +83,7 @@ def model_card(model: TextLDM, source: Source) -> str:
         weights="moving average (EMA)" if source.weights == "ema" else "last weights",
         step=saved.step,
         world_size=saved.world_size,
-        precision=saved.precision,
+        precision=cell(saved.precision),
         source=cell(_place(manifest.source)),
         fingerprint=manifest.fingerprint,
         tokens=sum(shard.tokens for shard in manifest.splits["train"]),

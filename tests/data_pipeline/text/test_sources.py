@@ -122,3 +122,8 @@ def test_the_first_documents_are_those_of_the_whole_and_no_more_is_read(
     assert list(first) == list(whole)[:count]
     if count <= 300:
         assert list(replace(first, bundles=first.bundles[:-1], last=None)) == list(first)[: -first.last]
+
+
+def test_attack_10a_a_sources_name_holds_no_password() -> None:
+    """It goes into the manifest, the card and the log."""
+    assert source_name("https://me:pass@host/a.jsonl?token=abc", "test") == "https://***@host/a.jsonl?token=***#test"

@@ -1,6 +1,7 @@
 """The diagnosis of runs in miniature, end to end; thresholds decide the exit code; an old verdict never outlives a failure."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from matplotlib.image import imread
 
 from data_pipeline.text.tokenization import train_tokenizer
 from pretrain import train
+from pretrain.checkpoint.manifest import _digest
 from pretrain.checkpoint.read import read_tensors
 from pretrain.config.load import load_config
 from pretrain.config.sections import Diagnose
@@ -166,6 +168,41 @@ def test_another_latent_space_than_the_runs_own_is_refused(
     # A copy of the same VAE is the same latent space.
     code, _ = diagnosed(runs / "dit", tmp_path / "out", "--set", f"model.vae={tmp_path / 'vae'}")
     assert code == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "said"),
+    [
+        ("data", "path", r"data\.path of the run's configuration is .*whose fingerprint is"),
+        ("model", "vae", r"model\.vae of the run's configuration is .*whose fingerprint is"),
+        (
+            "data",
+            "",
+            "what a run names is not fetched: if you know that place, add --set data.path=http://127.0.0.1:1/x",
+        ),
+    ],
+)
+def test_attack_1c_what_a_downloaded_run_names_is_not_read(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], section: str, key: str, said: str
+) -> None:
+    """Somebody else's configuration says which of this machine's folders are opened, and which servers asked."""
+    shutil.copytree(runs / "dit", tmp_path / "dit")
+    values = json.loads((tmp_path / "dit" / "config.json").read_text())
+    if key == "path":
+        values["data"]["path"] = str(tiny_run.write_data(tmp_path / "private", seed=7))
+    elif key == "vae":
+        shutil.copytree(runs / "vae", tmp_path / "private")
+        for saved in (tmp_path / "private" / "checkpoints").glob("step-*"):
+            manifest = json.loads((saved / "manifest.json").read_text())
+            del manifest["sha256"]
+            manifest["files"] = {name: file | {"sha256": "0" * 64} for name, file in manifest["files"].items()}
+            (saved / "manifest.json").write_text(json.dumps(manifest | {"sha256": _digest(manifest)}))
+        values["model"]["vae"] = str(tmp_path / "private")
+    else:
+        values["data"]["path"] = "http://127.0.0.1:1/x"
+    (tmp_path / "dit" / "config.json").write_text(json.dumps(values))
+    assert diagnose.main(["--run", str(tmp_path / "dit"), *QUICK]) == 2
+    assert re.search(said, capsys.readouterr().err)
 
 
 HEALTHY = {

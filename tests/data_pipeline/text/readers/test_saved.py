@@ -89,3 +89,10 @@ def test_attack_15c_a_table_is_no_link(tmp_path: Path) -> None:
     table.symlink_to("../private.arrow")
     with pytest.raises(UserError, match="is a link; put the file itself there"):
         documents(tmp_path / "saved")
+
+
+def test_attack_8d_a_table_is_held_against_what_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    DATASET.save_to_disk(str(tmp_path / "saved"))
+    monkeypatch.setattr("data_pipeline.text.readers.arrow.LARGEST_BATCH", 1 << 10)
+    with pytest.raises(UserError, match=r"arrow: message 1 unpacks to [\d,]+ bytes, and 1,024 are allowed"):
+        documents(tmp_path / "saved")
