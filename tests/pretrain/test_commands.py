@@ -90,6 +90,23 @@ def test_an_interrupt_during_the_imports_is_silent(tmp_path: Path, command: list
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
+def test_an_interrupt_while_a_command_is_imported_is_silent(tmp_path: Path) -> None:
+    """Of every command, at the first thing that each of them imports."""
+    (tmp_path / "argparse.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{root}"}
+    started = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", "pretrain", name], cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for name in COMMANDS
+    }  # fmt: skip
+    ended = {name: (process.communicate()[0], process.returncode) for name, process in started.items()}
+    assert ended == dict.fromkeys(COMMANDS, (b"", -signal.SIGINT))
+
+
 def test_mistakes_in_a_command_line_are_found_without_torch(tmp_path: Path) -> None:
     """In arguments, configurations and paths; of the commands that need torch to work, and of those that never do."""
     data, run = tmp_path / "data", tmp_path / "run"
