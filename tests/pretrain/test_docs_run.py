@@ -39,6 +39,8 @@ def why_not(words: list[str]) -> str:
         "its model has hundreds of millions of parameters": name in ("train", "supervise"),
         "it needs a cache of features: tests/data_pipeline/test_cache_features.py": name == "cache",
         "it measures for half a minute: tests/pretrain/diagnose/test_command.py": name == "diagnose",
+        "it serves until it is stopped: tests/pretrain/serve": name == "serve",
+        "it judges a model for minutes: tests/pretrain/evaluate": name == "evaluate",
         "a benchmark": program == "python",
         "it names a command": not arguments or "NAME" in words,
         "it names a part of a command": len(arguments) == 1 and not arguments[0].startswith("-") and name != "config",

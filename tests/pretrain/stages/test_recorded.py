@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,20 @@ from pretrain.runs.record import RunRecord
 from pretrain.stages.recorded import check_recorded
 from tests.pretrain import tiny_run
 from tests.pretrain.checkpoint.forged import forge
+
+
+@pytest.fixture(autouse=True)
+def soon() -> Iterator[None]:
+    """Whoever waits for a pipe's writer fails instead of waiting."""
+
+    def give_up(*_: object) -> None:
+        raise AssertionError("it waits")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture
