@@ -20,7 +20,7 @@ import numpy as np
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.storage import CACHE_GIGABYTES
-from data_pipeline.format.manifest import FeatureManifest, Manifest
+from data_pipeline.format.manifest import MANIFEST_NAME, FeatureManifest, Manifest
 from data_pipeline.reading.batch import Batch, RowBlock, RowId
 from data_pipeline.reading.order import Order, Span
 from data_pipeline.reading.settings import Split
