@@ -23,6 +23,8 @@ from pretrain.commands import COMMANDS
 from pretrain.config.load import load_config
 from pretrain.config.registry import stage_kind, stage_names
 from pretrain.engine.optimizer_settings import optimizer_names, optimizer_settings
+from pretrain.evaluate import command_line as evaluate
+from pretrain.plan.__main__ import make_simulate_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -65,6 +67,8 @@ def command_lines() -> Iterator[tuple[str, list[str]]]:
                 yield file.name, shlex.split(command)
 
 
+PARTS = {"evaluate": evaluate.PARTS, "plan": {"simulate": make_simulate_parser}}
+"""Parts of commands with a command line of their own."""
 LINES = [(f"{place}: {shlex.join(words)}", words) for place, words in command_lines() if words]
 
 
@@ -90,7 +94,9 @@ def understood(words: list[str]) -> None:
     elif program == "textldm":
         understood_by(rest[0], rest[1:])
     else:
-        assert program in {"source", "pip", "eval"}, f"what is {program}? say in this test how it is understood"
+        assert program in {"source", "pip", "eval", "sbatch", "kubectl"}, (
+            f"what is {program}? say in this test how it is understood"
+        )
 
 
 def understood_by(name: str, arguments: list[str]) -> None:
@@ -100,6 +106,12 @@ def understood_by(name: str, arguments: list[str]) -> None:
     if not arguments:
         return  # a name, not a command line
     if name == "prepare" and arguments[0] in ("inspect", "verify"):
+        return
+    if name == "evaluate" and arguments[0] == "harness":
+        return  # the command line of lm-evaluation-harness
+    if arguments[0] in PARTS.get(name, {}):
+        if len(arguments) > 1:
+            PARTS[name][arguments[0]]().parse_args(arguments[1:])
         return
     choices = [choice for action in parser_of(name)._actions for choice in action.choices or ()]
     if len(arguments) == 1 and arguments[0] in choices:
@@ -148,6 +160,8 @@ def test_every_option_and_key_that_a_page_names_is_one() -> None:
             options |= set(action.option_strings)
             for below in (action.choices or {}).values() if isinstance(action, argparse._SubParsersAction) else ():
                 options |= set(below._option_string_actions)
+    for make_parser in (make for parts in PARTS.values() for make in parts.values()):
+        options |= set(make_parser()._option_string_actions)
     wrong = []
     for page in PAGES:
         for code in inline(page):

@@ -1,10 +1,12 @@
 """The command line of `textldm evaluate`, without torch: a mistake in it is said before imports that take seconds."""
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.core.errors import UserError, check_early
 from data_pipeline.core.hub import check_hub_id
@@ -23,6 +25,15 @@ ends of its 95 % interval over documents. Beside OUTPUT.json, which holds everyt
 texts: a killed evaluation goes on there, several ranks (torchrun, srun) share it, and the same command with another judge takes the
 texts as they are.
 """
+SWEEP = """Which sampling serves a model best: its settings against quality and cost, on one text.
+
+    textldm evaluate sweep --model export/x --benchmark my.jsonl --judge gpt2 --output sweep.json --guidance-scales 1 2 4
+
+Every combination writes the same documents from the same noise. Cost: network evaluations a text, two for each step with guidance.
+Quality: `--by`, one of the figures. The Pareto set are the settings that no other beats at the same or a lower cost.
+"""
+EVALUATIONS = {"euler": 1, "heun": 2, "multistep": 1}
+"""Of the velocity in each step; other solvers count as one."""
 DEFAULT_FEATURIZER = "gpt2-large"
 DEFAULT_BERT = "roberta-large"
 
@@ -160,11 +171,84 @@ def read_result(path: Path) -> dict:
     raise UserError(f"{path} is no result of textldm evaluate; expected the file of its --output")
 
 
-SUBCOMMANDS = ("table", "sweep", "harness")
+def table_parser() -> argparse.ArgumentParser:
+    """The command line of the table."""
+    parser = argparse.ArgumentParser(
+        prog="textldm evaluate table", description="Figures of several evaluations side by side."
+    )
+    parser.add_argument("results", nargs="+", type=Path, help="files of --output")
+    parser.add_argument("--markdown", action="store_true", help="as Markdown")
+    return parser
+
+
+def sweep_parser() -> argparse.ArgumentParser:
+    """The command line of the sweep."""
+    parser = argparse.ArgumentParser(
+        prog="textldm evaluate sweep", description=SWEEP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_task(parser)
+    parser.set_defaults(samples=100)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; a plot and the texts go beside it")
+    parser.add_argument(
+        "--num-steps", type=int, nargs="+", default=[], help="default of each of these: the model's own"
+    )
+    parser.add_argument("--guidance-scales", type=float, nargs="+", default=[])
+    parser.add_argument("--guidance-intervals", nargs="+", default=[], metavar="FROM:TO", help="times with guidance")
+    parser.add_argument("--solvers", nargs="+", default=[], choices=list(EVALUATIONS))
+    parser.add_argument("--token-temperatures", type=float, nargs="+", default=[])
+    parser.add_argument("--by", default="generative_nll", help="the figure that is quality (%(default)s)")
+    parser.add_argument(
+        "--write-defaults",
+        action="store_true",
+        help="write the best settings into the exported folder, as its defaults",
+    )
+    return parser
+
+
+def combinations(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Of the values given. Raises: UserError."""
+    axes = {
+        "num_steps": args.num_steps,
+        "guidance_scale": args.guidance_scales,
+        "guidance_interval": [_interval(text) for text in args.guidance_intervals],
+        "solver": args.solvers,
+        "token_temperature": args.token_temperatures,
+    }
+    given = {name: values for name, values in axes.items() if values}
+    if not given:
+        raise UserError(
+            "nothing to sweep; expected values of at least one of --num-steps, --guidance-scales, ... (--help)"
+        )
+    return [dict(zip(given, values)) for values in itertools.product(*given.values())]
+
+
+def _interval(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(end) for end in text.split(":"))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low < high <= 1:
+        raise UserError(f"--guidance-intervals {text}: expected FROM:TO with 0 <= FROM < TO <= 1, for example 0.2:0.8")
+    return low, high
+
+
+def read_sweep(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a sweep. Raises: UserError."""
+    args = sweep_parser().parse_args(argv)
+    check_task(args)
+    combinations(args)
+    if args.output.suffix != ".json":
+        raise UserError(f"--output {args.output}: expected a file that ends in .json")
+    return args
+
+
+PARTS = {"table": table_parser, "sweep": sweep_parser}
+"""`textldm evaluate NAME`; besides, harness, whose command line is the harness's own."""
 
 
 def check(argv: list[str] | None = None) -> None:
     """End the process with a line and exit code 2 if there is a mistake."""
-    if argv and argv[0] in SUBCOMMANDS:
-        return
-    check_early(read, argv)
+    if not argv or argv[0] not in (*PARTS, "harness"):
+        check_early(read, argv)
+    elif argv[0] == "sweep":
+        check_early(read_sweep, argv[1:])

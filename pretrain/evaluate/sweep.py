@@ -1,13 +1,5 @@
-"""Which sampling serves a model best: its settings against quality and cost, on one text.
+"""Which sampling serves a model best: its settings against quality and cost, on one text. How it is called: command_line.py."""
 
-    textldm evaluate sweep --model export/x --benchmark my.jsonl --judge gpt2 --output results/sweep.json --guidance-scales 1 2 4
-
-Every combination writes the same documents from the same noise. Cost: network evaluations a text, two for each step with guidance.
-Quality: `--by`, one of the figures. The Pareto set are the settings that no other beats at the same or a lower cost.
-"""
-
-import argparse
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +10,7 @@ from tabulate import tabulate
 from data_pipeline.core.devices import device_of
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.storage import atomic_write, write_text
-from pretrain.evaluate.command_line import add_task, check_task, judges_of, samples_folder
+from pretrain.evaluate.command_line import EVALUATIONS, combinations, judges_of, read_sweep, samples_folder
 from pretrain.evaluate.evaluate import figures, result, work_of
 from pretrain.evaluate.metrics import Judged
 from pretrain.evaluate.records import finish
@@ -26,8 +18,6 @@ from pretrain.evaluate.samples import draw_samples
 from pretrain.evaluate.subjects import FlowSubject, Sampling, open_subject
 from pretrain.evaluate.tables import shown
 
-EVALUATIONS = {"euler": 1, "heun": 2, "multistep": 1}
-"""Of the velocity in each step; other solvers count as one."""
 LOWER_IS_BETTER = ("generative_nll", "repetition", "copied_from_prompt", "copied_from_training", "seconds")
 
 
@@ -37,57 +27,6 @@ class Point(NamedTuple):
     settings: dict[str, Any]
     evaluations: float
     metrics: dict[str, Any]
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="textldm evaluate sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_task(parser)
-    parser.set_defaults(samples=100)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file; a plot and the texts go beside it")
-    parser.add_argument(
-        "--num-steps", type=int, nargs="+", default=[], help="default of each of these: the model's own"
-    )
-    parser.add_argument("--guidance-scales", type=float, nargs="+", default=[])
-    parser.add_argument("--guidance-intervals", nargs="+", default=[], metavar="FROM:TO", help="times with guidance")
-    parser.add_argument("--solvers", nargs="+", default=[], choices=list(EVALUATIONS))
-    parser.add_argument("--token-temperatures", type=float, nargs="+", default=[])
-    parser.add_argument("--by", default="generative_nll", help="the figure that is quality (%(default)s)")
-    parser.add_argument(
-        "--write-defaults",
-        action="store_true",
-        help="write the best settings into the exported folder, as its defaults",
-    )
-    return parser
-
-
-def combinations(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Of the values given. Raises: UserError."""
-    axes = {
-        "num_steps": args.num_steps,
-        "guidance_scale": args.guidance_scales,
-        "guidance_interval": [_interval(text) for text in args.guidance_intervals],
-        "solver": args.solvers,
-        "token_temperature": args.token_temperatures,
-    }
-    given = {name: values for name, values in axes.items() if values}
-    if not given:
-        raise UserError(
-            "nothing to sweep; expected values of at least one of --num-steps, --guidance-scales, ... (--help)"
-        )
-    return [dict(zip(given, values)) for values in itertools.product(*given.values())]
-
-
-def _interval(text: str) -> tuple[float, float]:
-    try:
-        low, high = (float(end) for end in text.split(":"))
-    except ValueError:
-        low, high = 1.0, 0.0
-    if not 0 <= low < high <= 1:
-        raise UserError(f"--guidance-intervals {text}: expected FROM:TO with 0 <= FROM < TO <= 1, for example 0.2:0.8")
-    return low, high
 
 
 def evaluations(settings: dict[str, Any]) -> float:
@@ -147,11 +86,8 @@ def write_defaults(model: str, settings: dict[str, Any]) -> None:
 
 def main(argv: list[str]) -> int:
     """Measure every combination, print, plot and write. Raises: UserError."""
-    args = make_parser().parse_args(argv)
-    check_task(args)
+    args = read_sweep(argv)
     settings = combinations(args)
-    if args.output.suffix != ".json":
-        raise UserError(f"--output {args.output}: expected a file that ends in .json")
     device = device_of(args.device)
     first = open_subject(args.model, Sampling(), device, None, 1, 1)
     if not isinstance(first, FlowSubject):
