@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling.attention import Segments
-from modeling.continuation import decode_targets, sample_targets
+from modeling.continuation import block_sizes, decode_targets, latest, sample_targets
 from modeling.guidance import GuidedVelocity
 from modeling.solvers import integrate
 from modeling.text_dit import TextDiT, TextDiTConfig
@@ -86,3 +86,14 @@ def test_without_any_context(models: tuple[TextVAE, TextDiT]) -> None:
     noise = [torch.ones(2, 4), torch.zeros(3, 4)]
     empty = torch.zeros(0, dtype=torch.int64)
     assert sample_targets(*models, [empty, empty], noise, TIMES).shape == (5, 4)
+
+
+def test_blocks_are_one_where_all_fits_and_half_a_window_where_it_does_not() -> None:
+    assert block_sizes(20, 12, 32) == [12]
+    assert block_sizes(20, 13, 32) == [13]
+    assert block_sizes(20, 40, 32) == [16, 16, 8]
+    assert block_sizes(0, 7, 32, 3) == [3, 3, 1]
+    text_T = torch.arange(40)
+    assert latest(text_T, 16, 32).tolist() == list(range(24, 40))
+    assert latest(text_T, 32, 32).tolist() == []
+    assert latest(text_T[:5], 16, 32).tolist() == list(range(5))

@@ -348,6 +348,7 @@ def test_beyond_the_window_each_block_follows_the_latest_tokens(spread: float) -
     assert [len(ids) for ids in together] == [60, 40, 3]
     longer = lists(model.generate([[1] * 9 + prompt[-16:]], 40, seed=[9], guidance_scale=1.0))
     assert longer[0] == lists(model.generate([[2] * 9 + prompt[-16:]], 40, seed=[9], guidance_scale=1.0))[0]
+    assert not torch.equal(model._noise(9, 0, 4), model._noise(9, 0, 4, block=1))
     end = found[20]
     expected = found[: found.index(end)]
     seen.clear()
