@@ -91,6 +91,11 @@ def understood(words: list[str]) -> None:
     elif program == "./run.sh":
         usage = subprocess.run([ROOT / "run.sh", "--help"], capture_output=True, text=True, check=True).stdout
         assert all(word in usage for word in rest[:1])
+    elif program == "sbatch":
+        assert (ROOT / rest[0]).is_file()
+        understood_by("train", ["--config", *rest[1:]])
+    elif program == "kubectl":
+        assert (ROOT / rest[-1]).is_file()
     elif program == "textldm":
         understood_by(rest[0], rest[1:])
     else:
