@@ -273,14 +273,14 @@ def test_what_schemathesis_makes_of_the_schema_is_refused(server: Running, route
 
     @given(case=schema[route]["POST"].as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE))
     @settings(
-        max_examples=140, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+        max_examples=50, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
     )
     def ask(case: Any) -> None:
         statuses.append(case.call(base_url=server.url, timeout=60).status_code)
         assert 400 <= statuses[-1] < 500, case.as_curl_command()
 
     ask()
-    assert len(statuses) >= 140
+    assert len(statuses) >= 50
 
 
 @pytest.mark.parametrize(
