@@ -291,6 +291,9 @@ def test_the_record_holds_trajectory_and_bounds() -> None:
     assert found.times.shape == (6,)
     assert torch.equal(found.trajectory[-1], found.sequences[:, 2:])
     assert (found.scores.shape, found.scores.dtype) == ((2,), torch.float64)
+    # Measured with other noise than the texts were made of, which would flatter them.
+    others = model._bounds(list(ids), list(found.sequences[:, 2:]), [(2**64 - 1, 0), (2**64 - 1, 1)])
+    torch.testing.assert_close(found.scores, others)
     again = model.generate(
         ids[1:], NEW, return_dict_in_generate=True, output_scores=True, noise=[model._noise(0, 1, NEW)]
     )
