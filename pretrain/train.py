@@ -21,8 +21,10 @@ if __name__ == "__main__":
     from data_pipeline.core.home import settle_home
     from pretrain.ranks.launcher import first_launchers, stop_signals
 
+    # A launcher ends the other ranks as soon as one has found a mistake: they find it too, and end with its code, not as preempted ones.
+    asked_to_end: list[int] = []
     for number in stop_signals():
-        signal.signal(number, lambda *_: os._exit(85))
+        signal.signal(number, lambda number, _: asked_to_end.append(number))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     settle_home()  # libraries ask for it while they are imported
@@ -30,6 +32,10 @@ if __name__ == "__main__":
     from pretrain.config.command_line import check
 
     check()  # a mistake is said before torch is imported, which takes seconds
+    if asked_to_end:
+        os._exit(85)
+    for number in stop_signals():
+        signal.signal(number, lambda *_: os._exit(85))
 
 import torch
 
