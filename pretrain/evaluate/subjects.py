@@ -129,7 +129,10 @@ class FlowSubject:
     def __init__(self, model: TextLDM, texts: Texts, sampling: Sampling):
         self.texts = texts
         self.model, self.options, self.window = model, sampling.of_flow(), model.config.max_window
-        defaults = {name: getattr(model.config, name, None) for name in self.options}
+        of_transformers = {"token_temperature": "temperature"}
+        defaults = {
+            name: getattr(model.generation_config, of_transformers.get(name, name), None) for name in self.options
+        }
         self.sampling = {name: defaults[name] if value is None else value for name, value in self.options.items()}
 
     def continuations(

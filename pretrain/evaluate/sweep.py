@@ -75,12 +75,12 @@ def plot(points: Sequence[Point], best: Sequence[int], by: str, path: Path) -> N
 
 
 def write_defaults(model: str, settings: dict[str, Any]) -> None:
-    """Into the config.json of an exported folder. Raises: UserError."""
-    path = Path(model) / "config.json"
+    """Into the generation_config.json of an exported folder. Raises: UserError."""
+    path = Path(model) / "generation_config.json"
     if not path.is_file():
-        raise UserError(f"--write-defaults: {model} is no folder; export it, or download it, first")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config |= {name: value for name, value in settings.items() if name != "guidance_interval"}
+        raise UserError(f"--write-defaults: {model} has no {path.name}; expected a folder that textldm convert wrote")
+    named = {"temperature" if name == "token_temperature" else name: value for name, value in settings.items()}
+    config = json.loads(path.read_text(encoding="utf-8")) | named
     write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 

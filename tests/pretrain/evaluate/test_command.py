@@ -110,7 +110,7 @@ def test_a_sweep_names_its_pareto_set_and_writes_the_best_as_defaults(
     best = found["points"][found["pareto"][-1]]
     cheaper = [p for p in found["points"] if p["evaluations"] <= best["evaluations"]]
     assert best["metrics"]["rouge_1"]["value"] == max(p["metrics"]["rouge_1"]["value"] for p in cheaper)
-    config = json.loads((copy / "config.json").read_text())
+    config = json.loads((copy / "generation_config.json").read_text())
     assert (config["num_steps"], config["guidance_scale"]) == (
         found["best"]["num_steps"],
         found["best"]["guidance_scale"],
