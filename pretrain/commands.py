@@ -57,7 +57,9 @@ GROUPS = {
             "pretrain.evaluate.command_line",
         ),
         "convert": Command("pretrain.export.convert", "a run into one Hugging Face folder"),
-        "generate": Command("pretrain.export.generate", "continue prompts with an exported model"),
+        "generate": Command(
+            "pretrain.export.generate", "continue prompts with an exported model", "pretrain.export.generate_line"
+        ),
         "serve": Command(
             "pretrain.serve.__main__",
             "the same over HTTP: OpenAI's completions API, and a page",

@@ -5,7 +5,6 @@
 The noise of a prompt is keyed by the seed and its place in the list: what else is in the list does not matter.
 """
 
-import argparse
 import codecs
 import json
 import sys
@@ -19,10 +18,12 @@ import transformers
 from data_pipeline.core.devices import device_of
 from data_pipeline.core.errors import ENDINGS, UserError, cli, reason
 from data_pipeline.core.hub import find_model
-from modeling.conventions import DEFAULT_NEW_TOKENS
 from modeling.solvers import solver_names
 from modeling.textldm import TextLDM, TextLDMConfig
 from modeling.times import GRIDS
+from pretrain.export.generate_line import DEFAULT_NEW_TOKENS, EXPECTED, make_parser, read
+
+__all__ = ["continue_prompts", "load_exported", "main", "make_parser"]
 
 TRAJECTORY_TEXTS = 8
 
@@ -57,7 +58,7 @@ def load_exported(source: str | Path, device: str | torch.device = "cpu") -> tup
     """
     folder = Path(source).expanduser()
     source = str(folder) if folder.is_dir() else str(source)
-    find_model(source, "--model", "what textldm convert wrote, or a hub id")
+    find_model(source, "--model", EXPECTED)
     try:
         kind = TextLDMConfig.get_config_dict(source, trust_remote_code=False)[0].get("model_type")
         if kind != TextLDMConfig.model_type:
@@ -159,42 +160,14 @@ def _piped() -> bytes:
         raise UserError(f"the standard input cannot be read: {error}") from None
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="textldm generate", description=main.__doc__)
-    parser.add_argument("--model", required=True, help="exported folder, or hub id")
-    parser.add_argument(
-        "--prompt",
-        action="append",
-        default=[],
-        help="text to continue; can be repeated; without one, lines are read that are piped in",
-    )
-    parser.add_argument(
-        "--prompt-file", help="file of prompts, one a line, - for the standard input; blank lines are left out"
-    )
-    parser.add_argument("--max-new-tokens", type=int, help=f"default {DEFAULT_NEW_TOKENS}, or what the window leaves")
-    parser.add_argument("--num-steps", type=int, help="solver steps; default of the export")
-    parser.add_argument("--guidance-scale", type=float, help="1 is none; default of the export")
-    parser.add_argument("--solver", choices=solver_names(), help="default of the export")
-    parser.add_argument("--grid", choices=GRIDS, help="of the solver's times; default of the export")
-    parser.add_argument(
-        "--token-temperature", type=float, help="with the categorical head, below 1 sharper; default of the export"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise, 0 to 2^64 - 1")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
-    parser.add_argument("--trajectory", type=Path, help="write the first prompt's text at several t as JSON")
-    return parser
-
-
 @cli
 def main(argv: list[str] | None = None) -> None:
     """Continue prompts with an exported TextLDM."""
-    given = make_parser().parse_args(argv)
+    given = read(argv)
     prompts = read_prompts(given.prompt, given.prompt_file)
-    for name in ("num_steps", "max_new_tokens"):
-        if getattr(given, name) is not None and getattr(given, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(given, name)}; expected at least 1")
+    for name, found, known in (("solver", given.solver, solver_names()), ("grid", given.grid, GRIDS)):
+        if found is not None and found not in known:
+            raise UserError(f"--{name} {found}: expected one of {', '.join(known)}")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model, tokenizer = load_exported(given.model, device_of(given.device))
