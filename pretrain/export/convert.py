@@ -84,7 +84,7 @@ def convert(
     if export is None:
         able = [name for name in stage_names() if stage_kind(name).export]
         raise UserError(
-            f"{run} is a run of stage {record.stage}, which has no export; expected stage {' or '.join(able)}"
+            f"{run} is a run of stage {record.stage}, which has no export; expected one of {', '.join(able)}"
         )
     config = present_config(run, path, record)
     if data is None and is_url(config.data.path):

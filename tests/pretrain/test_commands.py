@@ -129,6 +129,10 @@ def test_mistakes_in_a_command_line_are_found_without_torch(tmp_path: Path) -> N
         (["supervise", "--", *typo], "unknown key trian"),
         (["supervise", *launcher, "--", *config], "there is no hostfile"),
         (["supervise", "--launcher", "true", "--", *config, "--fresh"], "say where it is now with --set data.path="),
+        (["generate", "--model", str(tmp_path / "gone"), "--prompt", "x"], "no such folder"),
+        (["generate", "--model", "x/y", "--num-steps", "0"], "expected at least 1"),
+        (["evaluate", "--model", "./gone", "--benchmark", "lm1b", "--output", "x.json"], "no such folder"),
+        (["evaluate", "sweep", "--model", "x/y", "--benchmark", "lm1b", "--output", "x.json"], "nothing to sweep"),
         (["hosts", "check", str(tmp_path / "hosts")], "there is no hostfile"),
         (
             ["prepare", "--source", "nowhere.jsonl", "--tokenizer", "./x", "--output", str(data)],

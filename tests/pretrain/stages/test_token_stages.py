@@ -95,7 +95,7 @@ def test_an_export_gives_the_stages_probabilities(run: Path, tmp_path: Path, cap
     stage = loaded(run)
     if not isinstance(stage, ARStage):
         assert code == 2
-        assert "stage mdlm, which has no export; expected stage dit or ar" in capsys.readouterr().err
+        assert "stage mdlm, which has no export; expected one of vae, dit, ar" in capsys.readouterr().err
         return
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
     assert model.config.textldm_stage == "ar"
