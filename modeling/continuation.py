@@ -7,7 +7,7 @@ Shape letters: T packed tokens, N target tokens of all windows, Z latent dim.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +16,9 @@ from .guidance import GuidedVelocity
 from .solvers import OnStep, Solver, integrate
 from .text_dit import TextDiT
 from .text_vae import TextVAE
+
+Tokens = TypeVar("Tokens", torch.Tensor, list[int])
+"""Of one text."""
 
 
 def sample_targets(
@@ -135,7 +138,7 @@ def block_sizes(context: int, new: int, window: int, block: int | None = None) -
     return [min(block, new - start) for start in range(0, new, block)]
 
 
-def latest(before_T: torch.Tensor, size: int, window: int) -> torch.Tensor:
+def latest(before_T: Tokens, size: int, window: int) -> Tokens:
     """The context of a block of `size` tokens: as many of those before it as a window holds beside it."""
     return before_T[max(0, len(before_T) - (window - size)) :]
 

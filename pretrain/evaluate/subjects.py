@@ -128,7 +128,7 @@ class FlowSubject:
 
     def __init__(self, model: TextLDM, texts: Texts, sampling: Sampling):
         self.texts = texts
-        self.model, self.options, self.window = model, sampling.of_flow(), model.config.max_window
+        self.model, self.options = model, sampling.of_flow()
         of_transformers = {"token_temperature": "temperature"}
         defaults = {
             name: getattr(model.generation_config, of_transformers.get(name, name), None) for name in self.options
@@ -138,23 +138,15 @@ class FlowSubject:
     def continuations(
         self, prompts: Sequence[Sequence[int]], lengths: Sequence[int], seeds: Sequence[int]
     ) -> list[list[int]]:
-        def one_round(places: list[int], contexts: list[list[int]], new: list[int], number: int) -> list[list[int]]:
-            keys = [key(seeds[i], "round", number) for i in places]
-            found = self.model.generate(contexts, max_new_tokens=new, seed=keys, eos_token_id=-1, **self.options)
-            return [ids.tolist() for ids in found]
-
-        return continued(prompts, lengths, self.window, one_round)
+        found = self.model.generate(
+            prompts, max_new_tokens=list(lengths), seed=list(seeds), eos_token_id=-1, **self.options
+        )
+        return [ids.tolist() for ids in found]
 
     def nats(
         self, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], seeds: Sequence[int]
     ) -> list[float]:
-        parts = _parts(prompts, targets, self.window)
-        found = self.model.nll(
-            [part.context for part in parts],
-            [part.target for part in parts],
-            seed=[key(seeds[part.text], "piece", part.number) for part in parts],
-        )
-        return _sums(parts, found.tolist(), len(prompts))
+        return self.model.nll(prompts, targets, seed=list(seeds)).tolist()
 
 
 class CausalSubject:

@@ -2,23 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+from modeling.continuation import block_sizes, latest
+
 
 def pieces(context: Sequence[int], target: Sequence[int], window: int | None) -> Iterator[tuple[list[int], list[int]]]:
-    """The target in pieces with the true tokens before each, together at most `window` long (None: no limit).
-
-    A target that fits behind its context is one piece; otherwise pieces are half a window, so that each has at least as much before it
-    as there is, up to the other half.
-    """
-    context, target = list(context), list(target)
-    if window is None or len(context) + len(target) <= window:
-        yield context, target
-        return
-    size = max(1, window // 2)
-    for start in range(0, len(target), size):
-        piece = target[start : start + size]
-        before = [*context, *target[:start]]
-        room = window - len(piece)
-        yield before[len(before) - min(room, len(before)) :], piece
+    """The target in the blocks of an exported TextLDM (`block_sizes`) with the true tokens before each, together at most `window` long
+    (None: no limit)."""
+    text, start = [*context, *target], len(context)
+    for size in block_sizes(len(context), len(target), len(text) if window is None else window):
+        before = latest(text[:start], size, len(text) if window is None else window)
+        yield before, text[start : start + size]
+        start += size
 
 
 Continue = Callable[[list[int], list[list[int]], list[int], int], list[list[int]]]
