@@ -421,7 +421,7 @@ def test_fresh_puts_the_old_run_aside(tmp_path: Path, data: Path) -> None:
 def test_a_start_that_fails_leaves_no_folder(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise UserError("the VAE has another width")
 
     with monkeypatch.context() as patch:
