@@ -1,6 +1,7 @@
 """Arrow tables as files (Feather) or streams, such as the cache of `datasets` holds: one row, its text column."""
 
 import itertools
+import os
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -55,7 +56,7 @@ def check_batches(location: str) -> None:
     """
     import pyarrow as pa
 
-    with pa.memory_map(location) as file:
+    with pa.memory_map(os.fsencode(location)) as file:
         file.seek(_FILE_HEADER_BYTES if file.read(len(_FILE_MAGIC)) == _FILE_MAGIC else 0)
         messages = pa.ipc.MessageReader.open_stream(file)
         for number in itertools.count():
