@@ -13,7 +13,7 @@ from data_pipeline.core.environment import launch
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.core.storage import write_text
 from pretrain.evaluate import harness, sweep, tables
-from pretrain.evaluate.command_line import judges_of, make_parser, read, read_result, samples_folder, table_parser
+from pretrain.evaluate.command_line import judges_of, make_parser, read, samples_folder, table_parser
 from pretrain.evaluate.evaluate import figures, result, shown_texts, work_of
 from pretrain.evaluate.metrics import Judged
 from pretrain.evaluate.records import finish
@@ -65,7 +65,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def table(argv: list[str]) -> None:
     """Figures of several evaluations side by side. Raises: UserError."""
     args = table_parser().parse_args(argv)
-    print(tables.several([read_result(path) for path in args.results], "github" if args.markdown else "simple"))
+    print(tables.several([tables.read_result(path) for path in args.results], "github" if args.markdown else "simple"))
 
 
 @cli

@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,17 +157,6 @@ def judges_of(args: argparse.Namespace) -> Judges:
 def samples_folder(output: Path) -> Path:
     """Where the texts of an evaluation lie."""
     return output.with_suffix(".samples")
-
-
-def read_result(path: Path) -> dict:
-    """What an evaluation wrote. Raises: UserError."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found["metrics"], dict) and isinstance(found["protocol"], dict):
-            return found
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"{path} is no result of textldm evaluate; expected the file of its --output")
 
 
 def table_parser() -> argparse.ArgumentParser:

@@ -6,6 +6,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.outside import parse_json
 from pretrain.evaluate import paper
 
 DIGITS = {
@@ -21,10 +23,28 @@ PERCENT = ("rouge_1", "rouge_2", "rouge_l", "bertscore", "mauve")
 """Shown times 100, as they are published."""
 
 
+def read_result(path: Path) -> dict[str, Any]:
+    """What an evaluation wrote. Raises: UserError."""
+    try:
+        found = parse_json(path.read_bytes())
+        texts = [found[name] for name in ("model", "benchmark")] + [str(found["protocol"]["samples"])]
+        if all(isinstance(text, str) for text in texts) and all(map(_is_figure, found["metrics"].values())):
+            return {"left_out": {}, "versions": {}, **found}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{path} is no result of textldm evaluate; expected the file of its --output")
+
+
+def _is_figure(figure: Mapping[str, Any]) -> bool:
+    """Whether it is a metric with the ends of its interval, which may not be known."""
+    ends = [figure["value"], *(figure[name] for name in ("low", "high") if figure[name] is not None)]
+    return all(isinstance(end, int | float) for end in ends) and isinstance(figure["n"], int)
+
+
 def shown(name: str, figure: Mapping[str, float], interval: bool = True) -> str:
     """A figure with its interval."""
     times, digits = (100, 1) if name in PERCENT else (1, DIGITS.get(name, 3))
-    value, low, high = (times * figure[key] for key in ("value", "low", "high"))
+    value, low, high = (times * (float("nan") if figure[key] is None else figure[key]) for key in ("value", "low", "high"))
     text = f"{value:.{digits}f}"
     return f"{text} ({low:.{digits}f} to {high:.{digits}f})" if interval and low == low else text
 

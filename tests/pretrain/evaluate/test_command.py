@@ -8,7 +8,7 @@ import pytest
 
 from pretrain.evaluate import tables
 from pretrain.evaluate.__main__ import main
-from pretrain.evaluate.command_line import read_result
+from pretrain.evaluate.tables import read_result
 from tests.pretrain.evaluate.token_runs import write_texts
 
 FEW = [

@@ -1,0 +1,95 @@
+"""What others say of the run: the diagnosis's go or no-go, and evaluations."""
+
+import json
+
+from pretrain.evaluate.tables import published, shown
+from pretrain.report.charts import Axis, Level, Line, chart, grid, percent
+from pretrain.report.files import Entry, Run, number
+from pretrain.report.markup import Html, facts, join, missing, table, tag
+
+WORDS = {True: "ok", False: "FAIL", None: ""}
+
+
+def chip(word: str, passed: bool | None) -> Html:
+    """A word that is good or bad news, also for whoever sees no colours."""
+    return tag("span", word, class_={True: "chip good", False: "chip bad", None: "chip"}[passed]) if word else Html("")
+
+
+def verdict(run: Run, _: Run | None) -> Html:
+    """The checks of diagnosis.json with their thresholds."""
+    told = run.diagnosis
+    if told is None:
+        return missing(f"Not diagnosed yet: textldm diagnose --run {run.folder} asks whether the run is alive.")
+    step = number(told.get("step"))
+    rows = [
+        (f"{check.get('check', '')} {check['name']}", check["figure"], check["threshold"], chip(WORDS[check["passed"]], check["passed"]))
+        for check in told["checks"]
+    ]  # fmt: skip
+    when = "" if step is None else f"Of the weights after {step:,.0f} steps. "
+    note = f"{when}Four figures: the quarters of t, from data to noise. The checks are explained in docs/diagnosis.md."
+    parts = [tag("p", note, class_="note"), table(("check", "figure", "threshold", "verdict"), rows, "checks")]
+    charts = [*_accuracy(told), *_estimates(told)]
+    return join([*parts, grid(charts)] if charts else parts)
+
+
+def _pairs(told: Entry, xs: str, ys: str) -> list[tuple[float, float]]:
+    found = [told.get(name) for name in (xs, ys)]
+    if not all(isinstance(values, list) for values in found):
+        return []
+    return [(x, y) for x, y in zip(*(map(number, values) for values in found)) if x is not None and y is not None]  # type: ignore[arg-type]
+
+
+def _accuracy(told: Entry) -> list[Html]:
+    points = _pairs(told, "noise_levels", "accuracy_at_noise")
+    axis = Axis(percent, log=False, top=1.0)
+    return [chart("Decoder's basin", [Line("tokens", points, dots=True)], [Level("bar", 0.9)], axis, "noise", note="tokens given back from noisy latents")] if points else []  # fmt: skip
+
+
+def _estimates(told: Entry) -> list[Html]:
+    points = _pairs(told, "estimate_times", "estimate_accuracy")
+    axis = Axis(percent, log=False, top=1.0)
+    return [chart("One-step estimate", [Line("tokens", points, dots=True)], (), axis, "t", note="tokens decoded from it")] if points else []  # fmt: skip
+
+
+def evaluations(run: Run, _: Run | None) -> Html:
+    """A table a benchmark: a row a figure, a column a model."""
+    if not run.evaluations:
+        how = f"textldm evaluate --model EXPORT --benchmark wikipedia --output {run.folder}/wikipedia.json"
+        return missing(f"None in the run's folder: {how} puts one there; --evaluation FILE names others.")
+    parts = []
+    for benchmark in dict.fromkeys(result["benchmark"] for result in run.evaluations):
+        group = [result for result in run.evaluations if result["benchmark"] == benchmark]
+        papers = published(group[0])
+        names = dict.fromkeys(name for result in group for name in result["metrics"])
+        rows = [
+            (
+                name.replace("_", " "),
+                *(_cell(result, name) for result in group),
+                *(values.get(name, "") for _, values in papers),
+            )
+            for name in names
+        ]
+        models = [result["model"] for result in group] + [f"{model}, the paper's" for model, _ in papers]
+        parts += [tag("h3", benchmark), _protocol(group[0]), table(("figure", *models), rows)]
+        for result in group:
+            for name, why in result["left_out"].items() if isinstance(result["left_out"], dict) else ():
+                parts.append(missing(f"{result['model']}: {name} left out ({why})"))
+    return join(parts)
+
+
+def _cell(result: Entry, name: str) -> Html:
+    found = result["metrics"].get(name)
+    if found is None:
+        return Html("")
+    value, _, interval = shown(name, found).partition(" ")
+    return join([tag("data", value, value=json.dumps(found["value"])), tag("small", " ", interval)] if interval else [tag("data", value, value=json.dumps(found["value"]))])  # fmt: skip
+
+
+def _protocol(result: Entry) -> Html:
+    protocol = result["protocol"]
+    told = [("documents", protocol["samples"])]
+    told += [(name.replace("_", " "), protocol[name]) for name in ("seed", "max_words", "judge") if name in protocol]
+    for name in ("mauve", "bertscore"):
+        if isinstance(protocol.get(name), dict) and "model" in protocol[name]:
+            told.append((f"{name}'s model", protocol[name]["model"]))
+    return facts(told)
