@@ -17,7 +17,6 @@ class Command(NamedTuple):
 GROUPS = {
     "try it": {
         "quickstart": Command("pretrain.quickstart.recipe", "the whole recipe in miniature (what ./run.sh runs)"),
-        "report": Command("pretrain.quickstart.report", "pictures of a finished recipe"),
     },
     "data": {
         "prepare": Command(
@@ -56,6 +55,7 @@ GROUPS = {
             "ROUGE, MAUVE, nats and more, with intervals; `evaluate table | sweep | harness`",
             "pretrain.evaluate.command_line",
         ),
+        "report": Command("pretrain.report.__main__", "a run on one page: figures, curves, texts; beside another's"),
         "convert": Command("pretrain.export.convert", "a run into one Hugging Face folder"),
         "generate": Command(
             "pretrain.export.generate", "continue prompts with an exported model", "pretrain.export.generate_line"

@@ -19,7 +19,6 @@ Panel = Callable[[Axes, Figures], None]
 INK, GRID = "#222222", "#dddddd"
 MODEL, TRUE, FOREIGN = "#1f4e9c", "#3a7d44", "#c0392b"
 FLOOR_COLORS = {"blind": "#9a9a9a", "covariance": "#d18f00"}
-"""The same in every picture of the project; see report.py."""
 STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,

@@ -118,9 +118,9 @@ class Plan:
         return self.output / "prompts.txt"
 
     @property
-    def pictures(self) -> Path:
-        """Where losses.png and denoising.png go: the long run has its own."""
-        return self.dit if self.long else self.output
+    def page(self) -> Path:
+        """The report: in the run's folder, so the long run has its own."""
+        return self.dit / "report.html"
 
     @property
     def tokenizer_folder(self) -> str:
@@ -217,7 +217,7 @@ class Plan:
         return steps
 
     def from_dit(self, num_steps: int) -> list[Step]:
-        """Steps from the DiT's training (`num_steps` updates) to the pictures."""
+        """Steps from the DiT's training (`num_steps` updates) to the report."""
         data, suffix = str(self.data), "-long" if self.long else ""
         trajectory = str(self.dit / "trajectory.json")
         return [
@@ -259,9 +259,9 @@ class Plan:
             ),
             Step(
                 f"report{suffix}",
-                "draw the losses and nats per token, and a text on its way from noise to words",
-                _command("report", run=self.dit, vae_run=self.vae, trajectory=trajectory, output=self.pictures),
-                self.pictures / "losses.png",
+                "all of it on one page: nats, losses, verdict, texts, speed, and a text on its way from noise to words",
+                _command("report", run=self.dit, trajectory=trajectory, output=self.page),
+                self.page,
             ),
         ]
 

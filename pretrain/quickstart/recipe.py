@@ -194,14 +194,13 @@ def report(plan: Plan, figures: dict[str, Any]) -> None:
     print("\nIn", plan.output)
     for written, what in (
         (path, "these figures, with commit, versions and machine"),
-        (plan.pictures / "losses.png", "losses of both stages, and nats per token"),
-        (plan.pictures / "denoising.png", "one text on its way from noise to words"),
         (plan.export, "the model: AutoModel.from_pretrained(folder, trust_remote_code=True)"),
     ):
         print(f"  {written.relative_to(plan.output)!s:<24} {what}")
     print("\nContinue a prompt of your own:")
     print(f'  ./run.sh -- textldm generate --model {plan.export} --prompt "Once upon a time"')
     print(NEXT_COMMANDS)
+    print(f"\nAll of it on one page, to open in a browser:\n  {plan.page.resolve()}")
 
 
 def make_parser() -> argparse.ArgumentParser:

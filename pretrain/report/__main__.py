@@ -28,7 +28,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--evaluation", type=Path, nargs="+", default=[], metavar="FILE", help="results of textldm evaluate, besides those in the folder"
     )  # fmt: skip
-    parser.add_argument("--trajectory", type=Path, help=f"file of textldm generate --trajectory ({TRAJECTORY_NAME} of the folder)")
+    parser.add_argument(
+        "--trajectory", type=Path, help=f"file of textldm generate --trajectory ({TRAJECTORY_NAME} of the folder)"
+    )
     parser.add_argument("--output", type=Path, help=f"HTML file ({PAGE_NAME} in the folder)")
     return parser
 

@@ -12,8 +12,8 @@ from typing import Any
 from pretrain.report.markup import Html, compact, join, tag
 
 WIDTH, HEIGHT = 352.0, 212.0
-TOP, BOTTOM, LEFT = 10.0, 30.0, 44.0
-LETTER = 6.0
+TOP, BOTTOM, LEFT, LEAST_RIGHT = 10.0, 30.0, 48.0, 46.0
+LETTER = 6.8
 """Width of a label's character at its size in page.css, rather too much than too little."""
 LABEL_GAP = 13.0
 MOST_POINTS = 400
@@ -66,12 +66,18 @@ def percent(value: float) -> str:
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """Exponential average over about a fortieth of the points, without a bias towards the first value."""
-    decay = math.exp(-1 / max(len(points) / 40, 1))
+    """Exponential average over about a thirtieth of the points, forwards and then backwards: it lags behind in neither direction."""
+    forwards = _averages([y for _, y in points])
+    backwards = _averages(forwards[::-1])[::-1]
+    return [(x, y) for (x, _), y in zip(points, backwards)]
+
+
+def _averages(values: Sequence[float]) -> list[float]:
+    decay = math.exp(-1 / max(len(values) / 60, 1))
     averages, total, weight = [], 0.0, 0.0
-    for x, y in points:
-        total, weight = decay * total + (1 - decay) * y, decay * weight + (1 - decay)
-        averages.append((x, total / weight))
+    for value in values:
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        averages.append(total / weight)
     return averages
 
 
@@ -152,7 +158,9 @@ class _Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        low, high, value = (math.log(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        low, high, value = (
+            (math.log(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        )
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
 
@@ -177,9 +185,8 @@ def tick_texts(values: Sequence[float]) -> list[str]:
     if 0 < top < 0.001:
         return ["0" if value == 0 else f"{value:.0e}".replace("e-0", "e-") for value in values]
     for digits in range(8):
-        texts = [f"{value:.{digits}f}" for value in values]
-        if all(abs(float(shown) - value) <= 1e-6 * top for shown, value in zip(texts, values)):
-            return texts
+        if all(abs(round(value, digits) - value) <= 1e-6 * top for value in values):
+            return [f"{value:,.{digits}f}" for value in values]
     return [f"{value:.3g}" for value in values]
 
 
@@ -211,7 +218,7 @@ def chart(
         *((line.points[-1][1], axis.form(line.points[-1][1]) if alone else f"{line.label} {axis.form(line.points[-1][1])}", line.role) for line in named),
         *((level.value, f"{level.label} {axis.form(level.value)}", level.role) for level in levels),
     ]  # fmt: skip
-    right = 10 + LETTER * max(len(label) for _, label, _ in labels)
+    right = max(LEAST_RIGHT, 8 + LETTER * max(len(label) for _, label, _ in labels))
     low, high = min(xs), max(xs)
     scale_x = _Scale(low, high if high > low else low + 1, LEFT, WIDTH - right)
     parts = [*_y_axis(scale_y, scale_x.end, percents=axis.form is percent), *_x_axis(scale_x, x_label)]
@@ -225,7 +232,11 @@ def chart(
     for place, (_, label, role) in zip(places, labels):
         parts.append(tag("text", label, class_=f"label {role}", x=scale_x.end + 6, y=place + 4))
     drawing = tag(
-        "svg", *parts, viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}", role="img", aria_label=_described(title, named, levels, axis)
+        "svg",
+        *parts,
+        viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}",
+        role="img",
+        aria_label=_described(title, named, levels, axis),
     )
     return tag("figure", tag("figcaption", tag("b", title), *([" ", note] if note else [])), drawing, class_="chart")
 
@@ -280,7 +291,7 @@ def _x_axis(scale: _Scale, label: str) -> list[Html]:
         x = scale(value)
         parts.append(tag("line", class_="axis", x1=x, x2=x, y1=y, y2=y + 4))
         parts.append(tag("text", shown, class_="tick x", x=x, y=y + 15))
-    parts.append(tag("text", label, class_="tick name", x=scale.end + 6, y=y + 15))
+    parts.append(tag("text", label, class_="tick end", x=WIDTH, y=y + 15))
     return parts
 
 

@@ -15,6 +15,11 @@ def chip(word: str, passed: bool | None) -> Html:
     return tag("span", word, class_={True: "chip good", False: "chip bad", None: "chip"}[passed]) if word else Html("")
 
 
+def signs(figure: str) -> str:
+    """A figure or threshold with the signs that diagnosis.json writes in ASCII."""
+    return figure.replace("+-", "±").replace("<=", "≤").replace(">=", "≥")
+
+
 def verdict(run: Run, _: Run | None) -> Html:
     """The checks of diagnosis.json with their thresholds."""
     told = run.diagnosis
@@ -22,7 +27,7 @@ def verdict(run: Run, _: Run | None) -> Html:
         return missing(f"Not diagnosed yet: textldm diagnose --run {run.folder} asks whether the run is alive.")
     step = number(told.get("step"))
     rows = [
-        (f"{check.get('check', '')} {check['name']}", check["figure"], check["threshold"], chip(WORDS[check["passed"]], check["passed"]))
+        (f"{check.get('check', '')} {check['name']}", signs(check["figure"]), signs(check["threshold"]), chip(WORDS[check["passed"]], check["passed"]))
         for check in told["checks"]
     ]  # fmt: skip
     when = "" if step is None else f"Of the weights after {step:,.0f} steps. "
@@ -42,7 +47,7 @@ def _pairs(told: Entry, xs: str, ys: str) -> list[tuple[float, float]]:
 def _accuracy(told: Entry) -> list[Html]:
     points = _pairs(told, "noise_levels", "accuracy_at_noise")
     axis = Axis(percent, log=False, top=1.0)
-    return [chart("Decoder's basin", [Line("tokens", points, dots=True)], [Level("bar", 0.9)], axis, "noise", note="tokens given back from noisy latents")] if points else []  # fmt: skip
+    return [chart("Decoder's basin", [Line("tokens", points, dots=True)], [Level("bar", 0.9)], axis, "noise", note="tokens kept under noise")] if points else []  # fmt: skip
 
 
 def _estimates(told: Entry) -> list[Html]:
@@ -70,7 +75,7 @@ def evaluations(run: Run, _: Run | None) -> Html:
             for name in names
         ]
         models = [result["model"] for result in group] + [f"{model}, the paper's" for model, _ in papers]
-        parts += [tag("h3", benchmark), _protocol(group[0]), table(("figure", *models), rows)]
+        parts += [tag("h3", benchmark), _protocol(group[0]), table(("figure", *models), rows, "figures")]
         for result in group:
             for name, why in result["left_out"].items() if isinstance(result["left_out"], dict) else ():
                 parts.append(missing(f"{result['model']}: {name} left out ({why})"))

@@ -12,10 +12,11 @@ HOUSEKEEPING = {"kind", "step", "time", "seconds", "stragglers", "skipped", "nat
 RUNNING = {"step_s", "tokens_per_s", "tokens_per_s_per_device", "wait_share", "peak_memory_gib", "goodput", "mfu"}
 """Measures of `running.py`."""
 NATS = {"nats", "nats_per_token", "unigram_nats"}
-FEW = 20
+FEW = 40
 """Points below which a line is not smoothed."""
 
 SHARE = Axis(percent, log=False)
+NATS_AXIS = Axis("{:.3f}".format, log=False)
 RATE = Axis("{:.2g}".format, log=False, zero=True)
 MEASURES: dict[str, tuple[str, str, Axis]] = {
     "loss": ("Training loss", "as it is minimised", Axis(log=False)),
@@ -45,7 +46,9 @@ def series(lines: Sequence[Entry], name: str) -> list[Point]:
 def measured(metrics: Metrics) -> list[str]:
     """Names of everything that was measured, in the page's order."""
     lines = (*metrics.train, *metrics.eval)
-    names = dict.fromkeys(name.removeprefix("eval/") for line in lines for name in line if number(line[name]) is not None)
+    names = dict.fromkeys(
+        name.removeprefix("eval/") for line in lines for name in line if number(line[name]) is not None
+    )
     known = [name for name in MEASURES if name in names]
     return known + [name for name in names if name not in MEASURES and name not in HOUSEKEEPING]
 
@@ -92,13 +95,21 @@ def quarters(metrics: Metrics) -> Iterator[Html]:
             continue
         for quarter, title in enumerate(QUARTERS, 1):
             lines = lines_of(metrics, f"{base}_q{quarter}")
-            where, prefix = (metrics.eval, "eval/") if series(metrics.eval, f"eval/{base}_q{quarter}") else (metrics.train, "")
+            where, prefix = (
+                (metrics.eval, "eval/") if series(metrics.eval, f"eval/{base}_q{quarter}") else (metrics.train, "")
+            )
             levels = []
             for name, label in FLOORS.items() if base == "flow" else ():
                 if values := series(where, f"{prefix}{name}_q{quarter}"):
                     levels.append(Level(label, sum(value for _, value in values) / len(values)))
             if lines:
-                yield chart(f"{base.replace('_', ' ').capitalize()} loss, {title}", lines, levels, Axis(log=False), x_range=(0, 0))
+                yield chart(
+                    f"{base.replace('_', ' ').capitalize()} loss, {title}",
+                    lines,
+                    levels,
+                    Axis(log=False),
+                    x_range=(0, 0),
+                )
 
 
 def last(points: Sequence[Point]) -> float | None:
@@ -133,7 +144,10 @@ def nats(run: Run, against: Run | None) -> Html:
     if found["model"] is None:
         if run.stage == "vae":
             return missing("Stage vae gives no probability to text; what of it is given back is under Losses.")
-        return missing(f"Not measured yet: textldm diagnose --run {run.folder} does, and so do held-out evaluations (train.eval_every).")
+        how = f"Not measured on held-out text yet: textldm diagnose --run {run.folder} does, and so does training every train.eval_every steps."
+        own = lines_of(run.metrics, "nats_per_token", against.metrics if against else None)
+        drawn = chart("On the training rows", own, (), NATS_AXIS, x_range=(0, 0), note="nats per token") if own else ""
+        return join([missing(how), grid([drawn]) if drawn else ""])
     levels = [Level(name, value, name) for name in ("unigram", "teacher") if (value := found[name]) is not None]
     marks = [("this run", found["model"], "train"), *((level.label, level.value, level.role) for level in levels)]
     if (theirs := other.get("model")) is not None:
@@ -145,7 +159,7 @@ def nats(run: Run, against: Run | None) -> Html:
         theirs_at = series(against.metrics.eval, "eval/nats") or series(against.metrics.eval, "eval/nats_per_token")
         lines.append(Line("other", theirs_at, "against", dots=True))
     if any(line.points for line in lines):
-        charts.append(chart("Over the steps", lines, levels, Axis("{:.3f}".format, log=False), x_range=(0, 0), note="bound, nats"))
+        charts.append(chart("Over the steps", lines, levels, NATS_AXIS, x_range=(0, 0), note="bound, nats"))
     charts += _over_times(run.diagnosis or {}, levels)
     return join([facts(_nats_facts(found)), grid(charts)])
 
@@ -173,5 +187,4 @@ def _over_times(told: Entry, levels: Sequence[Level]) -> list[Html]:
     if not points:
         return []
     lines = [Line("bound", points, dots=True)]
-    note = "where the flow hands over to the token probabilities"
-    return [chart("Over t₀", lines, levels, Axis("{:.3f}".format, log=False), x_label="t₀", note=note)]
+    return [chart("Over t₀", lines, levels, NATS_AXIS, x_label="t₀", note="where the flow's share begins")]

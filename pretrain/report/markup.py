@@ -66,7 +66,11 @@ def compact(value: float) -> str:
 def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], class_: str = "") -> Html:
     """A table that scrolls by itself where the page is narrow; its first column names the rows."""
     body = join(
-        tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell, data_head=name) for name, cell in zip(head[1:], row[1:])))
+        tag(
+            "tr",
+            tag("th", row[0], scope="row"),
+            *(tag("td", cell, data_head=name) for name, cell in zip(head[1:], row[1:])),
+        )
         for row in rows
     )
     heads = join(tag("th", name, scope="col") for name in head)

@@ -29,7 +29,9 @@ def data(run: Run, _: Run | None) -> Html:
     rows = []
     for split, shards in manifest.splits.items():
         counts = [sum(getattr(shard, name) for shard in shards) for name in ("rows", "windows", "tokens", "bytes")]
-        rows.append((split, f"{len(shards):,}", *(figure(count, ",") for count in counts), f"{100 * manifest.fill(split):.1f}%"))
+        rows.append(
+            (split, f"{len(shards):,}", *(figure(count, ",") for count in counts), f"{100 * manifest.fill(split):.1f}%")
+        )
     told = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in manifest.statistics.items())
     return join(
         [
@@ -74,5 +76,7 @@ def beneath(run: Run, _: Run | None) -> Html:
     """How the VAE was trained, whose latents a DiT models."""
     if run.vae is None:
         return missing(run.vae_note)
-    names = [name for name in measured(run.vae) if name not in NATS | RUNNING and name not in ("lr", "grad_norm", "loss")]
+    names = [
+        name for name in measured(run.vae) if name not in NATS | RUNNING and name not in ("lr", "grad_norm", "loss")
+    ]
     return grid([measure(run, name, metrics=run.vae) for name in names]) if names else missing("Its log is empty.")

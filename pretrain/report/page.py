@@ -14,21 +14,22 @@ from typing import Any
 from pretrain.report import judging, learning, origins, running, texts
 from pretrain.report.charts import percent
 from pretrain.report.files import Run
-from pretrain.report.markup import Html, compact, facts, figure, join, missing, tag
+from pretrain.report.markup import Html, compact, facts, figure, join, missing, tag, text
 
-Section = tuple[str, str, Callable[[Run, Run | None], Html]]
+Section = tuple[str, str, str, Callable[[Run, Run | None], Html]]
+"""Anchor, its name in the navigation, title, content."""
 
 SECTIONS: Sequence[Section] = (
-    ("nats", "Nats per token", learning.nats),
-    ("verdict", "Go or no-go", judging.verdict),
-    ("losses", "Losses and learning rate", learning.losses),
-    ("samples", "What it writes", texts.samples),
-    ("denoising", "One text out of noise", texts.denoising),
-    ("evaluations", "Evaluations", judging.evaluations),
-    ("throughput", "Throughput", running.throughput),
-    ("data", "Data", origins.data),
-    ("vae", "The VAE beneath", origins.beneath),
-    ("configuration", "Configuration", origins.configuration),
+    ("nats", "Nats", "Nats per token", learning.nats),
+    ("verdict", "Verdict", "Go or no-go", judging.verdict),
+    ("losses", "Losses", "Losses and learning rate", learning.losses),
+    ("samples", "Samples", "What it writes", texts.samples),
+    ("denoising", "Denoising", "One text out of noise", texts.denoising),
+    ("evaluations", "Evaluations", "Evaluations", judging.evaluations),
+    ("throughput", "Throughput", "Throughput", running.throughput),
+    ("data", "Data", "Data", origins.data),
+    ("vae", "VAE", "The VAE beneath", origins.beneath),
+    ("configuration", "Configuration", "Configuration", origins.configuration),
 )
 
 
@@ -47,12 +48,15 @@ def page(run: Run, against: Run | None = None) -> str:
         tag("title", f"{run.folder}: TextLDM run"),
         tag("style", Html(style)),
     )
-    links = join([tag("a", title, href=f"#{name}") for name, title, _ in sections])
+    links = join([tag("a", short, href=f"#{name}") for name, short, _, _ in sections])
     body = tag(
         "body",
         header(run, against),
         tag("nav", links, aria_label="sections"),
-        tag("main", *(tag("section", tag("h2", title), make(run, against), id=name) for name, title, make in sections)),
+        tag(
+            "main",
+            *(tag("section", tag("h2", title), make(run, against), id=name) for name, _, title, make in sections),
+        ),
         tag("script", Html(script)),
     )
     return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
@@ -62,6 +66,11 @@ def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
+def breakable(path: str) -> Html:
+    """A path that a narrow line breaks behind a slash."""
+    return join([text(part) for part in path.split("/")], Html("/<wbr>"))
+
+
 def header(run: Run, against: Run | None) -> Html:
     """Which run this is, how far it is, and the few figures that matter."""
     told = str((run.diagnosis or {}).get("verdict", "not diagnosed"))
@@ -69,7 +78,7 @@ def header(run: Run, against: Run | None) -> Html:
     steps = run.setting("train.steps")
     of = f" of {steps:,}" if isinstance(steps, int) else ""
     lines = [
-        tag("div", tag("h1", run.folder), tag("button", "◐", id="theme", type="button", title="light or dark", aria_label="light or dark", hidden=True), class_="top"),
+        tag("div", tag("h1", breakable(str(run.folder))), tag("button", "◐", id="theme", type="button", title="light or dark", aria_label="light or dark", hidden=True), class_="top"),
         tag("p", "Stage ", tag("b", run.stage), f", step {run.step:,}{of} ", judging.chip(told, passed), class_="lede"),
         facts(_facts(run)),
     ]  # fmt: skip

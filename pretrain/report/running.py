@@ -4,16 +4,16 @@ import datetime
 import statistics
 from typing import Any
 
-from pretrain.report.charts import Axis, Html, chart, grid, percent
+from pretrain.report.charts import Axis, chart, grid, percent
 from pretrain.report.files import Entry, Run, number
 from pretrain.report.learning import last, lines_of, series
-from pretrain.report.markup import compact, facts, figure, missing, table, tag, text
+from pretrain.report.markup import Html, facts, figure, join, missing, table, tag, text
 from pretrain.telemetry.sinks import duration
 
 SPEEDS: dict[str, tuple[str, str, Axis]] = {
-    "tokens_per_s": ("Throughput", "tokens a second, all devices", Axis(compact, log=False, zero=True)),
+    "tokens_per_s": ("Throughput", "tokens a second, all devices", Axis("{:,.0f}".format, log=False, zero=True)),
     "mfu": ("MFU", "of the devices' peak", Axis(percent, log=False, zero=True)),
-    "wait_share": ("Waiting for data", "share of the time; healthy below 1%", Axis(percent, log=False, zero=True, top=0.01)),
+    "wait_share": ("Waiting for data", "below 1% is healthy", Axis(percent, log=False, zero=True, top=0.01)),
     "goodput": ("Goodput", "of all wall time since the first start", Axis(percent, log=False, zero=True, top=1.0)),
     "peak_memory_gib": ("Peak memory", "GiB, the largest rank's", Axis("{:.3g}".format, log=False, zero=True)),
 }
@@ -30,7 +30,7 @@ def throughput(run: Run, against: Run | None) -> Html:
         for name, (title, note, axis) in SPEEDS.items()
         if (lines := lines_of(metrics, name, against.metrics if against else None))
     ]
-    return Html(facts(_facts(run)) + grid(charts) + _events(metrics.events))
+    return join([facts(_facts(run)), grid(charts), _events(metrics.events)])
 
 
 def _facts(run: Run) -> list[tuple[str, Any]]:
@@ -64,7 +64,11 @@ def _facts(run: Run) -> list[tuple[str, Any]]:
 def wall_seconds(run: Run) -> float | None:
     """From the first line of metrics.jsonl to the last."""
     metrics = run.metrics
-    times = [time for line in (*metrics.train, *metrics.eval, *metrics.events) if (time := number(line.get("time"))) is not None]
+    times = [
+        time
+        for line in (*metrics.train, *metrics.eval, *metrics.events)
+        if (time := number(line.get("time"))) is not None
+    ]
     return max(times) - min(times) if len(times) > 1 else None
 
 
@@ -86,5 +90,7 @@ def _events(events: list[Entry]) -> Html:
             f"{name} {value}" for name, value in event.items() if name not in ("kind", "event", "step", "time")
         )
         rows.append((event.get("event"), f"{event['step']:,}", moment(number(event.get("time"))), rest))
-    title = "Starts, skipped steps and ends" + (f", the last {MOST_EVENTS} of {len(shown)}" if len(shown) > len(rows) else "")
+    title = "Starts, skipped steps and ends" + (
+        f", the last {MOST_EVENTS} of {len(shown)}" if len(shown) > len(rows) else ""
+    )
     return tag("details", tag("summary", title), table(("event", "step", "time, UTC", "with"), rows))

@@ -23,7 +23,9 @@ def samples(run: Run, _: Run | None) -> Html:
         entries = [entry for entry in run.diagnosis["samples"] if isinstance(entry, dict)]
         where = "From the diagnosis."
     if not entries:
-        return missing("No texts in metrics.jsonl: train.eval_samples is how many a held-out evaluation writes; stage vae writes none.")
+        return missing(
+            "No texts in metrics.jsonl: train.eval_samples is how many a held-out evaluation writes; stage vae writes none."
+        )
     groups: dict[str, list[Entry]] = {}
     for number, entry in enumerate(entries):
         groups.setdefault(str(entry.get("context", number)), []).append(entry)
@@ -94,7 +96,9 @@ def denoising(run: Run, _: Run | None) -> Html:
         pieces = runs_of(settled_words(text[:LONGEST].strip(), final))
         words = [piece if settled else tag("i", piece) for piece, settled in pieces]
         frames.append(tag("div", tag("h4", f"t = {t:.2f}"), tag("p", *words, dir="auto"), class_="frame"))
-    slider = tag("input", type="range", id="time", min=0, max=len(frames) - 1, value=0, aria_label="t, from noise to text")
+    slider = tag(
+        "input", type="range", id="time", min=0, max=len(frames) - 1, value=0, aria_label="t, from noise to text"
+    )
     ends = tag("div", tag("span", "noise"), slider, tag("span", "text"), id="way", hidden=True)
     note = tag("p", "Dark: words that stay to the end.", class_="note")
     return join([note, ends, tag("div", *frames, id="frames")])

@@ -242,10 +242,12 @@ def test_the_whole_recipe_on_a_handful_of_documents(tmp_path, monkeypatch, capfd
     assert 0 <= figures["vae_token_accuracy"] <= 1
     assert figures["peak_memory_gib"] > 0.1
     assert figures["recipe_seconds"] == pytest.approx(sum(figures["step_seconds"].values()), abs=1)
-    for name in ("losses.png", "denoising.png", "export/model.safetensors", "export/textldm.py"):
+    for name in ("dit/report.html", "export/model.safetensors", "export/textldm.py"):
         assert (output / name).stat().st_size > 0
     printed = capfd.readouterr().out
     assert "$ deepspeed -q --num_accelerators 2 pretrain/train.py" in printed
+    assert printed.rstrip().endswith(str(plan.page.resolve()))
+    assert f'value="{figures["nats_per_token"]!r}"' in plan.page.read_text()
     recipe.run(plan)  # nothing left to do
     assert capfd.readouterr().out.count("done before") == len(figures["step_seconds"])
 
