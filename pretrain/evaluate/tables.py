@@ -7,7 +7,8 @@ from typing import Any
 from tabulate import tabulate
 
 from data_pipeline.core.errors import UserError
-from data_pipeline.core.outside import parse_json
+from data_pipeline.core.outside import parse_json, read_at_most
+from data_pipeline.core.storage import open_file
 from pretrain.evaluate import paper
 
 DIGITS = {
@@ -26,7 +27,8 @@ PERCENT = ("rouge_1", "rouge_2", "rouge_l", "bertscore", "mauve")
 def read_result(path: Path) -> dict[str, Any]:
     """What an evaluation wrote. Raises: UserError."""
     try:
-        found = parse_json(path.read_bytes())
+        with open_file(path) as file:
+            found = parse_json(read_at_most(file))
         texts = [found[name] for name in ("model", "benchmark")] + [str(found["protocol"]["samples"])]
         if all(isinstance(text, str) for text in texts) and all(map(_is_figure, found["metrics"].values())):
             return {"left_out": {}, "versions": {}, **found}
@@ -36,9 +38,9 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def _is_figure(figure: Mapping[str, Any]) -> bool:
-    """Whether it is a metric with the ends of its interval, which may not be known."""
-    ends = [figure["value"], *(figure[name] for name in ("low", "high") if figure[name] is not None)]
-    return all(isinstance(end, int | float) for end in ends) and isinstance(figure["n"], int)
+    """Whether it is a metric with the ends of its interval; None is what could not be told."""
+    ends = [figure[name] for name in ("value", "low", "high") if figure[name] is not None]
+    return all(isinstance(end, int | float) and abs(end) < 1e100 for end in ends) and isinstance(figure["n"], int)
 
 
 def shown(name: str, figure: Mapping[str, float], interval: bool = True) -> str:

@@ -214,10 +214,11 @@ def chart(
     scale_y = _y_scale([y for line in lines for _, y in line.points] + [level.value for level in levels], axis)
     named = [line for line in lines if not line.faint]
     alone = len(named) + len(levels) == 1
+    ends = [(line.points[-1][1], line.label, line.role) for line in named]
+    ends += [(level.value, level.label, level.role) for level in levels]
     labels = [
-        *((line.points[-1][1], axis.form(line.points[-1][1]) if alone else f"{line.label} {axis.form(line.points[-1][1])}", line.role) for line in named),
-        *((level.value, f"{level.label} {axis.form(level.value)}", level.role) for level in levels),
-    ]  # fmt: skip
+        (value, axis.form(value) if alone else f"{label} {axis.form(value)}", role) for value, label, role in ends
+    ]
     right = max(LEAST_RIGHT, 8 + LETTER * max(len(label) for _, label, _ in labels))
     low, high = min(xs), max(xs)
     scale_x = _Scale(low, high if high > low else low + 1, LEFT, WIDTH - right)
@@ -242,10 +243,10 @@ def chart(
 
 
 def _described(title: str, lines: Sequence[Line], levels: Sequence[Level], axis: Axis) -> str:
-    said = [
-        f"{line.label} from {axis.form(line.points[0][1])} at {line.points[0][0]:g} to {axis.form(line.points[-1][1])} at {line.points[-1][0]:g}"
-        for line in lines
-    ]
+    said = []
+    for line in lines:
+        (first_x, first), (last_x, last) = line.points[0], line.points[-1]
+        said.append(f"{line.label} from {axis.form(first)} at {first_x:g} to {axis.form(last)} at {last_x:g}")
     return f"{title}: " + "; ".join([*said, *(f"{level.label} {axis.form(level.value)}" for level in levels)])
 
 
@@ -272,7 +273,7 @@ def _y_axis(scale: _Scale, right: float, percents: bool) -> list[Html]:
     if percents:
         texts = [f"{shown}%" for shown in tick_texts([100 * value for value in values])]
     elif scale.log:
-        texts = [compact(value) if 1e-3 <= value else f"{value:.0e}".replace("e-0", "e-") for value in values]
+        texts = [compact(value) if value >= 1e-3 else f"{value:.0e}".replace("e-0", "e-") for value in values]
     else:
         texts = tick_texts(values)
     parts = []
@@ -310,7 +311,8 @@ def ladder(title: str, marks: Sequence[tuple[str, float, str]], note: str = "") 
         parts.append(tag("line", class_="grid", x1=x, x2=x, y1=y, y2=below - 9))
         parts.append(tag("circle", tag("title", f"{label} {value:.6g}"), class_=f"dot {role}", cx=x, cy=y, r=4.0))
         parts.append(tag("text", f"{label} {value:.3f}", class_=f"label {role} {anchor}", x=x, y=below + 3))
-    drawing = tag("svg", *parts, viewBox=f"0 0 {WIDTH:g} {height:g}", role="img", aria_label=f"{title}: " + "; ".join(f"{label} {value:.3f}" for label, value, _ in order))  # fmt: skip
+    told = f"{title}: " + "; ".join(f"{label} {value:.3f}" for label, value, _ in order)
+    drawing = tag("svg", *parts, viewBox=f"0 0 {WIDTH:g} {height:g}", role="img", aria_label=told)
     return tag("figure", tag("figcaption", tag("b", title), *([" ", note] if note else [])), drawing, class_="chart")
 
 

@@ -5,7 +5,6 @@ a kill tore are counted and left out.
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +80,7 @@ def read_run(folder: Path, trajectory: Path | None = None, evaluations: Sequence
     stage = config.get("stage") if isinstance(config, dict) else None
     if stage not in stage_names():
         raise UserError(
-            f"{folder / CONFIG_NAME}: stage is {stage!r}; expected one of {', '.join(stage_names())} (a stage of another package:"
+            f"{folder / CONFIG_NAME}: stage is {repr(stage)[:80]}; expected one of {', '.join(stage_names())} (a stage of another package:"
             " install that)"
         )
     checkpoint = newest_checkpoint(folder)
@@ -123,13 +122,10 @@ def _json(path: Path) -> Any:
 
 
 def number(value: Any) -> float | None:
-    """A finite number as a float; None for anything else that JSON has."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """A number of a size that can be drawn as a float; None for anything else that JSON has. What nearly is zero, is."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return float(value) if abs(value) > 1e-100 else 0.0
 
 
 def read_metrics(path: Path) -> Metrics:
@@ -244,7 +240,8 @@ def _data(run: Run) -> Entry:
         manifest = Manifest.load(str(place), "data.path")
         if expected in (None, manifest.fingerprint):
             return {"data": manifest}
-        other = f"{place} now holds other data (fingerprint {manifest.fingerprint[:16]}) than the run was trained on ({str(expected)[:16]})."
+        found = manifest.fingerprint[:16]
+        other = f"{place} holds other data (fingerprint {found}) than the run was trained on ({str(expected)[:16]})."
     return {"data_note": other or f"The data's manifest is not on this machine: data.path is {named}."}
 
 

@@ -8,6 +8,11 @@ from pretrain.report.files import Entry, Run, number
 from pretrain.report.markup import Html, facts, join, missing, table, tag
 
 WORDS = {True: "ok", False: "FAIL", None: ""}
+CURVES = (
+    ("Decoder's basin", "noise_levels", "accuracy_at_noise", "noise", (Level("bar", 0.9),), "tokens kept under noise"),
+    ("One-step estimate", "estimate_times", "estimate_accuracy", "t", (), "tokens decoded from it"),
+)
+"""Of the diagnosis: title, its x and y, the name of x, levels, note."""
 
 
 def chip(word: str, passed: bool | None) -> Html:
@@ -27,33 +32,30 @@ def verdict(run: Run, _: Run | None) -> Html:
         return missing(f"Not diagnosed yet: textldm diagnose --run {run.folder} asks whether the run is alive.")
     step = number(told.get("step"))
     rows = [
-        (f"{check.get('check', '')} {check['name']}", signs(check["figure"]), signs(check["threshold"]), chip(WORDS[check["passed"]], check["passed"]))
+        (
+            f"{check.get('check', '')} {check['name']}",
+            signs(check["figure"]),
+            signs(check["threshold"]),
+            chip(WORDS[check["passed"]], check["passed"]),
+        )
         for check in told["checks"]
-    ]  # fmt: skip
+    ]
     when = "" if step is None else f"Of the weights after {step:,.0f} steps. "
     note = f"{when}Four figures: the quarters of t, from data to noise. The checks are explained in docs/diagnosis.md."
     parts = [tag("p", note, class_="note"), table(("check", "figure", "threshold", "verdict"), rows, "checks")]
-    charts = [*_accuracy(told), *_estimates(told)]
-    return join([*parts, grid(charts)] if charts else parts)
+    charts = [
+        chart(title, [Line("tokens", points, dots=True)], levels, Axis(percent, log=False, top=1.0), x_label, note=note)
+        for title, xs, ys, x_label, levels, note in CURVES
+        if (points := _pairs(told, xs, ys))
+    ]
+    return join([*parts, grid(charts)])
 
 
 def _pairs(told: Entry, xs: str, ys: str) -> list[tuple[float, float]]:
-    found = [told.get(name) for name in (xs, ys)]
-    if not all(isinstance(values, list) for values in found):
+    places, values = told.get(xs), told.get(ys)
+    if not isinstance(places, list) or not isinstance(values, list):
         return []
-    return [(x, y) for x, y in zip(*(map(number, values) for values in found)) if x is not None and y is not None]  # type: ignore[arg-type]
-
-
-def _accuracy(told: Entry) -> list[Html]:
-    points = _pairs(told, "noise_levels", "accuracy_at_noise")
-    axis = Axis(percent, log=False, top=1.0)
-    return [chart("Decoder's basin", [Line("tokens", points, dots=True)], [Level("bar", 0.9)], axis, "noise", note="tokens kept under noise")] if points else []  # fmt: skip
-
-
-def _estimates(told: Entry) -> list[Html]:
-    points = _pairs(told, "estimate_times", "estimate_accuracy")
-    axis = Axis(percent, log=False, top=1.0)
-    return [chart("One-step estimate", [Line("tokens", points, dots=True)], (), axis, "t", note="tokens decoded from it")] if points else []  # fmt: skip
+    return [(x, y) for x, y in zip(map(number, places), map(number, values)) if x is not None and y is not None]
 
 
 def evaluations(run: Run, _: Run | None) -> Html:
@@ -87,7 +89,7 @@ def _cell(result: Entry, name: str) -> Html:
     if found is None:
         return Html("")
     value, _, interval = shown(name, found).partition(" ")
-    return join([tag("data", value, value=json.dumps(found["value"])), tag("small", " ", interval)] if interval else [tag("data", value, value=json.dumps(found["value"]))])  # fmt: skip
+    return join([tag("data", value, value=json.dumps(found["value"])), tag("small", interval) if interval else ""])
 
 
 def _protocol(result: Entry) -> Html:

@@ -144,10 +144,11 @@ def nats(run: Run, against: Run | None) -> Html:
     if found["model"] is None:
         if run.stage == "vae":
             return missing("Stage vae gives no probability to text; what of it is given back is under Losses.")
-        how = f"Not measured on held-out text yet: textldm diagnose --run {run.folder} does, and so does training every train.eval_every steps."
+        how = f"textldm diagnose --run {run.folder} does it, and so does training every train.eval_every steps."
         own = lines_of(run.metrics, "nats_per_token", against.metrics if against else None)
-        drawn = chart("On the training rows", own, (), NATS_AXIS, x_range=(0, 0), note="nats per token") if own else ""
-        return join([missing(how), grid([drawn]) if drawn else ""])
+        title, note = "On the training rows", "nats per token"
+        drawn = [chart(title, own, (), NATS_AXIS, x_range=(0, 0), note=note)] if own else []
+        return join([missing(f"Not measured on held-out text yet: {how}"), grid(drawn)])
     levels = [Level(name, value, name) for name in ("unigram", "teacher") if (value := found[name]) is not None]
     marks = [("this run", found["model"], "train"), *((level.label, level.value, level.role) for level in levels)]
     if (theirs := other.get("model")) is not None:

@@ -45,7 +45,7 @@ def data(run: Run, _: Run | None) -> Html:
 def tokens_seen(run: Run) -> int | None:
     """Tokens of all rows up to the last step."""
     rows = run.setting("data.rows_per_step")
-    return run.step * rows * run.data.row_tokens if run.data and isinstance(rows, int) else None
+    return run.step * rows * run.data.row_tokens if run.data and isinstance(rows, int) and 0 < rows < 1 << 40 else None
 
 
 def configuration(run: Run, against: Run | None) -> Html:

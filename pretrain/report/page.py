@@ -73,31 +73,42 @@ def breakable(path: str) -> Html:
 
 def header(run: Run, against: Run | None) -> Html:
     """Which run this is, how far it is, and the few figures that matter."""
-    told = str((run.diagnosis or {}).get("verdict", "not diagnosed"))
-    passed = {"go": True, "no-go": False}.get(told)
+    verdict = str((run.diagnosis or {}).get("verdict", "not diagnosed"))
+    passed = {"go": True, "no-go": False}.get(verdict)
     steps = run.setting("train.steps")
     of = f" of {steps:,}" if isinstance(steps, int) else ""
+    what = "light or dark"
+    theme = tag("button", "◐", id="theme", type="button", title=what, aria_label=what, hidden=True)
     lines = [
-        tag("div", tag("h1", breakable(str(run.folder))), tag("button", "◐", id="theme", type="button", title="light or dark", aria_label="light or dark", hidden=True), class_="top"),
-        tag("p", "Stage ", tag("b", run.stage), f", step {run.step:,}{of} ", judging.chip(told, passed), class_="lede"),
+        tag("div", tag("h1", breakable(str(run.folder))), theme, class_="top"),
+        tag(
+            "p",
+            "Stage ",
+            tag("b", run.stage),
+            f", step {run.step:,}{of} ",
+            judging.chip(verdict, passed),
+            class_="lede",
+        ),
         facts(_facts(run)),
-    ]  # fmt: skip
+    ]
     if against:
-        lines.append(tag("p", tag("span", "other", class_="key against"), f" {against.folder}: stage {against.stage}, step {against.step:,}", class_="note"))  # fmt: skip
+        told = f" {against.folder}: stage {against.stage}, step {against.step:,}"
+        lines.append(tag("p", tag("span", "other", class_="key against"), told, class_="note"))
     if run.metrics.torn:
         lines.append(missing(f"{run.metrics.torn} lines of metrics.jsonl were torn by a kill and are left out."))
     return tag("header", *lines)
 
 
 def _facts(run: Run) -> list[tuple[str, Any]]:
-    nats, shown = learning.nats_of(run), []
+    nats = learning.nats_of(run)
+    shown: list[tuple[str, Any]] = []
     if nats["model"] is not None:
         shown.append(("nats per token", learning.with_error(nats["model"], nats["error"], ".3f")))
         if nats["unigram"] is not None:
             shown.append(("unigram", figure(nats["unigram"], ".3f")))
     accuracy = learning.last(learning.series(run.metrics.eval, "eval/token_accuracy"))
     if accuracy is not None:
-        shown.append(("tokens given back", Html(tag("data", percent(accuracy), value=repr(accuracy)))))
+        shown.append(("tokens given back", tag("data", percent(accuracy), value=repr(accuracy))))
     if run.checkpoint:
         count = sum(math.prod(parameter.shape) for parameter in run.checkpoint.parameters.values())
         shown.append(("parameters", tag("data", compact(count), value=count)))

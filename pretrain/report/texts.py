@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from pretrain.report.files import Entry, Run
 from pretrain.report.markup import Html, join, missing, tag
@@ -10,8 +11,8 @@ from pretrain.report.markup import Html, join, missing, tag
 PROMPTS, MILESTONES = 6, 6
 """At most so many texts, and so many of a text's stages."""
 BESIDES = ("kind", "step", "time")
-LONGEST = 4000
-"""Characters of a text."""
+LONGEST, LONGEST_FRAME, MOST_FRAMES = 4000, 2400, 64
+"""Characters of a text, and of one on its way; and at most so many t of that."""
 
 
 def samples(run: Run, _: Run | None) -> Html:
@@ -58,7 +59,7 @@ def _row(name: str, value: object, class_: str) -> Html:
     return tag("div", tag("h4", name), tag("p", shown, dir="auto"), class_=class_)
 
 
-def spaced(entries: Sequence[Entry], most: int) -> list[Entry]:
+def spaced(entries: Sequence[Any], most: int) -> list[Any]:
     """At most so many, the first and the last among them."""
     if len(entries) <= most:
         return list(entries)
@@ -90,10 +91,10 @@ def denoising(run: Run, _: Run | None) -> Html:
     if run.trajectory is None:
         how = f"textldm generate --model EXPORT --prompt ... --trajectory {run.folder}/trajectory.json"
         return missing(f"No trajectory.json: {how} writes it; --trajectory FILE names another.")
-    final = run.trajectory[-1][1][:LONGEST]
+    final = run.trajectory[-1][1][:LONGEST_FRAME]
     frames = []
-    for t, text in run.trajectory:
-        pieces = runs_of(settled_words(text[:LONGEST].strip(), final))
+    for t, text in spaced(run.trajectory, MOST_FRAMES):
+        pieces = runs_of(settled_words(text[:LONGEST_FRAME].strip(), final))
         words = [piece if settled else tag("i", piece) for piece, settled in pieces]
         frames.append(tag("div", tag("h4", f"t = {t:.2f}"), tag("p", *words, dir="auto"), class_="frame"))
     slider = tag(
