@@ -133,7 +133,7 @@ def write_run(folder: Path, text: str = "x", **settings: Any) -> Path:
     (run / "config.json").write_text(json.dumps(config))
     lines = metrics(text)
     lines.insert(1, {"kind": "event", "event": text, "step": 0, text: text, "time": 1.7e9})
-    lines.insert(2, train_line(10, **{text: 1.0}))
+    lines.insert(2, train_line(5, **{text: 1.0}))
     write_lines(run / "metrics.jsonl", lines)
     (run / "diagnosis.json").write_text(json.dumps(diagnosis(text)))
     way = [{"t": 1.0, "text": f"the {text} the"}, {"t": 0.5, "text": f"the {text}"}, {"t": 0.0, "text": f"a {text}"}]
