@@ -7,7 +7,16 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from data_pipeline.core import storage
 from data_pipeline.core.errors import UserError
@@ -65,9 +74,17 @@ class MemberInfo(_Strict):
     shape: list[_Count]
 
 
+class Pairs(_Strict):
+    """Every window is a context and a target, of these two fields of a record."""
+
+    context_field: str
+    target_field: str
+
+
 class Manifest(_Strict):
-    """A prepared folder. `source`, `text_field`, `source_files`, `statistics` and the tokenizer's name inform; everything
-    else enters the fingerprint. `source_files` is `sources.files_hash`; both are None in folders of earlier versions.
+    """A prepared folder. `source`, `text_field`, `source_files`, `statistics` and the names of tokenizer and fields inform; everything
+    else enters the fingerprint. `source_files` is `sources.files_hash`; both are None in folders of earlier versions. `pairs` is
+    written only of data whose windows have contexts and targets of their own, which then lie in the shards.
     """
 
     format_version: Literal[1]
@@ -84,6 +101,7 @@ class Manifest(_Strict):
     source: str
     text_field: str | None = None
     source_files: str | None = Field(default=None, pattern=_SHA256)
+    pairs: Pairs | None = None
     statistics: dict[str, int]
 
     @classmethod
@@ -118,9 +136,19 @@ class Manifest(_Strict):
                 raise ValueError(f"the counts of {shard.name} contradict each other: {shard}")
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_absent_pairs(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Manifests of other data, and their fingerprints, are what they were before there were pairs."""
+        fields: dict[str, Any] = written(self)
+        if fields.get("pairs") is None:
+            fields.pop("pairs", None)
+        return fields
+
     def content(self) -> dict[str, Any]:
         """The fields that determine what training sees."""
-        fields = self.model_dump(exclude={"fingerprint", "source", "text_field", "source_files", "statistics"})
+        fields = self.model_dump(exclude={"fingerprint", "source", "text_field", "source_files", "pairs", "statistics"})
+        if self.pairs:
+            fields["pairs"] = True
         fields["tokenizer"] = {name: fields["tokenizer"][name] for name in ("sha256", "vocab_size", "eos_id")}
         return fields
 

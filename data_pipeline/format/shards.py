@@ -1,8 +1,8 @@
 """Shards: WebDataset tars of rows, written by webdataset's TarWriter and read without tarfile or pickle.
 
 Row r of a shard is one file per array, named `{r:09d}.{array}.npy`, in a fixed order. A token shard holds `tokens`
-(uint16 or uint32 [R], zeros behind the last window) and `lengths` (int32, one per window); a feature shard holds
-`features` and `scales`.
+(uint16 or uint32 [R], zeros behind the last window) and `lengths` (int32, one per window), where the data splits its windows
+itself also `contexts` (int32, one per window: its first tokens, which are context); a feature shard holds `features` and `scales`.
 
 The writer is given a fixed time, owner and mode, so that equal rows give equal bytes. The reader knows every header's
 bytes in advance and compares them: any other name, size, type, dtype, shape or order is refused.
@@ -57,9 +57,10 @@ class Written(NamedTuple):
     sha256: str
 
 
-def token_members(row_tokens: int, dtype: str) -> tuple[Member, ...]:
-    """Arrays of a token shard."""
-    return Member("tokens", dtype, (row_tokens,)), Member("lengths", "int32", (None,))
+def token_members(row_tokens: int, dtype: str, contexts: bool = False) -> tuple[Member, ...]:
+    """Arrays of a token shard, with the windows' context lengths where the data has them."""
+    members = Member("tokens", dtype, (row_tokens,)), Member("lengths", "int32", (None,))
+    return (*members, Member("contexts", "int32", (None,))) if contexts else members
 
 
 def write_shard(path: Path, members: Sequence[Member], rows: Iterable[Sequence[np.ndarray]]) -> Written:

@@ -14,7 +14,7 @@ from data_pipeline.core.errors import UserError, cli
 from data_pipeline.core.storage import local_folder
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.prepare.inspect import inspect
-from data_pipeline.prepare.options import PrepareOptions
+from data_pipeline.prepare.options import TEXT_FIELD, PrepareOptions
 from data_pipeline.prepare.passes import prepare
 from data_pipeline.prepare.verify import verify
 from data_pipeline.prepare.workers import disk_errors
@@ -48,7 +48,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", required=True, help="folder, tokenizer.json or Hugging Face name")
     parser.add_argument("--tokenizer-revision", help="commit or tag of the tokenizer on the hub")
     parser.add_argument("--output", required=True, help="folder for shards and manifest")
-    parser.add_argument("--text-field", default="text", help="field of a record that holds the text (%(default)s)")
+    parser.add_argument("--text-field", default=TEXT_FIELD, help="field of a record that holds the text (%(default)s)")
+    parser.add_argument(
+        "--context-field", help="field of a record that holds the context (prompt) of its --target-field; may be empty"
+    )
+    parser.add_argument(
+        "--target-field",
+        help="field of a record that holds its target (response): windows are pairs, for data.split.kind=data",
+    )
     parser.add_argument(
         "--split",
         help="of a folder whose names tell splits apart, or of a dataset: this one (train), or all files of a folder: all",
@@ -98,6 +105,11 @@ def _summary(output: Path, manifest: Manifest) -> Iterator[str]:
             f"{counts['documents']} documents: {counts['train_documents']} train, {counts['heldout_documents']} held out, "
             f"{counts['without_text']} without text, {counts['empty']} empty, {counts['too_short']} shorter than "
             f"{manifest.min_window} tokens, {counts['duplicates']} duplicates"
+        )
+    if manifest.pairs and "contexts_cut" in counts:
+        yield (
+            f"pairs: {counts['without_context']} without context; cut to windows of {manifest.max_window} tokens: "
+            f"{counts['contexts_cut']} contexts at their beginning, {counts['targets_cut']} targets at their end"
         )
     if manifest.tokenizer.eos_id is None:
         yield "without document ends: the tokenizer has no end-of-text token"

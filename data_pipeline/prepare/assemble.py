@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,6 +55,15 @@ class AssembleTask:
     token_dtype: str
     seed: int
     dedupe: bool
+    has_contexts: bool = False
+
+
+class Windows(NamedTuple):
+    """Windows of a group's documents: where their tokens begin, how many they are, and how many of these are context, int64 [windows]."""
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    contexts: np.ndarray
 
 
 def plan_groups(
@@ -98,16 +107,21 @@ def assemble_group(task: AssembleTask) -> dict[str, Any]:
     """Write the group's shards and its result: their manifest entries and counts."""
     group = task.group
     documents, duplicates = _documents(task)
-    starts, lengths = _windows(documents, task)
+    starts, lengths, contexts = _windows(documents, task)
     rows = pack_rows(lengths, task.row_tokens)
+    members = token_members(task.row_tokens, task.token_dtype, task.has_contexts)
+
+    def arrays(windows: list[int]) -> tuple[np.ndarray, ...]:
+        filled = fill_row(documents.tokens, starts, lengths, windows, task.row_tokens)
+        return (*filled, contexts[windows].astype(np.int32)) if task.has_contexts else filled
+
     order = permutation(len(rows), task.seed, "rows", group.split, group.index)
     num_shards = _num_shards(group, len(rows))
     shards = []
     for shard in range(num_shards):
         chosen = [rows[row] for row in order[shard::num_shards]]
         name = shard_name(group.split, group.first_shard + shard)
-        arrays = (fill_row(documents.tokens, starts, lengths, windows, task.row_tokens) for windows in chosen)
-        written = write_shard(task.output / name, token_members(task.row_tokens, task.token_dtype), arrays)
+        written = write_shard(task.output / name, members, map(arrays, chosen))
         counts = {"windows": sum(map(len, chosen)), "tokens": int(lengths[np.concatenate(chosen)].sum())}
         shards.append({"name": name, **written._asdict(), **counts})
     result = {"split": group.split, "documents": len(documents.ends), "duplicates": duplicates, "shards": shards}
@@ -117,8 +131,7 @@ def assemble_group(task: AssembleTask) -> dict[str, Any]:
 
 def count_rows(task: AssembleTask) -> int:
     """Rows that the group has once it is packed."""
-    _, lengths = _windows(_documents(task)[0], task)
-    return len(pack_rows(lengths, task.row_tokens))
+    return len(pack_rows(_windows(_documents(task)[0], task).lengths, task.row_tokens))
 
 
 def group_path(work: Path, group: Group) -> Path:
@@ -159,18 +172,20 @@ def _documents(task: AssembleTask) -> tuple[Documents, int]:
     return kept, len(documents.ends) - len(kept.ends)
 
 
-def _windows(documents: Documents, task: AssembleTask) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and lengths of all windows, shuffled by key."""
+def _windows(documents: Documents, task: AssembleTask) -> Windows:
+    """All windows, shuffled by key. A pair is one window: it was cut to fit when it was encoded."""
     starts: list[int] = []
     lengths: list[int] = []
+    contexts: list[int] = []
     sizes = documents.lengths()
-    for start, size in zip((documents.ends - sizes).tolist(), sizes.tolist()):
+    for start, size, context in zip((documents.ends - sizes).tolist(), sizes.tolist(), documents.contexts.tolist()):
         for length in window_lengths(size, task.min_window, task.max_window):
             starts.append(start)
             lengths.append(length)
+            contexts.append(context)
             start += length
     order = permutation(len(starts), task.seed, "windows", task.group.split, task.group.index)
-    return np.array(starts, np.int64)[order], np.array(lengths, np.int64)[order]
+    return Windows(*(np.array(values, np.int64)[order] for values in (starts, lengths, contexts)))
 
 
 def _heldout_threshold(chunks: list[Path], fraction: float) -> int:

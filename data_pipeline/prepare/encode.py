@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 
 from data_pipeline.core.errors import ENDINGS, UserError, reason
 from data_pipeline.core.storage import write_text
+from data_pipeline.prepare.pack import cut_pair
 from data_pipeline.prepare.spill import write_chunk
-from data_pipeline.text.sources import Bundle, read_bundle
+from data_pipeline.text.sources import Bundle, read_bundle, read_pairs
 from data_pipeline.text.tokenization import LoadedTokenizer, encoder
 
 CHUNK_TOKENS = 16 << 20  # memory of a worker: a chunk is held until it is written
@@ -26,7 +27,7 @@ _tokenizer: Tokenizer
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """What a worker needs to encode a bundle of units."""
+    """What a worker needs to encode a bundle of units; with a `context_field`, `text_field` is that of the targets."""
 
     index: int
     units: Bundle
@@ -36,6 +37,8 @@ class EncodeTask:
     token_dtype: str
     min_window: int
     seed: int
+    max_window: int
+    context_field: str | None = None
     max_documents: int | None = None
 
 
@@ -43,7 +46,8 @@ class EncodeTask:
 class BundleResult:
     """Counts of an encoded bundle, kept beside its chunks; its presence says that the bundle is finished.
 
-    Of the documents found, those without text (null where text should be), empty (nothing but blanks) and too short go.
+    Of the documents found, those without text (null where text should be), empty (nothing but blanks) and too short go; of pairs,
+    that is said of their targets, and `without_context`, `contexts_cut` and `targets_cut` count pairs that are kept.
     """
 
     documents: int = 0
@@ -52,6 +56,9 @@ class BundleResult:
     too_short: int = 0
     tokens: int = 0
     text_bytes: int = 0
+    without_context: int = 0
+    contexts_cut: int = 0
+    targets_cut: int = 0
     chunks: list[str] = field(default_factory=list)
 
 
@@ -68,21 +75,23 @@ def encode_bundle(task: EncodeTask, progress: Callable[[int, int], None]) -> Bun
     result = BundleResult()
     hashes: list[bytes] = []
     documents: list[np.ndarray] = []
+    contexts: list[int] = []
     held = 0
     for texts in _batches(task, result):
-        for data, tokens in _encode(texts, task):
+        for data, tokens, context in _encode(texts, task, result):
             result.text_bytes += len(data)
             if len(tokens) < task.min_window:
                 result.too_short += 1
                 continue
             hashes.append(document_hash(data, task.seed))
             documents.append(tokens)
+            contexts.append(context)
             held += len(tokens)
         if held >= CHUNK_TOKENS:
-            _flush(task, result, hashes, documents)
+            _flush(task, result, hashes, documents, contexts)
             held = 0
-        progress(len(texts), sum(map(len, texts)))
-    _flush(task, result, hashes, documents)
+        progress(len(texts), sum(len(context) + len(text) for context, text in texts))
+    _flush(task, result, hashes, documents, contexts)
     write_text(result_path(task.work, task.index), json.dumps(asdict(result)))
     return result
 
@@ -105,11 +114,18 @@ def document_hash(data: bytes, seed: int) -> bytes:
     return hashlib.blake2b(data, digest_size=16, key=f"textldm document {seed}".encode()).digest()
 
 
-def _batches(task: EncodeTask, result: BundleResult) -> Iterator[list[str]]:
-    """Non-empty documents, a megabyte of text at a time, across the bundle's units."""
-    batch: list[str] = []
+def _records(task: EncodeTask) -> Iterator[tuple[str, str | None]]:
+    """Context and text of each record; the context is "" where there is none."""
+    if task.context_field is None:
+        return (("", text) for text in read_bundle(task.units, task.text_field))
+    return ((context or "", text) for context, text in read_pairs(task.units, task.context_field, task.text_field))
+
+
+def _batches(task: EncodeTask, result: BundleResult) -> Iterator[list[tuple[str, str]]]:
+    """Contexts and texts of documents that are not empty, a megabyte of text at a time, across the bundle's units."""
+    batch: list[tuple[str, str]] = []
     size = 0
-    for text in islice(read_bundle(task.units, task.text_field), task.max_documents):
+    for context, text in islice(_records(task), task.max_documents):
         result.documents += 1
         if text is None:
             result.without_text += 1
@@ -117,8 +133,8 @@ def _batches(task: EncodeTask, result: BundleResult) -> Iterator[list[str]]:
         if not text or text.isspace():
             result.empty += 1
             continue
-        batch.append(text)
-        size += len(text)
+        batch.append((context, text))
+        size += len(context) + len(text)
         if size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -126,9 +142,38 @@ def _batches(task: EncodeTask, result: BundleResult) -> Iterator[list[str]]:
         yield batch
 
 
-def _encode(texts: list[str], task: EncodeTask) -> Iterator[tuple[bytes, np.ndarray]]:
-    """UTF-8 bytes and token ids, the document end included, of each text. Raises UserError if the tokenizer fails at one, or
-    gives document ends within it, which training would take for the ends of documents.
+def _encode(
+    batch: list[tuple[str, str]], task: EncodeTask, result: BundleResult
+) -> Iterator[tuple[bytes, np.ndarray, int]]:
+    """UTF-8 bytes and token ids, the document end included, of each document, and how many of the tokens are its context.
+
+    A pair's context and target are tokenised apart, as a prompt is when the model is used, and fit one window. Raises: UserError.
+    """
+    tail = [] if task.eos_id is None else [task.eos_id]
+    texts = [text for _, text in batch]
+    if task.context_field is None:
+        for text, document in zip(texts, _token_ids(texts, task), strict=True):
+            yield text.encode(), np.array(document + tail, dtype=task.token_dtype), 0
+        return
+    contexts = [context for context, _ in batch]
+    pairs = zip(contexts, texts, _token_ids(contexts, task), _token_ids(texts, task), strict=True)
+    for context, text, context_ids, target_ids in pairs:
+        before, behind = cut_pair(len(context_ids), len(target_ids) + len(tail), task.max_window)
+        tokens = context_ids[len(context_ids) - before :] + (target_ids + tail)[:behind]
+        is_kept = len(tokens) >= task.min_window
+        if not behind:
+            is_kept, tokens, before = False, [], 0  # a text that the tokenizer makes nothing of
+        result.without_context += is_kept and not before
+        result.contexts_cut += is_kept and before < len(context_ids)
+        result.targets_cut += is_kept and behind < len(target_ids) + len(tail)
+        data = context.encode()
+        # With its length before it, so that no other pair has the same bytes.
+        yield b"%d " % len(data) + data + text.encode(), np.array(tokens, dtype=task.token_dtype), before
+
+
+def _token_ids(texts: list[str], task: EncodeTask) -> list[list[int]]:
+    """Token ids of each text. Raises UserError if the tokenizer fails at one, or gives document ends within it, which training would
+    take for the ends of documents.
     """
     place = f"source {task.units[0].location}" + (f" and {len(task.units) - 1} more" if len(task.units) > 1 else "")
     try:
@@ -150,19 +195,19 @@ def _encode(texts: list[str], task: EncodeTask) -> Iterator[tuple[bytes, np.ndar
                 f"{sum(map(bool, ends))} of {len(texts)} texts there, of which the first begins {first[:60]!r}; if it stands for "
                 "unknown words too, use another tokenizer, or give this one another eos_token in tokenizer_config.json"
             )
-    tail = [] if task.eos_id is None else [task.eos_id]
-    for text, document in zip(texts, documents, strict=True):
-        yield text.encode(), np.array(document + tail, dtype=task.token_dtype)
+    return documents
 
 
-def _flush(task: EncodeTask, result: BundleResult, hashes: list[bytes], documents: list[np.ndarray]) -> None:
+def _flush(
+    task: EncodeTask, result: BundleResult, hashes: list[bytes], documents: list[np.ndarray], contexts: list[int]
+) -> None:
     """Write what is held as the bundle's next chunk."""
     if not documents:
         return
     name = f"{task.index:06d}-{len(result.chunks):03d}.spill"
     halves = np.frombuffer(b"".join(hashes), ">u8").reshape(-1, 2).astype(np.uint64)
-    write_chunk(task.work / "units" / name, halves, documents, task.token_dtype)
+    write_chunk(task.work / "units" / name, halves, documents, task.token_dtype, contexts)
     result.chunks.append(name)
     result.tokens += sum(map(len, documents))
-    hashes.clear()
-    documents.clear()
+    for held in (hashes, documents, contexts):
+        held.clear()

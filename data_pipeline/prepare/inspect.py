@@ -23,17 +23,29 @@ def inspect(folder: Path) -> Iterator[str]:
     rows = TokenRows(str(folder), manifest, "train", verify=False)
     spans = [Span(0, i, 0, shard.rows) for i, shard in enumerate(manifest.splits["train"][:_SHARDS])]
     lengths = [windows for span in spans for windows in rows.read(span)[1]]
+    contexts = [found for span in spans if (found := rows.read_flat(span).contexts_W) is not None]
     yield ""
     yield from _histogram("window length (tokens)", np.concatenate(lengths), manifest.max_window)
+    if contexts:
+        yield from _histogram("context length (tokens)", np.concatenate(contexts), manifest.max_window)
     fill = np.array([100 * windows.sum() / manifest.row_tokens for windows in lengths])
     yield from _histogram("row fill (%)", fill, 100)
     tokenizer = load_prepared_tokenizer(str(folder), manifest.tokenizer).backend
-    tokens, windows = rows.read(Span(0, 0, 0, min(_ROWS, spans[0].stop)))
-    for row in range(len(tokens)):
-        yield f"\nrow {row} of {manifest.splits['train'][0].name}: {len(windows[row])} windows"
-        for start, length in zip(np.cumsum(windows[row]) - windows[row], windows[row]):
-            text = tokenizer.decode(tokens[row, start : start + length].tolist(), skip_special_tokens=False)
-            yield f"  [{length:5d}] {text[:160]!r}{'...' if len(text) > 160 else ''}"
+
+    def shown(tokens: np.ndarray) -> str:
+        text = tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+        return f"{text[:160]!r}{'...' if len(text) > 160 else ''}"
+
+    first = rows.read_flat(Span(0, 0, 0, min(_ROWS, spans[0].stop)))
+    window = 0
+    for row, (tokens, count) in enumerate(zip(first.tokens_BR, first.counts_B.tolist())):
+        yield f"\nrow {row} of {manifest.splits['train'][0].name}: {count} windows"
+        start = 0
+        for length in first.lengths_W[window : window + count].tolist():
+            context = 0 if first.contexts_W is None else int(first.contexts_W[window])
+            before = "" if first.contexts_W is None else f"{shown(tokens[start : start + context])} -> "
+            yield f"  [{length:5d}] {before}{shown(tokens[start + context : start + length])}"
+            start, window = start + length, window + 1
 
 
 def _summary(manifest: Manifest, folder: Path) -> Iterator[str]:
@@ -47,6 +59,11 @@ def _summary(manifest: Manifest, folder: Path) -> Iterator[str]:
     windows_range = f"{manifest.min_window} to {manifest.max_window}"
     fill = f"fill {100 * manifest.fill():.2f} %"
     yield f"rows of {manifest.row_tokens} tokens ({manifest.token_dtype}), windows of {windows_range}, {fill}"
+    if manifest.pairs:
+        yield (
+            f"each window a context of field {manifest.pairs.context_field!r} and a target of field {manifest.pairs.target_field!r}, "
+            "for data.split.kind=data"
+        )
     yield ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in manifest.statistics.items())
     rows = []
     for split, shards in manifest.splits.items():

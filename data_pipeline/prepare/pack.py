@@ -22,6 +22,16 @@ def window_lengths(num_tokens: int, min_window: int, max_window: int) -> list[in
     return [max_window] * (full - 1) + [max_window - (min_window - rest), min_window]
 
 
+def cut_pair(context: int, target: int, max_window: int) -> tuple[int, int]:
+    """Tokens that a window keeps of a context, its last ones, and of a target, its first ones.
+
+    What does not fit is cut so that neither keeps less than half of the window if it has that much: the target first has what the
+    context leaves, or half; the context then what the target leaves.
+    """
+    kept_target = min(target, max(max_window - context, (max_window + 1) // 2))
+    return min(context, max_window - kept_target), kept_target
+
+
 def pack_rows(lengths: np.ndarray, row_tokens: int) -> list[list[int]]:
     """Indices of the windows in each row, by best fit over pairs.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.storage import write_text
-from data_pipeline.format.manifest import MANIFEST_NAME, Manifest, ShardInfo
+from data_pipeline.format.manifest import MANIFEST_NAME, Manifest, Pairs, ShardInfo
 from data_pipeline.prepare.assemble import AssembleTask, Group, assemble_group, count_rows, load_group, plan_groups
 from data_pipeline.prepare.encode import BundleResult, EncodeTask, encode_bundle, load_result, use_tokenizer
 from data_pipeline.prepare.options import PrepareOptions
@@ -27,10 +27,11 @@ from data_pipeline.prepare.resume import (
     remove_leftovers,
 )
 from data_pipeline.prepare.workers import Progress, Workers, disk_errors
-from data_pipeline.text.sources import Source, files_hash, first_documents, open_source
+from data_pipeline.text.sources import Source, check_records, files_hash, first_documents, open_source
 from data_pipeline.text.tokenization import LoadedTokenizer, load_tokenizer
 
 _COUNTS = ("documents", "without_text", "empty", "too_short", "text_bytes")
+_PAIR_COUNTS = ("without_context", "contexts_cut", "targets_cut")
 
 
 def prepare(
@@ -79,7 +80,10 @@ def prepare(
 
 
 def _source(options: PrepareOptions) -> Source:
-    source = open_source(options.source, options.text_field, options.split, str(options.output), options.follow_links)
+    field, output = options.document_field, str(options.output)
+    source = open_source(options.source, field, options.split, output, options.follow_links)
+    if options.context_field is not None:
+        check_records(source)
     return source if options.max_documents is None else first_documents(source, options.max_documents)
 
 
@@ -96,12 +100,14 @@ def _encode(
         EncodeTask(
             index=index,
             units=source.bundles[index],
-            text_field=options.text_field,
+            text_field=options.document_field,
             work=work,
             eos_id=tokenizer.info.eos_id,
             token_dtype=_token_dtype(tokenizer),
             min_window=options.min_document_length,
             seed=options.seed,
+            max_window=options.max_document_length,
+            context_field=options.context_field,
             max_documents=source.last if index + 1 == len(source.bundles) else None,
         )
         for index in indices
@@ -122,7 +128,8 @@ def _assemble(
         raise UserError(
             f"source {options.source}: no document of at least --min-document-length {options.min_document_length} tokens "
             f"({found['documents']} documents found, {found['without_text']} of them without text, {found['empty']} empty, "
-            f"{found['too_short']} too short); give more text, or another --text-field"
+            f"{found['too_short']} too short); give more text, or another "
+            f"--{'text' if options.target_field is None else 'target'}-field"
         )
 
     def task_for(group: Group) -> AssembleTask:
@@ -137,6 +144,7 @@ def _assemble(
             token_dtype=_token_dtype(tokenizer),
             seed=options.seed,
             dedupe=options.dedupe,
+            has_contexts=options.context_field is not None,
         )
 
     groups = plan_groups(
@@ -169,7 +177,11 @@ def _manifest(
     splits: dict[str, list[ShardInfo]] = {"train": [], "heldout": []}
     for group in groups:
         splits[group["split"]] += [ShardInfo(**shard) for shard in group["shards"]]
-    statistics = source.statistics | {name: sum(getattr(bundle, name) for bundle in bundles) for name in _COUNTS}
+    pairs = None
+    if options.context_field is not None and options.target_field is not None:
+        pairs = Pairs(context_field=options.context_field, target_field=options.target_field)
+    names = _COUNTS + _PAIR_COUNTS * (pairs is not None)
+    statistics = source.statistics | {name: sum(getattr(bundle, name) for bundle in bundles) for name in names}
     if options.max_documents is not None:
         statistics["max_documents"] = options.max_documents
     statistics["duplicates"] = sum(group["duplicates"] for group in groups)
@@ -186,7 +198,8 @@ def _manifest(
         tokenizer=tokenizer.info,
         splits=splits,
         source=source.name,
-        text_field=options.text_field,
+        text_field=options.text_field if pairs is None else None,
+        pairs=pairs,
         source_files=files_hash(options.source, source.units()),
         statistics=statistics,
     )

@@ -25,6 +25,8 @@ def finished_arguments(manifest: Manifest) -> dict[str, Any]:
         "--source": manifest.source,
         SOURCE_FILES: manifest.source_files,
         "--text-field": manifest.text_field,
+        "--context-field": manifest.pairs.context_field if manifest.pairs else "none",
+        "--target-field": manifest.pairs.target_field if manifest.pairs else "none",
         "--tokenizer (hash)": manifest.tokenizer.sha256,
         "--row-tokens": manifest.row_tokens,
         "--max-document-length": manifest.max_window,

@@ -14,7 +14,7 @@ _WORKERS = 4
 
 
 def verify(folder: Path) -> Iterator[str]:
-    """Check every shard: size, hash, format, window lengths, counts, token ids, empty tails; and that tokenizer and
+    """Check every shard: size, hash, format, window and context lengths, counts, token ids, empty tails; and that tokenizer and
     shards are those of the manifest. Raises UserError at the first deviation.
     """
     manifest = Manifest.load(folder)
@@ -24,7 +24,8 @@ def verify(folder: Path) -> Iterator[str]:
         rows = TokenRows(str(folder), manifest, split, verify=True, capacity=2 * _WORKERS)
         with ThreadPoolExecutor(_WORKERS) as pool:
             list(pool.map(lambda item, rows=rows: _verify_shard(folder, manifest, rows, *item), enumerate(shards)))
-        yield f"{split}: {len(shards)} shards, {sum(shard.rows for shard in shards)} rows: all as the manifest says"
+        pairs = ", a context and a target in each window" if manifest.pairs else ""
+        yield f"{split}: {len(shards)} shards, {sum(shard.rows for shard in shards)} rows{pairs}: all as the manifest says"
 
 
 def _verify_names(folder: Path, manifest: Manifest) -> None:

@@ -1,4 +1,4 @@
-"""From packed rows to the batch a training step sees: windows, keyed splits into segments, keyed uniforms. Pure NumPy,
+"""From packed rows to the batch a training step sees: windows, splits into segments, keyed uniforms. Pure NumPy,
 no reading.
 
 A batch flattens B rows of R tokens to one axis of T = B*R tokens. A window is a piece of a document; a segment is a
@@ -90,6 +90,7 @@ class RowBlock:
         counts_B: number of windows of each row.
         rows: identities of the rows.
         features: None, or codes [B, R, C] and scales [B, R].
+        contexts: of a split of kind data, the tokens of each window's context.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class RowBlock:
         seed: int,
         split: Split,
         features: tuple[np.ndarray, np.ndarray] | None = None,
+        contexts: np.ndarray | None = None,
     ):
         self._tokens_BR, self._rows, self._features = tokens_BR, rows, features
         purpose = (seed, rows[0].split) if rows else (seed,)
@@ -111,8 +113,12 @@ class RowBlock:
         index_W1 = (np.arange(len(filler_W)) - np.repeat(window_ends[:-1], counts_B))[:, None]
         self._window_ends = window_ends.tolist()
         self._uniforms_W2 = uniforms(_key(*purpose, "window"), ticket_W1, index_W1, np.arange(2))
-        cut_uniforms_W2 = uniforms(_key(*purpose, "cut"), ticket_W1, index_W1, np.arange(2))
-        cuts_W = np.where(filler_W, 0, cut_places(lengths_W, cut_uniforms_W2, split))
+        if split.kind == "data":
+            cuts_W = np.zeros_like(lengths_W)
+            cuts_W[~filler_W] = contexts
+        else:
+            cut_uniforms_W2 = uniforms(_key(*purpose, "cut"), ticket_W1, index_W1, np.arange(2))
+            cuts_W = np.where(filler_W, 0, cut_places(lengths_W, cut_uniforms_W2, split))
         segment_lengths, segment_roles, self._segment_windows = _segments(lengths_W, filler_W, cuts_W, split)
         self._segment_lengths, self._segment_roles = segment_lengths.tolist(), segment_roles.tolist()
         self._window_lengths = lengths_W.tolist()
@@ -146,7 +152,7 @@ _key = lru_cache(maxsize=64)(key)
 
 
 def cut_places(lengths_W: np.ndarray, uniforms_W2: np.ndarray, split: Split) -> np.ndarray:
-    """Number of tokens in the first part of each window, 0 for a window that stays whole."""
+    """Number of tokens in the first part of each window, 0 for a window that stays whole; of any kind but data."""
     if split.kind == "none":
         return np.zeros_like(lengths_W)
     divisible_W = lengths_W >= 2 * split.min_tokens
@@ -181,7 +187,7 @@ def _segments(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Segments (length, role, window) of the windows after cutting."""
     first_W = np.where(cuts_W > 0, cuts_W, lengths_W)
-    whole_role = SUFFIX if split.kind == "context" else PREFIX
+    whole_role = SUFFIX if split.has_targets else PREFIX
     first_role_W = np.where(filler_W, FILLER, np.where(cuts_W > 0, PREFIX, whole_role))
     lengths_W2 = np.stack([first_W, lengths_W - first_W], axis=1)
     roles_W2 = np.stack([first_role_W, np.full_like(first_role_W, SUFFIX)], axis=1)

@@ -70,6 +70,7 @@ class TrainLoader:
         cache_gigabytes: float = CACHE_GIGABYTES,
     ):
         self.manifest, self.feature_manifest = load_manifests(data, features)
+        split.check_data(self.manifest, str(data))
         shard_rows = [shard.rows for shard in self.manifest.splits["train"]]
         self.order = Order(shard_rows, streams, rows_per_step, seed)
         self._lanes = rank_lanes(streams, rows_per_step, rank, world_size)
@@ -200,13 +201,15 @@ def read_rows(
     coded = {member.name: np.empty((num_rows, num_streams, *member.shape), member.dtype) for member in members}
     counts_SQ = np.zeros((num_streams, num_rows), dtype=np.int64)
     origin_QS3 = np.full((num_rows, num_streams, 3), -1)
-    lengths = [np.zeros(0, np.int32)]
+    lengths, contexts = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
     for stream, stream_spans in enumerate(spans):
         place = 0
         for span in stream_spans:
             rows = slice(place, place := place + span.stop - span.start)
-            tokens_QSR[rows, stream], span_lengths, counts_SQ[stream, rows] = tokens.read_flat(span)
+            tokens_QSR[rows, stream], span_lengths, counts_SQ[stream, rows], span_contexts = tokens.read_flat(span)
             lengths.append(span_lengths)
+            if span_contexts is not None:
+                contexts.append(span_contexts)
             origin_QS3[rows, stream, 0], origin_QS3[rows, stream, 2] = span.shard, span.epoch
             origin_QS3[rows, stream, 1] = np.arange(span.start, span.stop)
             for name, array in features.read(span).items() if features else ():
@@ -218,20 +221,23 @@ def read_rows(
     # RowId(ticket, split, shard, row, epoch) of every row, without a call of Python's for each.
     columns = tickets.ravel().tolist(), repeat(split_name), *origin_QS3.reshape(-1, 3).T.tolist()
     ids = list(map(partial(tuple.__new__, RowId), zip(*columns)))
-    lengths_W, counts_B = _transpose_windows(np.concatenate(lengths), counts_SQ)
+    places_W, counts_B = _transpose_windows(counts_SQ)
     arrays = [array.reshape(-1, *array.shape[2:]) for array in coded.values()]
-    return RowBlock(tokens_BR, lengths_W, counts_B, ids, seed, split, (arrays[0], arrays[1]) if arrays else None)
+    coded_features = (arrays[0], arrays[1]) if arrays else None
+    contexts_W = np.concatenate(contexts)[places_W] if split.kind == "data" else None
+    lengths_W = np.concatenate(lengths)[places_W]
+    return RowBlock(tokens_BR, lengths_W, counts_B, ids, seed, split, coded_features, contexts_W)
 
 
-def _transpose_windows(lengths: np.ndarray, counts_SQ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Window lengths from the order stream by stream to the order of the tickets, and the counts of the rows in that
-    order.
+def _transpose_windows(counts_SQ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of every window in the order of the tickets, its place in the order stream by stream; and the counts of the rows in the
+    tickets' order.
     """
     starts_QS = (np.cumsum(counts_SQ) - counts_SQ.ravel()).reshape(counts_SQ.shape).T
     counts_B = counts_SQ.T.ravel()
     new_starts_B = np.cumsum(counts_B) - counts_B
-    places = np.arange(len(lengths)) + np.repeat(starts_QS.ravel() - new_starts_B, counts_B)
-    return lengths[places], counts_B
+    places_W = np.arange(counts_B.sum()) + np.repeat(starts_QS.ravel() - new_starts_B, counts_B)
+    return places_W, counts_B
 
 
 def heldout_batches(
@@ -251,6 +257,7 @@ def heldout_batches(
     Every rank gets the same number of batches of micro_batch_rows rows; places behind the last row are filler. `options`: of `TokenRows`.
     """
     manifest, feature_manifest = _known_manifests(str(data), features and str(features), _changed(data, features))
+    split.check_data(manifest, str(data))
     infos = manifest.splits["heldout"]
     if not infos:
         raise UserError(f"{data} has no held-out split: prepare the data again with --heldout-fraction 0.005")

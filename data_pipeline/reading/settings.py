@@ -17,12 +17,14 @@ class Split(Section):
     truncate (stage 1): with `truncate_probability` a window is cut at a uniform place into PREFIX and SUFFIX.
     context (stage 2): a window of at least 2 * min_tokens is cut into PREFIX (context) and SUFFIX (target), the context's share
     uniform in [context_min, context_max]; a shorter window is one SUFFIX segment, a target without context.
+    data (stage 2): where the data itself says (textldm prepare --context-field --target-field), into context and target of any length.
     """
 
     model_config = STRICT | {"frozen": True}
 
-    kind: Literal["none", "truncate", "context"]
-    """truncate: stage 1, a window becomes two segments, so that all lengths are reconstructed; context: stage 2."""
+    kind: Literal["none", "truncate", "context", "data"]
+    """truncate: stage 1, a window becomes two segments, so that all lengths are reconstructed; context: stage 2; data: stage 2, where
+    the data was prepared as pairs of context and target."""
     truncate_probability: Share = 0.5
     """Share of windows that are cut (kind truncate)."""
     context_min: Share = 0.1
@@ -39,6 +41,19 @@ class Split(Section):
                 f"context_min is {self.context_min} and context_max {self.context_max}; expected 0 < min <= max < 1"
             )
         return self
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether windows are cut into contexts and targets, which stage 2 and the baselines learn from."""
+        return self.kind in ("context", "data")
+
+    def check_data(self, manifest: Manifest, path: str) -> None:
+        """Refuse kind data of data that does not split its windows. Raises: UserError."""
+        if self.kind == "data" and manifest.pairs is None:
+            raise UserError(
+                f"data.split.kind is data, but {path} holds windows of whole texts, which say nothing of contexts and targets: set "
+                "data.split.kind=context, or prepare pairs (textldm prepare --context-field ... --target-field ...)"
+            )
 
 
 class Data(Section):
@@ -80,6 +95,7 @@ class Data(Section):
                 f"{self.path} has fingerprint {manifest.fingerprint}, data.fingerprint says {self.fingerprint}: name the right folder, or"
                 " drop the key"
             )
+        self.split.check_data(manifest, self.path)
         return manifest
 
     def reading(self) -> dict[str, Any]:

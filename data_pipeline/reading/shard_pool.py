@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -129,29 +129,44 @@ class _Rows:
         return self._pool.is_open(shard)
 
 
+class FlatRows(NamedTuple):
+    """Rows with the windows of all of them in turn."""
+
+    tokens_BR: np.ndarray
+    """A view of the file."""
+    lengths_W: np.ndarray
+    counts_B: np.ndarray
+    """Number of windows of each row."""
+    contexts_W: np.ndarray | None
+    """Tokens at each window's beginning that are its context; None where the data does not split its windows."""
+
+
 class TokenRows(_Rows):
     """Rows of a prepared folder's split."""
 
     def __init__(self, folder: str, manifest: Manifest, split: str, **options: Any):
         self.row_tokens = manifest.row_tokens
         self._vocab_size = manifest.tokenizer.vocab_size
-        members = token_members(manifest.row_tokens, manifest.token_dtype)
+        self._has_contexts = manifest.pairs is not None
+        members = token_members(manifest.row_tokens, manifest.token_dtype, self._has_contexts)
         self._pool = ShardPool(folder, members, manifest.splits[split], **options)
 
     def read(self, span: Span) -> tuple[np.ndarray, list[np.ndarray]]:
         """Tokens [rows, R] (a view of the file) and each row's window lengths."""
-        tokens, lengths, counts = self.read_flat(span)
-        return tokens, np.split(lengths, np.cumsum(counts)[:-1])
+        rows = self.read_flat(span)
+        return rows.tokens_BR, np.split(rows.lengths_W, np.cumsum(rows.counts_B)[:-1])
 
-    def read_flat(self, span: Span) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens [rows, R] (a view of the file), the window lengths of all rows in turn, and their number in each
-        row.
-        """
+    def read_flat(self, span: Span) -> FlatRows:
+        """The rows of a span, checked. Raises: UserError."""
         shard = self._pool.shard(span.shard)
         tokens = shard.dense("tokens", span.start, span.stop)
         lengths, counts = shard.ragged("lengths", span.start, span.stop)
         self._check(shard, span.start, tokens, lengths, counts)
-        return tokens, lengths, counts
+        if not self._has_contexts:
+            return FlatRows(tokens, lengths, counts, None)
+        contexts, context_counts = shard.ragged("contexts", span.start, span.stop)
+        _check_contexts(shard, span.start, lengths, counts, contexts, context_counts)
+        return FlatRows(tokens, lengths, counts, contexts)
 
     def _check(self, shard: Shard, start: int, tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> None:
         """Refuse contents that would crash or poison training, even where hashes are not verified."""
@@ -170,6 +185,30 @@ class TokenRows(_Rows):
                 f"{shard.path}: rows {start} to {start + len(tokens) - 1} hold token {largest}, but the vocabulary has "
                 f"{self._vocab_size}: copy the shard again, or prepare the data again"
             )
+
+
+def _check_contexts(
+    shard: Shard,
+    start: int,
+    lengths: np.ndarray,
+    counts: np.ndarray,
+    contexts: np.ndarray,
+    context_counts: np.ndarray,
+) -> None:
+    """Refuse context lengths that are not one a window, or leave it no target."""
+    remedy = "copy the shard again, or prepare the data again"
+    if (uneven_B := counts != context_counts).any():
+        row = int(uneven_B.argmax())
+        raise UserError(
+            f"{shard.path}: row {start + row} has {context_counts[row]} context lengths for {counts[row]} windows: {remedy}"
+        )
+    if (bad_W := (contexts < 0) | (contexts >= lengths)).any():
+        window = int(bad_W.argmax())
+        row = int(np.searchsorted(np.cumsum(counts), window, side="right"))
+        raise UserError(
+            f"{shard.path}: row {start + row} has a context of {contexts[window]} tokens in a window of {lengths[window]}, expected 0 "
+            f"to {lengths[window] - 1}: {remedy}"
+        )
 
 
 class FeatureRows(_Rows):

@@ -27,6 +27,7 @@ from data_pipeline.text import installed_prose
 from data_pipeline.text.folders import list_folder, unpacking
 from data_pipeline.text.readers.base import Reader, Unit, size_of
 from data_pipeline.text.readers.registry import naming, read_unit, reader_of, units_of
+from data_pipeline.text.readers.registry import reader as reader_named
 
 UNIT_BYTES = 8 << 20  # of plain text; a bundle of units is the grain of parallel work and of resuming
 _FEWEST_BUNDLES = 16  # a small source gives work to several processes too, down to a sixteenth of a unit
@@ -63,6 +64,23 @@ class Source:
 def read_bundle(bundle: Bundle, text_field: str) -> Iterator[str | None]:
     """Documents of a bundle's units in order, as `read_unit` gives them."""
     return chain.from_iterable(read_unit(unit, text_field) for unit in bundle)
+
+
+def read_pairs(bundle: Bundle, context_field: str, target_field: str) -> Iterator[tuple[str | None, str | None]]:
+    """Contexts and targets of a bundle's records in order. A reader gives one field at a time, so records are read twice, side by side."""
+    for unit in bundle:
+        with naming(unit.location):
+            yield from zip(read_unit(unit, context_field), read_unit(unit, target_field), strict=True)
+
+
+def check_records(source: Source) -> None:
+    """Refuse pairs of what has no records. Raises: UserError."""
+    for unit in source.units():
+        if not reader_named(unit.reader).has_fields:
+            raise UserError(
+                f"source {unit.location}: plain text, which has no fields; --context-field and --target-field take records: .jsonl, .json, "
+                ".csv, .parquet, .arrow or a dataset; leave it out, or write its pairs so"
+            )
 
 
 def first_documents(source: Source, count: int) -> Source:

@@ -62,8 +62,10 @@ class DiTRun(RunConfig):
 
     @model_validator(mode="after")
     def _check_stage(self) -> Self:
-        if self.data.split.kind != "context":
-            raise ValueError(f"data.split.kind is {self.data.split.kind}; stage dit needs context (context and target)")
+        if not self.data.split.has_targets:
+            raise ValueError(
+                f"data.split.kind is {self.data.split.kind}; stage dit needs context (context and target), or data"
+            )
         learns = self.flow.token_loss_weight or self.flow.through_tokens
         if self.model.head == "categorical" and not learns:
             raise ValueError(

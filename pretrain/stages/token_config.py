@@ -30,9 +30,9 @@ class TokenRun(RunConfig):
 
     @model_validator(mode="after")
     def _check_split(self) -> Self:
-        if self.data.split.kind != "context":
+        if not self.data.split.has_targets:
             raise ValueError(
-                f"data.split.kind is {self.data.split.kind}; stage {self.stage} needs context (context and target)"
+                f"data.split.kind is {self.data.split.kind}; stage {self.stage} needs context (context and target), or data"
             )
         return self
 

@@ -49,8 +49,10 @@ class VAERun(RunConfig):
 
     @model_validator(mode="after")
     def _check_stage(self) -> Self:
-        if self.data.split.kind == "context":
-            raise ValueError("data.split.kind is context, which is stage dit's; stage vae takes truncate or none")
+        if self.data.split.has_targets:
+            raise ValueError(
+                f"data.split.kind is {self.data.split.kind}, which is stage dit's; stage vae takes truncate or none, of pairs too"
+            )
         if self.repa.features and self.repa.online_teacher:
             raise ValueError(
                 "repa.features and repa.online_teacher are both set; drop one: a teacher is cached or online"

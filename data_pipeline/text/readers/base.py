@@ -46,6 +46,9 @@ class Reader(ABC):
     file_names: re.Pattern[str]
     """Searched for in a file's name."""
 
+    has_fields = True
+    """Whether a document is a field of a record, so that other fields of it can be read too (`read_pairs`)."""
+
     is_local = True
     """Whether it reads files and folders; else names of what is neither, such as a dataset of the hub."""
 
@@ -117,4 +120,7 @@ def checked_text(text: Any, text_field: str, place: str) -> str | None:
 def missing_field(place: str, text_field: str, fields: Iterable[Any]) -> UserError:
     """The error for a record, or a table, without the text field."""
     found = ", ".join(map(repr, list(fields)[:12])) or "none"
-    return UserError(f"source {place}: no field {text_field!r} (found {found}); name the right one with --text-field")
+    return UserError(
+        f"source {place}: no field {text_field!r} (found {found}); name the right one with --text-field, of pairs with "
+        "--context-field and --target-field"
+    )

@@ -11,6 +11,7 @@ class Scripture(Reader):
     """A unit is a run of chapters."""
 
     is_local = False
+    has_fields = False
     file_names = re.compile(bible.NAME)
 
     def takes(self, location: str) -> bool:

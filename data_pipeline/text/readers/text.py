@@ -23,6 +23,7 @@ class Text(Reader):
     """A unit is a range of bytes; a compressed file is one."""
 
     file_names = endings("txt", "text", compressed=True)
+    has_fields = False
 
     def units(self, location: str, unit_bytes: int) -> list[Unit]:
         size = os.path.getsize(location)

@@ -26,7 +26,7 @@ def encode(folder: Path, texts: list[str], model: models.Model) -> dict:
     tokenizer = load_tokenizer(folder)
     use_tokenizer(tokenizer)
     [bundle] = open_source(str(folder / "text")).bundles
-    task = EncodeTask(0, bundle, "text", folder / "work", tokenizer.info.eos_id, "uint16", 1, 0)
+    task = EncodeTask(0, bundle, "text", folder / "work", tokenizer.info.eos_id, "uint16", 1, 0, 64)
     return vars(encode_bundle(task, lambda count, num_bytes: None))
 
 
