@@ -21,7 +21,7 @@ def write_chunks(folder: Path, hashes: list[int], lengths: list[int], per_chunk:
         halves = np.array([[high, 0] for high in hashes[chosen]], np.uint64)
         paths.append(folder / f"{start:06d}.spill")
         write_chunk(
-            paths[-1], halves, [np.ones(length, np.uint16) for length in lengths[chosen]], "uint16", [0] * len(chosen)
+            paths[-1], halves, [np.ones(length, np.uint16) for length in lengths[chosen]], "uint16", [0] * len(halves)
         )
     return paths
 
