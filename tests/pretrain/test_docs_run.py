@@ -73,6 +73,8 @@ def desk(trained: Trained, exported: Path, tmp_path_factory: pytest.TempPathFact
     (folder / "export" / "textldm-xl").symlink_to(exported)
     lines = [json.dumps({"text": " ".join(f"w{n % 60 + 1}" for n in range(start, start + 40))}) for start in range(200)]
     (folder / "my.jsonl").write_text("\n".join(lines))
+    pairs = [json.dumps({"prompt": f"w{n % 60 + 1} " * 9, "response": f"w{n % 50 + 2}"}) for n in range(200)]
+    (folder / "pairs.jsonl").write_text("\n".join(pairs))
     return folder
 
 
