@@ -31,8 +31,8 @@ from pretrain.config.load import load_config
 from pretrain.engine.optim import build_optimizer
 from pretrain.engine.optimizer_settings import AdamWSettings
 from pretrain.plan.activations import set_recomputation, trace
-from pretrain.plan.estimate import outline_of
-from pretrain.plan.states import Parameters, states
+from pretrain.plan.estimate import Text, outline_of
+from pretrain.plan.rank import PASSING, plan_rank
 from pretrain.stages.outline import Outline, Windows
 
 STATES = [("fp32", stage) for stage in range(4)] + [("bf16", stage) for stage in (1, 2, 3)]
@@ -117,9 +117,16 @@ def states_ratios(cases: list[tuple[str, int]]) -> list[float]:
         file = f"{folder}/bytes.json"
         mp.start_processes(measure_states, (free_port(), cases, file), nprocs=RANKS, start_method="spawn")
         measured = json.loads(Path(file).read_text())
-    parameters = Parameters.of(outline(*MODELS["ar"][:2], "meta").trained, AdamWSettings(lr=1e-3))
-    planned = [states(parameters, stage, RANKS, precision == "bf16").lasting for precision, stage in cases]
-    return [one / other for one, other in zip(planned, measured, strict=True)]
+    return [planned_states(*case, RANKS) / bytes_ for case, bytes_ in zip(cases, measured, strict=True)]
+
+
+def planned_states(precision: str, stage: int, ranks: int) -> int:
+    """Bytes on the first rank between steps, as `train.py --dry-run --as-rank` says them."""
+    name, overrides, _ = MODELS["ar"]
+    rows = ("data.streams=2", "data.rows_per_step=2", "data.micro_batch_rows=2")
+    sharding = (f"train.precision={precision}", f"train.zero_stage={stage}")
+    plan = plan_rank(load_config(name, (*overrides, *rows, *sharding)), 0, ranks, Text(64, 64), VOCABULARY)
+    return sum(size for kind, size in plan.memory.items() if kind not in PASSING)
 
 
 def measured_peak(model: Outline, windows: Windows, every: int) -> int:

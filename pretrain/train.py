@@ -216,6 +216,15 @@ def dry_run(config: RunConfig, topology: Topology) -> int:
     return EXIT_OK
 
 
+def dry_run_as(config: RunConfig, rank: int, ranks: int) -> int:
+    """Say what one rank of so many would hold, compute and send; nothing is built but shapes."""
+    from pretrain.plan.estimate import text_of
+    from pretrain.plan.rank import plan_rank, report
+
+    print(report(plan_rank(config, rank, ranks, *text_of(config))))
+    return EXIT_OK
+
+
 @contextmanager
 def profiled(session: Session, steps: int) -> Iterator[Any]:
     """torch's profiler over `steps` steps after two others; rank 0 leaves a trace and a table in <run>/profile."""
@@ -247,6 +256,8 @@ def _main(argv: list[str] | None) -> int:
     rank, world_size = own_rank(os.environ), int(os.environ.get("WORLD_SIZE", 1))
     try:
         arguments, config = read(argv)
+        if arguments.as_rank:
+            return dry_run_as(config, *arguments.as_rank)
         topology = init_distributed(config.train.timeout_s)
         rank, world_size = topology.rank, topology.world_size
         code = dry_run(config, topology) if arguments.dry_run else run(config, topology, arguments)

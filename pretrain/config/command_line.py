@@ -6,6 +6,7 @@ A run is a function of (configuration, data, step): the same command again resum
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", "--run-folder", help="short for --set train.run=...; torchrun takes --run for its own")
     parser.add_argument("--fresh", action="store_true", help="put an existing run folder aside and start at step 0")
     parser.add_argument("--dry-run", action="store_true", help="build everything, take one step, leave nothing")
+    parser.add_argument(
+        "--as-rank", metavar="RANK/RANKS",
+        help="with --dry-run: what one rank of so many holds and sends, computed here, without data (0/512)",
+    )  # fmt: skip
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="trace N steps with torch's profiler")
     parser.add_argument(
         "--allow-change", action="append", default=[], metavar="KEY", help="a key that a resumed run may change"
@@ -47,15 +52,33 @@ def read(argv: list[str] | None = None) -> tuple[argparse.Namespace, RunConfig]:
     """The arguments and the configuration that they name. Raises: UserError."""
     check_arguments(sys.argv[1:] if argv is None else argv)
     arguments = make_parser().parse_args(argv)
+    if arguments.as_rank:
+        arguments.as_rank = rank_of(arguments.as_rank)
+        if not arguments.dry_run:
+            raise UserError(
+                "--as-rank is there, and --dry-run is not: only a dry run is computed for another rank; add --dry-run"
+            )
     overrides = [*arguments.set, *([f"train.run={arguments.run}"] if arguments.run else [])]
     return arguments, load_config(arguments.config, overrides)
+
+
+def rank_of(text: str) -> tuple[int, int]:
+    """Rank and number of ranks out of "0/512". Raises: UserError."""
+    match = re.fullmatch(r"([0-9]{1,7})/([0-9]{1,7})", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise UserError(
+            f"--as-rank is {text!r}; expected RANK/RANKS, a rank below their number: the first of 512 is 0/512"
+        )
+    return int(match[1]), int(match[2])
 
 
 def check(argv: list[str] | None = None) -> None:
     """End the process with a line and EXIT_USER if the arguments or the configuration hold a mistake."""
     try:
-        _, config = read(argv)
+        arguments, config = read(argv)
         check_hostfile()
+        if arguments.as_rank:
+            return
         if os.environ.get("WORLD_SIZE", "1") == "1" and "SLURM_PROCID" not in os.environ:
             config.data.manifest()  # of several ranks none may end alone, before they have met
     except UserError as error:

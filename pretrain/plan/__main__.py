@@ -18,10 +18,8 @@ from tabulate import tabulate
 
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.core.storage import write_text
-from data_pipeline.format.manifest import Manifest
 from pretrain.config.load import load_config
-from pretrain.config.schema import RunConfig
-from pretrain.plan.estimate import GIB, Choice, Hardware, Plan, Text, make_plan, no_fit
+from pretrain.plan.estimate import GIB, Choice, Hardware, Plan, Text, make_plan, no_fit, text_of
 from pretrain.plan.reliability import LLAMA_3, OPT, between_failures_s, daly_s, goodput
 from pretrain.plan.simulate import POLICIES, Cluster, Outcome, sweep
 from pretrain.telemetry.flops import PEAK_TFLOPS, peak_flops
@@ -108,21 +106,6 @@ def hardware_of(arguments: argparse.Namespace) -> Hardware:
         interconnect=1e9 * arguments.interconnect, storage=1e9 * arguments.storage, restart_s=arguments.restart,
         failures=1000 / arguments.mtbf_node_days if arguments.mtbf_node_days > 0 else 0.0, price=arguments.price,
     )  # fmt: skip
-
-
-def text_of(config: RunConfig, arguments: argparse.Namespace) -> tuple[Text, int]:
-    """What is read, and the tokenizer's size (0: not known): of the prepared data if they are there, else of the command line."""
-    row, window, tokens, vocabulary = arguments.row_tokens, arguments.window_tokens, arguments.tokens, 0
-    if (Path(config.data.path) / "manifest.json").is_file():
-        manifest = Manifest.load(config.data.path)
-        shards = manifest.splits["train"]
-        row, vocabulary = row or manifest.row_tokens, manifest.tokenizer.vocab_size
-        tokens = tokens or sum(shard.tokens for shard in shards)
-        window = window or max(1, sum(s.tokens for s in shards) // max(1, sum(s.windows for s in shards)))
-    row, window = row or Text.row_tokens, window or Text.window_tokens
-    if not 0 < window <= row:
-        raise UserError(f"--window-tokens is {window} and --row-tokens {row}; expected windows that fit into a row")
-    return Text(row, window, int(tokens or 0)), arguments.vocab_size or vocabulary
 
 
 def choices_table(plan: Plan) -> str:
@@ -262,8 +245,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
     config = load_config(arguments.config, arguments.set)
     hardware = hardware_of(arguments)
-    text, vocab_size = text_of(config, arguments)
-    plan = make_plan(config, hardware, text, vocab_size)
+    text, vocab_size = text_of(config, arguments.row_tokens, arguments.window_tokens, arguments.tokens)
+    plan = make_plan(config, hardware, text, arguments.vocab_size or vocab_size)
     print(json.dumps(plan.told()) if arguments.json else report(plan, hardware, text))
     if arguments.write:
         values = {"base": str(arguments.config)} | plan.settings()

@@ -7,11 +7,13 @@ rate. At ZeRO 0 to 2 our settings do not overlap communication with the backward
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.streams import idle_share, largest_micro_batch
 from pretrain.config.registry import part, stage_kind
 from pretrain.config.schema import RunConfig
@@ -81,6 +83,23 @@ class Text:
         """Of so many rows: windows of the mean length."""
         count, rest = divmod(rows * self.row_tokens, self.window_tokens)
         return Windows([self.window_tokens] * count + [rest] * (rest > 0))
+
+
+def text_of(
+    config: RunConfig, row_tokens: int | None = None, window_tokens: int | None = None, tokens: float | None = None
+) -> tuple[Text, int]:
+    """What is read, and the tokenizer's size (0: not known): as given, else of the prepared data, if they are there. Raises: UserError."""
+    row, window, vocabulary = row_tokens, window_tokens, 0
+    if (Path(config.data.path) / "manifest.json").is_file():
+        manifest = Manifest.load(config.data.path)
+        shards = manifest.splits["train"]
+        row, vocabulary = row or manifest.row_tokens, manifest.tokenizer.vocab_size
+        tokens = tokens or sum(shard.tokens for shard in shards)
+        window = window or max(1, sum(s.tokens for s in shards) // max(1, sum(s.windows for s in shards)))
+    row, window = row or Text.row_tokens, window or Text.window_tokens
+    if not 0 < window <= row:
+        raise UserError(f"--window-tokens is {window} and --row-tokens {row}; expected windows that fit into a row")
+    return Text(row, window, int(tokens or 0)), vocabulary
 
 
 @dataclass(frozen=True)
@@ -166,7 +185,7 @@ def make_plan(config: RunConfig, hardware: Hardware, text: Text, vocab_size: int
     row = text.windows(1)
     flops_per_token = outline.flops(row) / row.num_tokens
     frozen = 4 * sum(p.numel() for module in outline.frozen for p in module.parameters())
-    traces = {every: _per_row(outline, text, bf16, every) for every in (0, 1)}
+    traces = {every: activations(outline, text, bf16, every) for every in (0, 1)}
     choices = []
     for stage in range(1 if bf16 else 0, 4):
         for every, (fixed, each) in traces.items():
@@ -194,7 +213,7 @@ def make_plan(config: RunConfig, hardware: Hardware, text: Text, vocab_size: int
     return Plan(**plan)
 
 
-def _per_row(outline: Outline, text: Text, bf16: bool, every: int) -> tuple[int, int]:
+def activations(outline: Outline, text: Text, bf16: bool, every: int) -> tuple[int, int]:
     """Bytes of activations that do not depend on the rows, and those of a row: two passes, a straight line."""
     one, two = (trace(outline, text.windows(rows), bf16, every).peak_bytes for rows in (1, 2))
     return max(0, 2 * one - two), two - one

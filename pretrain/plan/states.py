@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pretrain.engine.optim import build_optimizer
+from pretrain.engine.optim import WEIGHT, Optimizer, build_optimizer
 from pretrain.engine.optimizer_settings import OptimizerSettings
 from pretrain.engine.settings import MAX_BUCKET
 
@@ -26,23 +26,43 @@ PERSISTENT, LIVE = 100_000, 1_000_000_000
 
 @dataclass(frozen=True)
 class Parameters:
-    """What is trained, in numbers: elements, those of parameters below `PERSISTENT`, of Muon's matrices, and bytes of all fp32 states."""
+    """What is trained, in numbers: elements, those of parameters below `PERSISTENT`, of Muon's matrices, and bytes of all fp32 states,
+    each by its name: "weight" is the master."""
 
     elements: int
     small: int
     matrices: int
-    state_bytes: int
+    bytes_of_state: dict[str, int]
 
     @classmethod
     def of(cls, module: nn.Module, optimizer: OptimizerSettings) -> "Parameters":
-        """Of a module, on the meta device too, under an optimizer: its groups say how many states an element has."""
-        built = build_optimizer(module, optimizer)
-        states = sum(
-            4 * len(built.states_of(group)) * sum(p.numel() for p in group["params"]) for group in built.param_groups
-        )
-        sizes = [p.numel() for p in module.parameters()]
+        """Of a module, on the meta device too, under an optimizer."""
+        return cls.under(build_optimizer(module, optimizer))
+
+    @classmethod
+    def under(cls, optimizer: Optimizer) -> "Parameters":
+        """Of an optimizer that is built: its groups say which states an element has."""
+        states: dict[str, int] = {}
+        for group in optimizer.param_groups:
+            for name in optimizer.states_of(group):
+                states[name] = states.get(name, 0) + 4 * sum(p.numel() for p in group["params"])
+        sizes = [p.numel() for group in optimizer.param_groups for p in group["params"]]
         small = sum(size for size in sizes if size <= PERSISTENT)
-        return cls(sum(sizes), small, sum(p.numel() for p in built.matrices), states)
+        return cls(sum(sizes), small, sum(p.numel() for p in optimizer.matrices), states)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of all states."""
+        return sum(self.bytes_of_state.values())
+
+    def shares(self, held: int, stage: int) -> dict[str, int]:
+        """The bytes of states that a rank holds, by name; at stage 0 the weights themselves are the masters."""
+        of = {name: size for name, size in self.bytes_of_state.items() if stage or name != WEIGHT}
+        found, whole, before = {}, sum(of.values()), 0
+        for name, size in of.items():
+            found[name] = held * (before + size) // whole - held * before // whole  # so that they add up
+            before += size
+        return found
 
 
 @dataclass(frozen=True)
@@ -91,19 +111,20 @@ def states(
     return States(model * share, 4 * share, own, bucket + model * parameters.small, gathered)
 
 
-def sent_bytes(parameters: Parameters, stage: int, ranks: int, bf16: bool, micro_batches: int = 1) -> float:
-    """Bytes that a rank sends in a step, by ring algorithms: (W - 1) / W of what is reduced or gathered, twice for an all-reduce.
+def sent(parameters: Parameters, stage: int, ranks: int, bf16: bool, micro_batches: int = 1) -> dict[str, float]:
+    """Bytes that a rank sends in a step, by what they are, by ring algorithms: (W - 1) / W of what is reduced or gathered, twice for an
+    all-reduce.
 
     Gradients are reduced in fp32: once a step at stages 0 and 1, after every micro-batch at 2 and 3. Stage 3 gathers the parameters for
     every forward and every backward pass, whose recomputation is by the same gathering. Muon sends its matrices' momentum to whoever
     orthogonalises it and the result back.
     """
     count, model, part = parameters.elements, 2 if bf16 else 4, (ranks - 1) / ranks
-    matrices = 2 * 4 * parameters.matrices * part / ranks if ranks > 1 else 0.0
-    if stage == 0:
-        return 2 * 4 * count * part + matrices
-    if stage == 1:
-        return (4 + model) * count * part + matrices
-    if stage == 2:
-        return (4 * micro_batches + model) * count * part + matrices
-    return micro_batches * (4 + 2 * model) * count * part + matrices
+    gradients = 4 * count * part * {0: 2, 1: 1}.get(stage, micro_batches)
+    gathered = model * count * part * {0: 0, 3: 2 * micro_batches}.get(stage, 1)
+    return {"gradients": gradients, "parameters": gathered, "matrices": 2 * 4 * parameters.matrices * part / ranks}
+
+
+def sent_bytes(parameters: Parameters, stage: int, ranks: int, bf16: bool, micro_batches: int = 1) -> float:
+    """All of them."""
+    return sum(sent(parameters, stage, ranks, bf16, micro_batches).values())
