@@ -1,6 +1,7 @@
 """A training session: all that the loop of pretrain/train.py works with, opened step by step in this order:
 
     check          the data, its held-out split and the frozen inputs are there
+    agree          all ranks read the same and have the same versions
     own            an earlier run in the same folder is put aside, if --fresh says so; the folder is this job's alone from here on
     watch          signals and hangs are noticed from here on
     find           the newest complete checkpoint; what differs from its run is allowed
@@ -44,7 +45,8 @@ from pretrain.faults.exits import leave
 from pretrain.faults.signals import INTERRUPT, Signals
 from pretrain.faults.spikes import SpikeGuard
 from pretrain.faults.watchdog import Watchdog
-from pretrain.ranks.distributed import Topology, any_rank, barrier
+from pretrain.ranks.agreement import refuse_differences, versions
+from pretrain.ranks.distributed import Topology, all_reduce_sum, any_rank, barrier
 from pretrain.runs.folder import begun_anew, put_aside, remove_unstarted, write_config
 from pretrain.runs.inputs import Inputs, find_inputs
 from pretrain.runs.owner import Ownership
@@ -160,6 +162,7 @@ def open_session(
     What must not survive an error (signal handlers, threads) is registered with `stack`. Raises: UserError.
     """
     inputs = check(config)
+    agree(topology, inputs)
     own(config, topology, stack, fresh)
     signals, watchdog = watch(config, topology, stack)
     earlier = find(config, topology, inputs, allow_change)
@@ -195,6 +198,12 @@ def check(config: RunConfig) -> Inputs:
             " train.eval_every=0, or prepare the data again with --heldout-fraction 0.005"
         )
     return inputs
+
+
+def agree(topology: Topology, inputs: Inputs) -> None:
+    """Refuse ranks that read other data or compute with other versions than rank 0. Collective. Raises: UserError on all ranks."""
+    facts = versions() | {"data.path": inputs.manifest.fingerprint} | inputs.fingerprints
+    refuse_differences(facts, topology.hostname, topology.rank, topology.world_size, all_reduce_sum)
 
 
 def own(config: RunConfig, topology: Topology, stack: ExitStack, fresh: bool) -> None:

@@ -25,7 +25,6 @@ import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError, cli
@@ -33,6 +32,7 @@ from data_pipeline.core.home import settle_home
 from data_pipeline.core.outside import HOST, VARIABLE, WORD, named, parse_json
 from data_pipeline.core.storage import atomic_write, user_cache
 from data_pipeline.core.telling import is_secret, printable
+from pretrain.ranks.agreement import versions
 
 FORWARDED = re.compile(
     r"(OMP|MKL|KMP|GLOO|NCCL|UCX|CUDA|PYTORCH|TORCH|TORCHINDUCTOR|TRITON|HF|TOKENIZERS|WANDB|DS)_\w+|LD_LIBRARY_PATH"
@@ -50,6 +50,7 @@ FORGOTTEN_S = 7 * 86400
 """An older one is of no shell any more."""
 USERS_FILE = "TEXTLDM_DS_ENV_FILE"
 """The DS_ENV_FILE of the user, of which the one that `launch_variables` made has taken the place."""
+SSH_FAILED = 255
 SSH_OPTIONS = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ConnectTimeout=10"
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,7 +60,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not path.is_file():
         raise UserError(f"there is no hostfile {path}; expected lines like those of configs/cluster/hosts.example")
     hosts: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         match = re.match(rf"({HOST.pattern})\s+slots=([0-9]{{1,5}})\s*(#.*)?$", line.strip(), re.ASCII)
@@ -150,9 +151,12 @@ def own_secrets(environ: Mapping[str, str]) -> list[str]:
 
 
 def on_host(host: str, command: str, timeout_s: float = 20.0) -> subprocess.CompletedProcess[str] | None:
-    """Run a shell command on a host by ssh; None if the host does not answer in time. Raises: UserError without ssh."""
+    """Run a shell command on a host by ssh; None if the host does not answer in time, exit code 255 if ssh itself failed.
+
+    Raises: UserError without ssh.
+    """
     try:
-        done = subprocess.run(
+        return subprocess.run(
             ["ssh", *shlex.split(SSH_OPTIONS), "-o", "BatchMode=yes", "--", host, command],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout_s,
         )  # fmt: skip
@@ -162,7 +166,6 @@ def on_host(host: str, command: str, timeout_s: float = 20.0) -> subprocess.Comp
         raise UserError(
             "there is no ssh on the PATH, by which the other hosts are reached: install OpenSSH's client"
         ) from None
-    return None if done.returncode == 255 else done  # ssh's own failure
 
 
 def on_hosts(hosts: Iterable[str], command: str) -> dict[str, subprocess.CompletedProcess[str] | None]:
@@ -175,11 +178,6 @@ def on_hosts(hosts: Iterable[str], command: str) -> dict[str, subprocess.Complet
 def answering(hosts: Iterable[str]) -> list[str]:
     """The hosts that can be logged into by ssh, in the order given."""
     return [host for host, done in on_hosts(hosts, "true").items() if done is not None and done.returncode == 0]
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that must be the same on all hosts, by name."""
-    return {"python": sys.version.split()[0]} | {name: version(name) for name in ("torch", "deepspeed")}
 
 
 @dataclass(frozen=True)
@@ -216,8 +214,9 @@ def check(hosts: Mapping[str, int], shared: Path) -> list[HostReport]:
 
 def _report(host: str, slots: int, done: subprocess.CompletedProcess[str] | None, shared: Path) -> HostReport:
     silent = None
-    if done is None:
-        silent = f"does not answer: `ssh {host} true` must work without a password"
+    if done is None or done.returncode == SSH_FAILED:
+        said = printable(done.stderr.strip()[-300:]) if done is not None else ""
+        silent = f"does not answer: `ssh {host} true` must work without a password" + f"; ssh says: {said}" * bool(said)
     elif done.returncode:
         silent = f"answers, but {sys.executable} in {ROOT} does not run there: {done.stderr.strip()[-300:]}"
     else:

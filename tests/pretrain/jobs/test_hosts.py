@@ -11,7 +11,8 @@ import pytest
 from data_pipeline.core.errors import UserError
 from pretrain.faults.exit_codes import EXIT_USER
 from pretrain.jobs import hosts
-from pretrain.jobs.hosts import HostReport, check, forwarded, launch_variables, versions
+from pretrain.jobs.hosts import HostReport, check, forwarded, launch_variables
+from pretrain.ranks.agreement import versions
 
 
 @pytest.fixture
@@ -114,6 +115,46 @@ def test_attack_3_ssh_takes_no_host_for_an_option(home: Path, monkeypatch: pytes
     done = hosts.on_host("-oProxyCommand=x", "true")
     assert done is not None
     assert done.stdout.splitlines()[-3:] == ["--", "-oProxyCommand=x", "true"]
+
+
+def test_comments_blanks_windows_line_ends_and_a_byte_order_mark_are_passed_over(home: Path) -> None:
+    (home / "hosts").write_bytes(
+        b"\xef\xbb\xbf# four\r\n\r\n  node1   slots=8  # the first\r\n\t\r\nnode2\tslots=4\r\n"
+    )
+    assert hosts.read_hostfile(home / "hosts") == {"node1": 8, "node2": 4}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("node1 slots=8", "line 2: found node1 again"), ("node2 slots=0", "line 2"), ("node2", "line 2"), ("node2 slots=-1", "line 2"),
+     ("node2 slots=eight", "line 2"), ("node2 slots=8 slots=8", "line 2")],
+)  # fmt: skip
+def test_a_line_that_is_wrong_is_named_with_the_form_of_a_right_one(home: Path, line: str, said: str) -> None:
+    (home / "hosts").write_text(f"node1 slots=8\n{line}\n")
+    with pytest.raises(UserError, match=rf"{said}.*`node01 slots=8`"):
+        hosts.read_hostfile(home / "hosts")
+
+
+def test_a_hostfile_of_no_host_or_of_another_kind_is_refused(home: Path) -> None:
+    (home / "hosts").write_text("# none yet\n\n")
+    with pytest.raises(UserError, match="names no host; expected lines like"):
+        hosts.read_hostfile(home / "hosts")
+    (home / "hosts").write_bytes(b"\x80\xff\x00 slots=8\n")
+    with pytest.raises(UserError, match="line 1: found"):
+        hosts.read_hostfile(home / "hosts")
+
+
+def test_a_host_that_refuses_ssh_or_is_unknown_is_named_with_ssh_s_own_reason(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    write_ssh(home, monkeypatch)
+    with (home / "ssh").open("a") as ssh:
+        ssh.write("echo 'ssh: Could not resolve hostname node1: Name or service not known' >&2\nexit 255\n")
+    (home / "hosts").write_text("node1 slots=2\n")
+    assert hosts.main(["check", str(home / "hosts")]) == 1
+    said = capsys.readouterr().out
+    assert "node1 does not answer: `ssh node1 true` must work without a password" in said
+    assert "ssh says: ssh: Could not resolve hostname node1" in said
 
 
 ARGUMENTS = [
