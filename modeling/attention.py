@@ -23,6 +23,11 @@ IMPLEMENTATIONS = ("flash_attn", "torch_varlen", "sdpa")
 # about as much as attention over 128 tokens, so that 1,000 one-token segments are 8 calls, and the mask's zeros stay O(128 T).
 _BLOCK_TOKENS = 128
 
+# What compiled code sees of a layout: offsets for a segment every so many tokens (a power of two times that, where there are more),
+# and a bound of the longest segment, a power of two from here on. Empty segments and blocks behind a segment's end cost next to nothing.
+_SLOT_TOKENS = 64
+_BOUND_TOKENS = 1024
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -53,34 +58,43 @@ class Segments:
         device = torch.empty(0, device=device).device
         return self if device == self.device else Segments(self.lengths, device, self.causal)
 
-    @property
+    @functools.cached_property
     def num_tokens(self) -> int:
         """T."""
         return sum(self.lengths)
 
-    @property
-    def max_length(self) -> int:
-        """Tokens of the longest segment."""
-        return max(self.lengths)
+    @functools.cached_property
+    def lengths_N(self) -> torch.Tensor:
+        """Int64 [N]. All other layouts are made from it, on the device: it alone is copied, without waiting for what is computed there."""
+        return self._on_device(torch.tensor(self.lengths))
 
     @functools.cached_property
     def cu_seqlens(self) -> torch.Tensor:
         """Int32 [N + 1] offsets of the segments, as variable-length kernels want them."""
-        offsets = [0, *itertools.accumulate(self.lengths)]
-        return self._on_device(torch.tensor(offsets, dtype=torch.int32))
+        return F.pad(self.lengths_N.cumsum(0), (1, 0)).int()
 
     @functools.cached_property
     def positions_T(self) -> torch.Tensor:
         """Int64 [T]: each token's position in its segment, from 0."""
-        lengths_N = torch.tensor(self.lengths)
-        starts_N = torch.cumsum(lengths_N, 0) - lengths_N
-        positions_T = torch.arange(self.num_tokens) - torch.repeat_interleave(starts_N, lengths_N)
-        return self._on_device(positions_T)
+        starts_N = self.lengths_N.cumsum(0) - self.lengths_N
+        return torch.arange(self.num_tokens, device=self.device) - self._of_tokens(starts_N)
 
     @functools.cached_property
     def ids_T(self) -> torch.Tensor:
         """Int64 [T]: the index of each token's segment."""
-        return self._on_device(torch.repeat_interleave(torch.tensor(self.lengths)))
+        return self._of_tokens(torch.arange(len(self.lengths), device=self.device))
+
+    @functools.cached_property
+    def for_kernels(self) -> tuple[torch.Tensor, int]:
+        """`cu_seqlens`, behind the last one filled up with T, that is with empty segments, and a bound of the longest segment.
+
+        How many offsets there are, and the bound, are compiled into a block: of the layouts of one T, nearly all have the same.
+        """
+        slots, segments = -(-self.num_tokens // _SLOT_TOKENS), len(self.lengths)
+        while slots < segments:
+            slots *= 2
+        bound = max(_BOUND_TOKENS, 1 << (max(self.lengths) - 1).bit_length())
+        return F.pad(self.cu_seqlens, (0, slots - segments), value=self.num_tokens), bound
 
     @functools.cached_property
     def blocks(self) -> list[tuple[int, torch.Tensor | None]]:
@@ -100,12 +114,19 @@ class Segments:
         together = ids[:, None] == ids[None, :]
         return together.tril() if self.causal else together
 
+    def _of_tokens(self, values_N: torch.Tensor) -> torch.Tensor:
+        """Each token's segment's value; the device is not asked how many tokens there are."""
+        return torch.repeat_interleave(values_N, self.lengths_N, output_size=self.num_tokens)
+
     def _on_device(self, layout: torch.Tensor) -> torch.Tensor:
-        """Copied without waiting for what the device computes: each micro-batch has a layout of its own."""
-        return layout.to(self.device, non_blocking=True)
+        """Copied without waiting for what the device computes, which takes pinned memory: each micro-batch has a layout of its own."""
+        return (
+            layout.pin_memory().to(self.device, non_blocking=True)
+            if self.device.type == "cuda"
+            else layout.to(self.device)
+        )
 
 
-@torch.compiler.disable  # segment layouts change with every batch: what is compiled around it sees static shapes only
 def varlen_attention(
     q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, segments: Segments, implementation: str = "auto"
 ) -> torch.Tensor:
@@ -119,10 +140,10 @@ def varlen_attention(
     Returns: [T, H, K].
     Raises: ValueError when the segments do not sum to T or the implementation is unknown or cannot run here.
     """
-    if q_THK.shape[0] != segments.num_tokens:
-        raise ValueError(f"segments sum to {segments.num_tokens} tokens, but q has {q_THK.shape[0]}")
+    if not torch.compiler.is_compiling():  # which would make a graph for each number of tokens that it is compared with
+        check_tokens(q_THK, segments)
     if implementation == "auto":
-        implementation = choose_implementation(q_THK.device.type, q_THK.dtype)
+        implementation = _chosen(q_THK.device.type, q_THK.dtype)
     if implementation == "sdpa":
         return _sdpa(q_THK, k_THK, v_THK, segments)
     if implementation == "torch_varlen":
@@ -130,6 +151,12 @@ def varlen_attention(
     if implementation == "flash_attn":
         return _flash_attn(q_THK, k_THK, v_THK, segments)
     raise ValueError(f"unknown attention implementation {implementation!r}; expected auto or one of {IMPLEMENTATIONS}")
+
+
+def check_tokens(x_TD: torch.Tensor, segments: Segments) -> None:
+    """Raise ValueError unless the segments divide the packed axis of x."""
+    if x_TD.shape[0] != segments.num_tokens:
+        raise ValueError(f"segments sum to {segments.num_tokens} tokens, but q has {x_TD.shape[0]}")
 
 
 @functools.cache
@@ -150,10 +177,34 @@ def implementations(device_type: str, dtype: torch.dtype) -> list[str]:
 def choose_implementation(device_type: str, dtype: torch.dtype) -> str:
     """The fastest implementation for this device and dtype; logged once per combination."""
     choice = implementations(device_type, dtype)[0]
-    logger.info("attention on %s in %s: %s", device_type, dtype, choice)
+    kernels = _activate_torch_kernels() if choice == "torch_varlen" else ""
+    logger.info("attention on %s in %s: %s%s", device_type, dtype, choice, kernels and f", {kernels}")
     return choice
 
 
+@torch.compiler.assume_constant_result  # the compiler looks through caches
+def _chosen(device_type: str, dtype: torch.dtype) -> str:
+    return choose_implementation(device_type, dtype)
+
+
+def _activate_torch_kernels() -> str:
+    """Put newer kernels than torch's own FlashAttention 2 behind its operators, where a package has them; says which.
+
+    FlashAttention 3 is for Hopper, 4 for Hopper and Blackwell.
+    """
+    from torch.nn.attention import activate_flash_attention_impl
+
+    for name in {9: ("FA3", "FA4"), 10: ("FA4",)}.get(torch.cuda.get_device_capability()[0], ()):
+        try:
+            activate_flash_attention_impl(name)
+        except (AttributeError, ImportError, OSError, RuntimeError, ValueError) as error:
+            logger.info("%s is not to be had: %s", name, error)
+        else:
+            return name
+    return "FA2"
+
+
+@torch.compiler.disable  # a call for every few segments, which change with every batch: what is compiled around sees static shapes only
 def _sdpa(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, segments: Segments) -> torch.Tensor:
     dtype = q_THK.dtype
     if q_THK.device.type == "cpu" and dtype.itemsize < 4:  # float64 stays what it is
@@ -175,29 +226,40 @@ def _sdpa(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, segment
 def _torch_varlen(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, segments: Segments) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    offsets, longest = segments.cu_seqlens, segments.max_length
+    offsets, bound = segments.for_kernels
     window = (-1, 0) if segments.causal else (-1, -1)
-    found = varlen_attn(q_THK, k_THK, v_THK, offsets, offsets, longest, longest, window_size=window)
+    found = varlen_attn(q_THK, k_THK, v_THK, offsets, offsets, bound, bound, window_size=window)
     return found  # type: ignore[return-value]
+
+
+_flash_kernel: Any = None
+"""What `_flash_attention` found, where the compiler can read it: it traces no imports, and looks through caches."""
 
 
 @functools.cache
 def _flash_attention() -> tuple[Callable[..., Any] | None, str]:
     """The function of FlashAttention 3 (Hopper alone) or 2, or None and why neither imports: one built for another torch does not."""
+    global _flash_kernel
     reasons = []
     is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
     for name in ["flash_attn_interface"] * is_hopper + ["flash_attn"]:
         try:
-            return importlib.import_module(name).flash_attn_varlen_func, ""
+            _flash_kernel = importlib.import_module(name).flash_attn_varlen_func
+            return _flash_kernel, ""
         except (AttributeError, ImportError, OSError) as error:
             reasons.append(f"{name}: {error}")
+    _flash_kernel = None
     return None, "; ".join(reasons)
 
 
 def _flash_attn(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, segments: Segments) -> torch.Tensor:
-    function, why_not = _flash_attention()
-    if function is None:
-        raise ValueError(f"attention flash_attn is not to be had ({why_not}); pip install -e '.[cuda]'")
-    offsets, longest = segments.cu_seqlens, segments.max_length
-    out: Any = function(q_THK, k_THK, v_THK, offsets, offsets, longest, longest, causal=segments.causal)
+    if not torch.compiler.is_compiling():  # else it was asked for when the implementation was chosen
+        why_not = _flash_attention()[1]
+        if _flash_kernel is None:
+            raise ValueError(f"attention flash_attn is not to be had ({why_not}); pip install -e '.[cuda]'")
+    offsets, bound = segments.for_kernels
+    deterministic = torch.are_deterministic_algorithms_enabled()  # which is torch's own affair, and not the package's
+    out: Any = _flash_kernel(
+        q_THK, k_THK, v_THK, offsets, offsets, bound, bound, causal=segments.causal, deterministic=deterministic
+    )
     return out[0] if isinstance(out, tuple) else out

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Segments, varlen_attention
+from .attention import Segments, check_tokens, varlen_attention
 from .shapes import check_heads
 
 
@@ -188,6 +188,9 @@ class Transformer(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, segments: Segments, condition_TD: torch.Tensor | None = None) -> torch.Tensor:
         """[T, D] -> [T, D], after the final norm. Positions restart at 0 in every segment."""
+        check_tokens(x_TD, segments)
+        if x_TD.is_cuda:
+            _ = segments.for_kernels  # made here: a compiled block would be one for the lengths it was made of
         rope = rope_tables(segments.positions_T, self.head_dim, self.rope_theta)
         for i, block in enumerate(self.blocks):
             if self.training and self.checkpoint_every and i % self.checkpoint_every == 0:

@@ -104,7 +104,26 @@ def test_segments_say_where_tokens_are() -> None:
     assert segments.positions_T.tolist() == [0, 1, 2, 0, 0, 1]
     assert segments.ids_T.tolist() == [0, 0, 0, 1, 2, 2]
     assert (segments.cu_seqlens.tolist(), segments.cu_seqlens.dtype) == ([0, 3, 4, 6], torch.int32)
-    assert (segments.num_tokens, segments.max_length) == (6, 3)
+    assert segments.num_tokens == 6
+
+
+def test_what_kernels_see_of_a_layout_says_the_same_and_hardly_changes() -> None:
+    """The offsets, then empty segments; and a bound that holds, though it is the longest segment's length rarely."""
+    shapes = set()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        cuts = torch.randperm(4095, generator=generator)[:40].sort().values + 1
+        lengths = torch.diff(cuts, prepend=torch.tensor([0]), append=torch.tensor([4096])).tolist()
+        segments = Segments.from_lengths(lengths)
+        offsets, bound = segments.for_kernels
+        assert offsets[: len(lengths) + 1].tolist() == segments.cu_seqlens.tolist()
+        assert offsets[len(lengths) :].unique().tolist() == [4096]
+        assert offsets.dtype == torch.int32
+        assert max(lengths) <= bound
+        shapes.add((len(offsets), bound))
+    assert shapes == {(65, 1024)}
+    crowded, bound = Segments.from_lengths([1] * 300 + [3796]).for_kernels
+    assert (len(crowded), bound) == (513, 4096)
 
 
 @pytest.mark.parametrize("lengths", [[], [3, 0], [-1]])

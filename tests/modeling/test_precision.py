@@ -1,10 +1,15 @@
 """bf16 with fp32 where it matters: norm statistics, softmax, what a model returns, losses; and blocks compile once."""
 
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import varlen
 
-from modeling import losses
+from modeling import attention, losses
 from modeling.attention import Segments, varlen_attention
 from modeling.heads import TokenTargets
 from modeling.layers import Block, Transformer, rope_tables
@@ -116,7 +121,90 @@ def test_a_compiled_block_breaks_at_attention_alone(options: dict[str, bool]) ->
     found = torch._dynamo.explain(block)(x_TD, rope, Segments.from_lengths([9, 15]))
     reasons = [str(break_.reason) for break_ in found.break_reasons]
     assert reasons
-    assert all("varlen_attention" in reason for reason in reasons), reasons
+    assert all("_sdpa" in reason for reason in reasons), reasons
+
+
+def dense(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """A kernel that knows of the layout what GPUs' kernels know, the offsets."""
+    ids_T = torch.searchsorted(offsets[1:], torch.arange(len(q_THK), dtype=torch.int32), right=True)
+    q, k, v = (x.transpose(0, 1) for x in (q_THK, k_THK, v_THK))
+    mask_TT = ids_T[:, None] == ids_T[None, :]
+    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask_TT).transpose(0, 1)
+
+
+@pytest.fixture(params=["flash_attn", "torch_varlen"])
+def like_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """Attention takes a GPU's way, to a stand-in for its kernel; the options of each call that was not traced."""
+    calls: list[dict[str, Any]] = []
+
+    def kernel(q, k, v, offsets, others, bound, other_bound, **options):  # type: ignore[no-untyped-def]
+        if not torch.compiler.is_compiling():
+            calls.append(options | {"bound": bound})
+        return dense(q, k, v, offsets)
+
+    monkeypatch.setattr(attention, "choose_implementation", lambda *_: request.param)
+    monkeypatch.setattr(attention, "_flash_attention", lambda: (kernel, ""))
+    monkeypatch.setattr(attention, "_flash_kernel", kernel)
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    torch._dynamo.reset()
+    yield calls
+    torch._dynamo.reset()
+
+
+def test_a_block_is_one_graph_for_all_layouts(
+    like_a_gpu: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And computes what it does on a CPU, whose attention is held against float64 (test_attention.py)."""
+    torch.manual_seed(0)
+    plain = Transformer(1, 32, 16, 10_000.0).train()
+    for p in plain.parameters():
+        nn.init.normal_(p, std=0.2)
+    stack = copy.deepcopy(plain)
+    graphs: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append(1)
+        return graph.forward
+
+    stack.blocks[0].compile(dynamic=False, backend=counting, fullgraph=True)
+    x_TD = torch.randn(512, 32, requires_grad=True)
+    for number in range(50):
+        cuts = 1 + torch.randperm(511)[: number % 8].sort().values
+        lengths = torch.diff(cuts, prepend=torch.tensor([0]), append=torch.tensor([512])).tolist()
+        segments = Segments.from_lengths(lengths)
+        assert len(segments.for_kernels[0]) == 9  # on GPUs the stack has it made, before its blocks
+        output_TD = stack(x_TD, segments)
+        if number % 10 == 3:
+            with monkeypatch.context() as as_on_a_cpu:
+                as_on_a_cpu.setattr(attention, "choose_implementation", lambda *_: "sdpa")
+                expected_TD = plain(x_TD, segments)
+            found, expected = (torch.autograd.grad(y.square().sum(), x_TD)[0] for y in (output_TD, expected_TD))
+            torch.testing.assert_close(output_TD, expected_TD, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1
+    assert not like_a_gpu  # all of them compiled
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_deterministic_training_asks_the_kernel_for_it(like_a_gpu: list[dict[str, Any]], wanted: bool) -> None:
+    """torch's own kernels see the setting by themselves."""
+    x_THK = torch.randn(8, 1, 4)
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        varlen_attention(x_THK, x_THK, x_THK, Segments.from_lengths([5, 3]), "flash_attn")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [call["deterministic"] for call in like_a_gpu] == [wanted]
+
+
+def test_torchs_own_kernel_is_part_of_the_graph() -> None:
+    """As an operator whose shapes are known without a GPU."""
+    torch._dynamo.reset()
+    segments = Segments.from_lengths([40, 24], "meta")
+    assert len(segments.for_kernels[0]) == 3
+    x_THK = torch.empty(64, 2, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    found = torch._dynamo.explain(lambda x: varlen_attention(x, x, x, segments, "torch_varlen") * 2)(x_THK)
+    assert (found.graph_count, found.graph_break_count) == (1, 0)
 
 
 @pytest.mark.slow
