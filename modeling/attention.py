@@ -6,7 +6,6 @@ Shape letters: T packed tokens, H heads, K head dim, N segments.
 import functools
 import importlib
 import importlib.util
-import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
