@@ -28,7 +28,7 @@ def refuse_differences(
     others = [number for number, differs in enumerate(differ) if differs]
     if not others:
         return
-    theirs = _read(_of_rank(others[0], rank, facts | {"host": host}, all_reduce_sum))
+    theirs = _read(_of_rank(others[0], rank, {**facts, "host": host}, all_reduce_sum))
     where = theirs.pop("host", "another host")
     told = "; ".join(
         f"{name} is {theirs.get(name, 'nothing')} there and {first.get(name, 'nothing')} on rank 0"
