@@ -95,7 +95,7 @@ def header(run: Run, against: Run | None) -> Html:
         told = f" {against.folder}: stage {against.stage}, step {against.step:,}"
         lines.append(tag("p", tag("span", "other", class_="key against"), told, class_="note"))
     if run.metrics.torn:
-        lines.append(missing(f"{run.metrics.torn} lines of metrics.jsonl were torn by a kill and are left out."))
+        lines.append(missing(f"Lines of metrics.jsonl that a kill tore, left out here: {run.metrics.torn}."))
     return tag("header", *lines)
 
 

@@ -156,7 +156,7 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
 def test_torn_lines_are_told(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "tr')
-    assert "1 lines of metrics.jsonl were torn" in Parsed(page(read_run(run))).texts[""]
+    assert "a kill tore, left out here: 1." in Parsed(page(read_run(run))).texts[""]
 
 
 def test_the_command_writes_the_page_without_torch_and_prints_its_path(run: Path) -> None:
