@@ -83,7 +83,7 @@ def losses(run: Run, against: Run | None) -> Html:
         return missing("No step has been logged yet: metrics.jsonl is not there or has no lines of training.")
     parts = [grid([measure(run, name, against) for name in names])]
     if found := list(quarters(run.metrics)):
-        told = "Held-out loss by quarter of t, from nearly clean (left) to nearly noise; the floors are predictors that know no language."
+        told = "By quarter of t, from nearly clean (left) to nearly noise; the floors are predictors that know no language."
         parts += [tag("p", told, class_="note"), grid(found)]
     return join(parts)
 
