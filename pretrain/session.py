@@ -324,6 +324,7 @@ def open_loader(config: RunConfig, topology: Topology, start_step: int) -> Train
         world_size=topology.world_size,
         start_step=start_step,
         workers=data.workers,
+        pin_memory=topology.device.type == "cuda",
         **data.reading(),
     )
 

@@ -84,7 +84,10 @@ def ngram_keys(
         raise UserError(
             f"n-grams of {order} tokens of a vocabulary of {vocab_size} exceed 64 bits; take a smaller order"
         )
-    lengths_W = torch.as_tensor(window_lengths, device=tokens_T.device)
+    lengths_W = torch.as_tensor(window_lengths)
+    if tokens_T.device.type == "cuda":  # from pageable memory, the host would wait for all that the device has to do
+        lengths_W = lengths_W.pin_memory()
+    lengths_W = lengths_W.to(tokens_T.device, non_blocking=True)
     starts_W = lengths_W.cumsum(0) - lengths_W
     index_T = torch.arange(len(tokens_T), device=tokens_T.device)
     positions_T = index_T - starts_W.repeat_interleave(lengths_W, output_size=len(tokens_T))

@@ -6,6 +6,7 @@ window, or one of the two parts that a split cuts it into. Both tile the axis co
 window and a segment of role FILLER.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -41,6 +42,9 @@ class CodedFeatures:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "CodedFeatures":
         return CodedFeatures(*(x.to(device, non_blocking=non_blocking) for x in (self.codes_TC, self.scales_T)))
 
+    def pin_memory(self) -> "CodedFeatures":
+        return CodedFeatures(self.codes_TC.pin_memory(), self.scales_T.pin_memory())
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -61,12 +65,36 @@ class Batch:
 
     @property
     def roles_T(self) -> Tensor:
-        """Role of every token (int8)."""
-        return torch.from_numpy(np.repeat(np.array(self.segment_roles, np.int8), self.segment_lengths))
+        """Role of every token (int8), where the tokens are."""
+        roles_S, lengths_S = self._on_device(torch.tensor([self.segment_roles, self.segment_lengths]))
+        return torch.repeat_interleave(roles_S.to(torch.int8), lengths_S, output_size=len(self.tokens_T))
+
+    def places(self, role: int) -> Tensor:
+        """Where the tokens of a role stand, int64 [M] rising. The host knows how many there are: no device is asked."""
+        ends = itertools.accumulate(self.segment_lengths)
+        own = [(end, length) for end, length, one in zip(ends, self.segment_lengths, self.segment_roles) if one == role]
+        ends_S, lengths_S = self._on_device(torch.tensor(own, dtype=torch.int64).view(-1, 2).t().contiguous())
+        behind_S = ends_S - lengths_S.cumsum(0)
+        num = sum(length for _, length in own)
+        return torch.arange(num, device=ends_S.device) + torch.repeat_interleave(behind_S, lengths_S, output_size=num)
+
+    def _on_device(self, numbers: Tensor) -> Tensor:
+        """To where the tokens are, without waiting for what is computed there, which takes pinned memory."""
+        device = self.tokens_T.device
+        return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
     def num_tokens(self, *roles: int) -> int:
         """Number of tokens in segments of the given roles."""
         return sum(length for length, role in zip(self.segment_lengths, self.segment_roles) if role in roles)
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory, from which a GPU copies while host and device go on."""
+        return replace(
+            self,
+            tokens_T=self.tokens_T.pin_memory(),
+            window_uniforms_W2=self.window_uniforms_W2.pin_memory(),
+            features=self.features and self.features.pin_memory(),
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch with its tensors on the device."""

@@ -46,6 +46,7 @@ class TrainLoader:
         workers: threads that build steps, `_STEPS_AHEAD` of them ahead at least (0: built when asked for).
         verify: compare every shard's SHA-256 with the manifest before its first use.
         cache_dir, cache_gigabytes: where shards of URLs are kept, and how many; see storage.py.
+        pin_memory: the threads leave batches in page-locked memory, for a GPU.
 
     Raises:
         UserError: numbers that do not divide, or shards that are not what the manifest says.
@@ -68,6 +69,7 @@ class TrainLoader:
         verify: bool = True,
         cache_dir: str | None = None,
         cache_gigabytes: float = CACHE_GIGABYTES,
+        pin_memory: bool = False,
     ):
         self.manifest, self.feature_manifest = load_manifests(data, features)
         split.check_data(self.manifest, str(data))
@@ -86,6 +88,7 @@ class TrainLoader:
         self._tokens = TokenRows(str(data), self.manifest, "train", **options)
         self._features = _feature_rows(features, self.feature_manifest, "train", options)
         self._seed, self._split, self._micro_batch_rows = seed, split, micro_batch_rows
+        self._pin_memory = pin_memory
         self._start_step = self._next_step = start_step
         # Steps built together stay within an eighth of a shard, so that the last is not due long after the first.
         self._block_steps = max(1, min(self._block_limit(), min(shard_rows) // (8 * self.order.rows_per_stream)))
@@ -153,6 +156,8 @@ class TrainLoader:
         block = read_rows(self._tokens, self._features, spans, tickets, "train", self._seed, self._split)
         starts = range(0, steps * self._rank_rows, self._micro_batch_rows)
         batches = [block.batch(start, start + self._micro_batch_rows) for start in starts]
+        if self._pin_memory:
+            batches = [batch.pin_memory() for batch in batches]
         per_step = self._rank_rows // self._micro_batch_rows
         return [batches[first : first + per_step] for first in range(0, len(batches), per_step)]
 

@@ -81,7 +81,7 @@ class Posterior:
         means, variances, tokens = [], [], []
         for batch in batches:
             segments = Segments.from_lengths(batch.segment_lengths, batch.tokens_T.device)
-            real_T = batch.roles_T != FILLER
+            real_T = batch.roles_T.cpu() != FILLER
             mean_TZ, log_variance_TZ, _ = vae.encode(batch.tokens_T, segments)
             means.append(mean_TZ.float().cpu()[real_T])
             variances.append(log_variance_TZ.float().exp().cpu()[real_T])
@@ -128,7 +128,7 @@ def decoder_basin(vae: TextVAE, batches: Sequence[Batch], tick: Tick = _no_tick)
     right, total = [0] * len(NOISE_LEVELS), 0
     for batch in first_tokens(batches, BASIN_TOKENS):
         segments = Segments.from_lengths(batch.segment_lengths, batch.tokens_T.device)
-        real_T = (batch.roles_T != FILLER).to(batch.tokens_T.device)
+        real_T = batch.roles_T != FILLER
         latents_TZ = vae.standardize(vae.encode(batch.tokens_T, segments)[0])
         noise_TZ = row_noise(batch, latents_TZ.shape[1])
         for i, level in enumerate(NOISE_LEVELS):

@@ -18,7 +18,7 @@ def unigram_figures(config: RunConfig, batches: Sequence[Batch]) -> tuple[Figure
     """`unigram_nats` of the batches' targets, and the tokens' counts [V] over all of the training shards from which it follows."""
     with phase("tokens of the training split"):
         counts_V = token_counts(config.data.path, config.data.manifest(), **config.data.reading())
-    targets_M = torch.cat([batch.tokens_T.cpu()[batch.roles_T == SUFFIX] for batch in batches])
+    targets_M = torch.cat([batch.tokens_T[batch.places(SUFFIX)].cpu() for batch in batches])
     return {"unigram_nats": unigram_nats(counts_V, targets_M)}, counts_V
 
 

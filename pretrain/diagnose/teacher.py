@@ -75,7 +75,7 @@ def load_causal(name: str, revision: str | None = None) -> torch.nn.Module:
 @torch.no_grad()
 def window_nats(model: torch.nn.Module, batch: Batch, unigram_V: torch.Tensor) -> torch.Tensor:
     """Exact -log p of each window's target given its context, float64 [W] on the CPU; 0 where there is no target."""
-    tokens_T, is_target_T = batch.tokens_T, (batch.roles_T == SUFFIX).to(batch.tokens_T.device)
+    tokens_T, is_target_T = batch.tokens_T, batch.roles_T == SUFFIX
     sums = []
     for tokens_L, is_target_L in zip(tokens_T.split(batch.window_lengths), is_target_T.split(batch.window_lengths)):
         nats_L = unigram_V[tokens_L.cpu()].double()

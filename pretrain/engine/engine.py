@@ -14,6 +14,7 @@ What is promised, and how it is kept:
 - Gradients are accumulated, reduced and applied in fp32, whatever the model computes in.
 """
 
+import importlib
 import io
 import logging
 import math
@@ -270,6 +271,10 @@ def _load_deepspeed() -> Any:
     # this table would be to try out all operations, with a compiler and a linker.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     _import_muon_uncompiled()
+    # Its bf16 optimizer at stage 1 would make every rank's host wait for the device, and for the others, to look at a norm that
+    # measure() has. A step that is not finite takes the way of every skipped one (optim.py).
+    bf16_optimizer = importlib.import_module("deepspeed.runtime.bf16_optimizer")
+    bf16_optimizer.get_global_norm_of_tensors = lambda **_: 0.0  # type: ignore[attr-defined]
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)

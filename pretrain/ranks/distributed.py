@@ -27,6 +27,8 @@ SHARED_TEXT_BYTES = 512
 
 _peers: Hub | Spoke | None = None
 """This process's part in the watch over the job's ranks."""
+_host_group: dist.ProcessGroup | None = None
+"""Over which ranks exchange what their hosts know; None where the default group is one of hosts."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,10 @@ def init_distributed(timeout_s: float = 1800.0) -> Topology:
             device_id=device if device.type == "cuda" else None,
         )
     host = socket.gethostname()
-    global _peers
+    global _peers, _host_group
+    if job.world_size > 1 and _host_group is None and dist.get_backend() != "gloo":
+        # Numbers that a host has and wants back go past the devices, whose queued work they would wait for.
+        _host_group = dist.new_group(backend="gloo")
     if job.world_size > 1 and _peers is None:
         _peers = watch_peers(job.rank, job.world_size, host, address, _text_of_rank_0, quiet=job.local_rank > 0)
     return Topology(job.rank, job.local_rank, job.world_size, job.local_world_size, host, device)
@@ -106,11 +111,11 @@ def _give_new_groups_a_timeout(timeout: timedelta) -> None:
 
 
 def all_reduce_sum(values: Sequence[float]) -> list[float]:
-    """Sums over all ranks, in float64, the same bits on every rank. One small collective; every rank must call it."""
+    """Sums over all ranks, in float64, the same bits on every rank. One small collective between hosts; every rank must call it."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [float(value) for value in values]
-    total = torch.tensor(list(values), dtype=torch.float64, device=_collective_device())
-    dist.all_reduce(total)
+    total = torch.tensor(list(values), dtype=torch.float64)
+    dist.all_reduce(total, group=_host_group)
     return total.tolist()
 
 
@@ -147,13 +152,10 @@ def await_cause() -> None:
 
 def shutdown() -> None:
     """Leave the job."""
-    global _peers
+    global _peers, _host_group
     if _peers is not None:
         _peers.goodbye()
         _peers = None
+    _host_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _collective_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -54,7 +54,7 @@ class ARStage(TokenStage):
     def forward(self, batch: Batch, counts: dict[str, int]) -> StageOutput:
         if not self.training:
             return self.heldout(batch, counts)
-        roles_T = batch.roles_T.to(batch.tokens_T.device, non_blocking=True)
+        roles_T = batch.roles_T
         weight = self.config.ar.context_weight
         weights_T = (roles_T == SUFFIX).float() + weight * (roles_T == PREFIX).float()
         hidden_TD, _ = self._hidden(batch)
@@ -71,7 +71,7 @@ class ARStage(TokenStage):
     def window_nats(self, batch: Batch, num_draws: int = 1) -> Tensor:
         """Exact: nothing is drawn."""
         hidden_TD, windows = self._hidden(batch)
-        is_target_T = (batch.roles_T == SUFFIX).to(hidden_TD.device)
+        is_target_T = batch.roles_T == SUFFIX
         nats_T = self.model.token_nats(hidden_TD, batch.tokens_T) * is_target_T
         return nats_T.new_zeros(len(windows.lengths), dtype=torch.float64).index_add(0, windows.ids_T, nats_T.double())
 

@@ -23,7 +23,7 @@ from modeling.times import TimeDistribution, move_logit
 from pretrain.checkpoint.storage import Checkpoint
 from pretrain.stages.base import Stage, StageOutput, row_noise, weighted
 from pretrain.stages.dit_config import DiTRun, Flow
-from pretrain.stages.frozen_vae import load_vae, posterior_mean
+from pretrain.stages.frozen_vae import load_vae, posterior
 from pretrain.stages.latent_statistics import LATENTS_NAME, LatentStatistics
 from pretrain.telemetry.flops import transformer_flops
 
@@ -185,11 +185,8 @@ class DiTStage(Stage):
 
     def latents(self, batch: Batch) -> Tensor:
         """Standardised latents fp32 [T, Z], context and target of a window encoded separately."""
-        mean_TZ = posterior_mean(self.vae, batch)
+        mean_TZ, log_variance_TZ = posterior(self.vae, batch)
         if self.config.flow.target == "sample" and self.training:
-            segments = Segments.from_lengths(batch.segment_lengths, mean_TZ.device)
-            with torch.no_grad():
-                log_variance_TZ = self.vae.encode(batch.tokens_T, segments)[1]
             noise_TZ = row_noise(batch, mean_TZ.shape[1], purpose=POSTERIOR_NOISE)
             mean_TZ = mean_TZ + (0.5 * log_variance_TZ).exp() * noise_TZ
         return self.vae.standardize(mean_TZ)
@@ -220,8 +217,7 @@ class DiTStage(Stage):
 
     def targets_of(self, batch: Batch) -> TokenTargets:
         """The target tokens and where they stand, from what the host knows: no device is waited for."""
-        device = batch.tokens_T.device
-        places_M = (batch.roles_T == SUFFIX).nonzero()[:, 0].to(device, non_blocking=True)
+        places_M = batch.places(SUFFIX)
         return TokenTargets(places_M, batch.tokens_T[places_M])
 
     def one_step_estimate(self, batch: Batch, time: float) -> tuple[Tensor, Tensor]:
@@ -257,7 +253,7 @@ class DiTStage(Stage):
         """What likelihood.py asks for: model, latents, noise, and which tokens are whose targets."""
         latents_TZ, device = self.latents(batch), batch.tokens_T.device
         windows, segments = (Segments.from_lengths(x, device) for x in (batch.window_lengths, batch.segment_lengths))
-        roles_T = batch.roles_T.to(device, non_blocking=True)
+        roles_T = batch.roles_T
         shown_TZ = (latents_TZ if context_TZ is None else context_TZ) * (roles_T == PREFIX)[:, None]
 
         def noise_of(index: int) -> Tensor:
@@ -278,7 +274,7 @@ class DiTStage(Stage):
             spread_T = self.config.flow.time_spread * row_noise(batch, 1, purpose=TIME_NOISE)[:, 0]
             time_T = move_logit(time_T, spread_T)
         time_T = time_T.float()
-        roles_T = batch.roles_T.to(device, non_blocking=True)
+        roles_T = batch.roles_T
         is_target_T = roles_T == SUFFIX
         noise_TZ = row_noise(batch, latents_TZ.shape[1])
         noisy_TZ = flow.interpolate(latents_TZ, noise_TZ, time_T[:, None])

@@ -85,7 +85,12 @@ def _of_export(run: str | Path, named_by: str) -> tuple[TextVAEConfig, dict[str,
 
 
 def posterior_mean(vae: TextVAE, batch: Batch) -> Tensor:
-    """Posterior means fp32 [T, Z] with every segment encoded by itself; in bf16 on CUDA, where the kernels want it."""
+    """Posterior means fp32 [T, Z]; see `posterior`."""
+    return posterior(vae, batch)[0]
+
+
+def posterior(vae: TextVAE, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Means and log-variances fp32 [T, Z] with every segment encoded by itself; in bf16 on CUDA, where the kernels want it."""
     device = batch.tokens_T.device
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        return vae.encode(batch.tokens_T, Segments.from_lengths(batch.segment_lengths, device))[0]
+        return vae.encode(batch.tokens_T, Segments.from_lengths(batch.segment_lengths, device))[:2]

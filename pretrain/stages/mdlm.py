@@ -55,7 +55,7 @@ class MDLMStage(TokenStage):
     def _windows(self, batch: Batch) -> tuple[Tensor, Segments]:
         """Where targets are, bool [T], and the windows."""
         device = batch.tokens_T.device
-        is_target_T = (batch.roles_T == SUFFIX).to(device, non_blocking=True)
+        is_target_T = batch.roles_T == SUFFIX
         return is_target_T, Segments.from_lengths(batch.window_lengths, device)
 
     def window_nats(self, batch: Batch, num_draws: int) -> Tensor:

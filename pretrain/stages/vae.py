@@ -54,7 +54,7 @@ class VAEStage(Stage):
 
     def forward(self, batch: Batch, counts: dict[str, int]) -> StageOutput:
         vae, segments = self.vae, Segments.from_lengths(batch.segment_lengths, batch.tokens_T.device)
-        roles_T = batch.roles_T.to(batch.tokens_T.device, non_blocking=True)
+        roles_T = batch.roles_T
         real_T = (roles_T != FILLER).float()
         mean_TZ, log_variance_TZ, hidden_TD = vae.encode(batch.tokens_T, segments)
         latents_TZ = mean_TZ

@@ -94,3 +94,14 @@ def test_tickets_and_seeds_change_everything_random() -> None:
 def test_impossible_splits_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Split(**{"kind": "context"} | wrong)
+
+
+@pytest.mark.parametrize("kind", ["none", "context", "truncate"])
+def test_places_of_a_role_are_where_the_roles_say(kind: str) -> None:
+    batch = batch_of([[10, 30], [40], [3, 3, 20]], Split(kind=kind, min_tokens=2))
+    expected = np.repeat(batch.segment_roles, batch.segment_lengths)
+    assert batch.roles_T.tolist() == expected.tolist()
+    for role in (FILLER, PREFIX, SUFFIX):
+        places = batch.places(role)
+        assert places.tolist() == np.flatnonzero(expected == role).tolist()
+        assert len(places) == batch.num_tokens(role)

@@ -1,5 +1,6 @@
 """The global batch is a pure function of (manifest, seed, step), however ranks, threads and micro-batches cut it up."""
 
+import threading
 import time
 from itertools import islice
 from pathlib import Path
@@ -172,6 +173,29 @@ def test_batches_are_tensors_of_the_promised_types(prepared: Path) -> None:
     assert int(batch.row_keys_B.min()) >= 0
     assert sum(batch.window_lengths) == sum(batch.segment_lengths) == len(batch.tokens_T) == 12 * batch.row_tokens
     assert batch.roles_T.shape == batch.tokens_T.shape
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_threads_leave_all_that_goes_to_a_gpu_in_pinned_memory(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """And not the main thread, which would copy while the device waits for work."""
+    pinned: dict[int, str] = {}
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.clone()
+        pinned[id(copy)] = threading.current_thread().name
+        return copy
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    with make_loader(prepared, features=prepared / "features", pin_memory=True, workers=workers) as loader:
+        for batch in loader.next_step():
+            sent = [batch.tokens_T, batch.window_uniforms_W2, batch.features.codes_TC, batch.features.scales_T]
+            assert {pinned[id(tensor)].partition("_")[0] for tensor in sent} == {"loader" if workers else "MainThread"}
+    with make_loader(prepared, workers=0) as loader:
+        before = len(pinned)
+        loader.next_step()
+    assert len(pinned) == before
 
 
 def test_shards_are_open_before_their_rows_are_due(tmp_path: Path) -> None:

@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch.distributed as dist
+
+from pretrain.ranks import distributed
 from pretrain.ranks.launcher import free_port
 from tests.pretrain.engine_launch import rank_environment
 
@@ -48,3 +52,15 @@ def test_collectives_and_the_timeout_of_groups_made_later(tmp_path: Path):
     ranks[1].kill()
     ranks[1].communicate()
     assert "timed out as it should" in output
+
+
+def test_numbers_of_hosts_go_past_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a group of their own where the default group is one of GPUs: else they would wait for all that is queued there."""
+    met: list[tuple[str, object]] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "all_reduce", lambda total, group=None: met.append((total.device.type, group)))
+    monkeypatch.setattr(distributed, "_host_group", "hosts")
+    assert distributed.all_reduce_sum([1.5]) == [1.5]
+    assert met == [("cpu", "hosts")]
