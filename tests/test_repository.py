@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -212,6 +213,58 @@ def test_run_sh_takes_the_recipes_options_and_says_others_before_it_installs() -
         assert done.stderr.startswith("error: ")
         assert "/nonexistent" not in done.stderr
         assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("works", "has_nvcc", "tries"),
+    [
+        ("import", True, []),
+        ("wheel", True, ["--only-binary=:all:"]),
+        ("build", True, ["--only-binary=:all:", "--no-build-isolation"]),
+        ("nothing", True, ["--only-binary=:all:", "--no-build-isolation"]),
+        ("build", False, ["--only-binary=:all:"]),
+    ],
+)
+def test_run_sh_installs_flash_attention_in_the_way_that_works(
+    tmp_path: Path, works: str, has_nvcc: bool, tries: list[str]
+) -> None:
+    """On machines with a GPU, with a pip that does what it is told; what cannot be had is a line, and no mistake."""
+    script = (ROOT / "run.sh").read_text()
+    install, function = (script.split(f"{name}() {{")[1].split("\n}\n")[0] for name in ("install", "kernels"))
+    assert re.search(r"if command -v nvidia-smi .*; then kernels; fi", install)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        """#!/bin/bash
+case "$*" in
+  *flash_attn_varlen_func*) [[ -f there ]]; exit ;;
+  *uninstall*) rm -f there; exit 0 ;;
+esac
+echo "$*" >> pip.log
+[[ "$*" == *--no-deps* && "$*" == *flash-attn==* ]] || exit 1
+if [[ $WORKS == wheel && "$*" == *only-binary* || $WORKS == build && "$*" == *no-build-isolation* ]]; then touch there; fi
+[[ -f there ]]
+"""
+    )
+    python.chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    if has_nvcc:
+        (tmp_path / "bin" / "nvcc").write_text("#!/bin/bash\n")
+        (tmp_path / "bin" / "nvcc").chmod(0o755)
+    if works == "import":
+        (tmp_path / "there").touch()
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f"kernels() {{{function}\n}}\nkernels"],
+        cwd=tmp_path, env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "WORKS": works},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    log = tmp_path / "pip.log"
+    calls = log.read_text().splitlines() if log.exists() else []
+    assert [
+        next(way for way in ("--only-binary=:all:", "--no-build-isolation") if way in call) for call in calls
+    ] == tries
+    had = works in ("import", "wheel") or (works == "build" and has_nvcc)
+    assert ("torch_varlen" in done.stderr) != had
 
 
 def test_attack_6_nothing_is_loaded_with_its_own_code() -> None:
