@@ -255,7 +255,9 @@ def _flash_attn(q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, s
     if not torch.compiler.is_compiling():  # else it was asked for when the implementation was chosen
         why_not = _flash_attention()[1]
         if _flash_kernel is None:
-            raise ValueError(f"attention flash_attn is not to be had ({why_not}); pip install -e '.[cuda]'")
+            raise ValueError(
+                f"attention flash_attn is not to be had ({why_not}); ./run.sh install takes it where a GPU is and it can be had"
+            )
     offsets, bound = segments.for_kernels
     deterministic = torch.are_deterministic_algorithms_enabled()  # which is torch's own affair, and not the package's
     out: Any = _flash_kernel(
