@@ -93,7 +93,8 @@ def test_the_plain_model_is_ours_on_padded_windows() -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_peak_memory_is_what_a_call_holds_beyond_before() -> None:
     kept = torch.ones(16 << 20)
-    peak = peak_bytes(lambda: kept.mul(2).add_(1), torch.device("cpu"))
+    # What other threads of this process give back meanwhile hides some of it.
+    peak = max(peak_bytes(lambda: kept.mul(2).add_(1), torch.device("cpu")) for _ in range(3))
     assert 0.9 < peak / (4 * kept.numel()) < 1.5
 
 

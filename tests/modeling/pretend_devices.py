@@ -36,6 +36,8 @@ class PretendDevices(TorchFunctionMode):
             return place(args[0])
         if function is torch.Tensor.cpu:
             return put(function(*args).view_as(args[0]), CPU)
+        if function is torch.Tensor.pin_memory:
+            return args[0]
         wanted = kwargs.pop("device", None)
         if function is torch.Tensor.to:
             args, wanted = self._target(args, wanted)

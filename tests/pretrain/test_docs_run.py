@@ -45,6 +45,7 @@ def why_not(words: list[str]) -> str:
         "it serves until it is stopped: tests/pretrain/serve": name == "serve",
         "it plans for half a minute: tests/pretrain/plan": name == "plan",
         "it judges a model for minutes: tests/pretrain/evaluate": name == "evaluate",
+        "it shows another run and results of evaluations: tests/pretrain/report": "--evaluation" in words,
         "a benchmark": program == "python",
         "it names a command": not arguments or "NAME" in words,
         "it names a part of a command": len(arguments) == 1 and not arguments[0].startswith("-") and name != "config",
@@ -85,7 +86,7 @@ def test_a_command_runs(words: list[str], desk: Path, monkeypatch: pytest.Monkey
     name = arguments[0]
     writes = {"prepare": "--output", "convert": "--output", "report": "--output"}.get(name)
     if writes in arguments:
-        arguments[arguments.index(writes) + 1] = str(tmp_path / "made")
+        arguments[arguments.index(writes) + 1] = str(tmp_path / ("made.html" if name == "report" else "made"))
     if name == "prepare" and "--source" in arguments:
         arguments += ["--workers", "1", "--max-document-length", "32", "--row-tokens", "64"]
     assert (main(arguments) or 0) == 0
