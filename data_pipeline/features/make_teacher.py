@@ -47,6 +47,8 @@ class Recipe:
     """Stop after this time, or ..."""
     steps: int | None = None
     """... after this many steps."""
+    min_steps: int = 0
+    """With `seconds`: not before this many, so that a machine that is busy with other things takes longer and does not teach less."""
     batch_tokens: int = 1024
     lr: float = 4e-3
     weight_decay: float = 0.1
@@ -55,6 +57,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if (self.seconds is None) == (self.steps is None):
             raise UserError("give either --seconds or --steps: one of them ends the training")
+        if self.min_steps < 0 or (self.min_steps and self.seconds is None):
+            raise UserError(f"--min-steps {self.min_steps}: expected at least 0, and --seconds with it")
         if (self.seconds or self.steps or 0) <= 0:
             raise UserError(f"--seconds {self.seconds} --steps {self.steps}: expected a positive number")
         if self.width % HEAD_DIM or self.width <= 0 or self.layers < 3:
@@ -65,7 +69,9 @@ class Recipe:
 
     def progress(self, step: int, elapsed_s: float) -> float:
         """Share of the training that is over."""
-        return step / self.steps if self.steps is not None else elapsed_s / (self.seconds or 1)
+        if self.steps is not None:
+            return step / self.steps
+        return min(elapsed_s / (self.seconds or 1), step / self.min_steps if self.min_steps else math.inf)
 
     def lr_at(self, progress: float) -> float:
         """Linear warm-up, then half a cosine."""
@@ -254,6 +260,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, type=Path, help="Hugging Face folder to write")
     parser.add_argument("--seconds", type=float, help="training time (default 60)")
     parser.add_argument("--steps", type=int, help="training steps, instead of a time")
+    parser.add_argument("--min-steps", type=int, default=0, help="with a time: not fewer than these (%(default)s)")
     parser.add_argument("--width", type=int, default=Recipe.width)
     parser.add_argument("--layers", type=int, default=Recipe.layers)
     parser.add_argument("--batch-tokens", type=int, default=Recipe.batch_tokens)
@@ -269,7 +276,7 @@ def main(argv: list[str] | None = None) -> int | None:
     args = make_parser().parse_args(argv)
     seconds = Recipe.seconds if args.seconds is None and args.steps is None else args.seconds
     recipe = Recipe(
-        width=args.width, layers=args.layers, seconds=seconds, steps=args.steps,
+        width=args.width, layers=args.layers, seconds=seconds, steps=args.steps, min_steps=args.min_steps,
         batch_tokens=args.batch_tokens, lr=args.lr, seed=args.seed,
     )  # fmt: skip
     make_teacher(args.data, args.output, recipe, device_of(args.device))

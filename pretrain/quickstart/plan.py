@@ -82,6 +82,8 @@ class Sizes:
     teacher_seconds: int = 60
     min_dit_steps: int = 400
     max_dit_steps: int = 60_000
+    min_teacher_steps: int = 250
+    """In 60 s a slow machine takes some 330; one that is busy with other things took 37, and its features said nothing."""
     vae: dict[str, Any] = field(default_factory=dict)
     dit: dict[str, Any] = field(default_factory=dict)
 
@@ -176,7 +178,13 @@ class Plan:
                 Step(
                     "teacher",
                     f"train a small causal language model for {self.sizes.teacher_seconds} s, the teacher where no hub is at hand",
-                    _command("teacher", data=data, output=self.teacher_folder, seconds=self.sizes.teacher_seconds),
+                    _command(
+                        "teacher",
+                        data=data,
+                        output=self.teacher_folder,
+                        seconds=self.sizes.teacher_seconds,
+                        min_steps=self.sizes.min_teacher_steps,
+                    ),
                     Path(self.teacher_folder),
                     Path(self.teacher_folder),
                 )

@@ -84,6 +84,8 @@ def test_the_learning_rate_follows_the_budget():
     timed, counted = Recipe(seconds=100), Recipe(seconds=None, steps=50)
     assert timed.progress(7, 25.0) == 0.25
     assert counted.progress(10, 1e9) == 0.2
+    busy = Recipe(seconds=100, min_steps=50)
+    assert (busy.progress(50, 25.0), busy.progress(20, 100.0), busy.progress(50, 100.0)) == (0.25, 0.4, 1)
     rates = [timed.lr_at(share / 100) for share in range(101)]
     assert max(rates) == pytest.approx(timed.lr)
     assert rates.index(max(rates)) == 5
@@ -91,7 +93,17 @@ def test_the_learning_rate_follows_the_budget():
     assert all(math.isfinite(rate) and rate > 0 for rate in rates)
 
 
-@pytest.mark.parametrize("wrong", [{"width": 100}, {"layers": 2}, {"steps": 5}, {"seconds": -1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"width": 100},
+        {"layers": 2},
+        {"steps": 5},
+        {"seconds": -1.0},
+        {"min_steps": -1},
+        {"seconds": None, "steps": 5, "min_steps": 2},
+    ],
+)
 def test_impossible_recipes_are_refused(wrong):
     with pytest.raises(UserError):
         Recipe(**wrong)

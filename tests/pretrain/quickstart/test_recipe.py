@@ -229,7 +229,7 @@ def test_the_whole_recipe_on_a_handful_of_documents(tmp_path, monkeypatch, capfd
         "diagnose.sample_tokens": 256,
         **few,
     }
-    sizes = Sizes(300, 2, 3, 3, vae={"train.steps": 3, **few}, dit=dit)
+    sizes = Sizes(300, 2, 3, 3, min_teacher_steps=5, vae={"train.steps": 3, **few}, dit=dit)
     output = tmp_path / "run"
     plan = Plan(output, str(source), None, None, long=False, sizes=sizes)
     recipe.run(plan)
