@@ -88,6 +88,13 @@ class TextLDM(ExportedModel, GenerationMixin):
             do_sample=True, temperature=config.token_temperature, **known, **marks
         )
 
+    def defaults(self) -> dict[str, Any]:
+        """How `generate` samples where nobody says otherwise (`generation_config`, else the config), by the names of its arguments."""
+        found = chosen({}, None, self.generation_config, self.config)
+        temperature = self.config.token_temperature if found["temperature"] is None else found["temperature"]
+        settings = {name: found[name] for name in (*SAMPLING, "guidance_interval")}
+        return settings | {"token_temperature": temperature}
+
     def forward(self, input_ids: Any = None, **options: Any) -> Any:
         """The same as `generate`: a diffusion language model has no other forward pass for a user."""
         return self.generate(input_ids, **options)
@@ -252,10 +259,10 @@ class TextLDM(ExportedModel, GenerationMixin):
             for i in going:
                 (own, place), size, done = keys[i], sizes[i][block], len(found[i])
                 own_noise.append(
-                    self._noise(own, place, size, block) if noise is None else noise[i][done : done + size]
+                    self.keyed_noise(own, place, size, block) if noise is None else noise[i][done : done + size]
                 )
                 if offsets is not None:
-                    offsets.append(self._times.spread * self._noise(own, -1 - place, size, block)[:, 0])
+                    offsets.append(self._times.spread * self.keyed_noise(own, -1 - place, size, block)[:, 0])
             drawn = draw_tokens(
                 self.vae,
                 self.dit,
@@ -340,8 +347,8 @@ class TextLDM(ExportedModel, GenerationMixin):
                 contexts.append(latest(torch.cat((prompts[i], targets[i][:done])), size, window))
                 pieces.append(targets[i][done : done + size])
                 first = place * (num_times + 1)
-                noise.append(torch.stack([self._noise(own, first + k, size, block) for k in range(num_times)]))
-                offsets.append(spread * self._noise(own, first + num_times, size, block)[:, 0])
+                noise.append(torch.stack([self.keyed_noise(own, first + k, size, block) for k in range(num_times)]))
+                offsets.append(spread * self.keyed_noise(own, first + num_times, size, block)[:, 0])
             found = target_nats(self.vae, self.dit, contexts, pieces, noise, t0, offsets if spread else None)
             bounds_N[going] += found.bounds_NG[:, 0]
         return bounds_N
@@ -388,7 +395,11 @@ class TextLDM(ExportedModel, GenerationMixin):
     def _times(self) -> TimeDistribution:
         return TimeDistribution(**self.config.times)
 
-    def _noise(self, seed: int, index: int, new: int, block: int = 0) -> torch.Tensor:
+    def keyed_noise(self, seed: int, index: int, new: int, block: int = 0) -> torch.Tensor:
+        """The noise [new, Z] of a block's tokens: that of prompt `index` with `seed` for 0 and more, of its offsets for -1 - index.
+
+        Raises: ValueError.
+        """
         if not 0 <= seed < SEEDS:
             raise ValueError(f"seed is {seed}; expected 0 to {SEEDS - 1}, that is 2^64 - 1")
         generator = torch.Generator().manual_seed((seed * 1_000_003 + index + block * BLOCK_STRIDE) % SEEDS)

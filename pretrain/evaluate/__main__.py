@@ -27,7 +27,8 @@ SHOWN = 3
 def sampling_of(args: argparse.Namespace) -> Sampling:
     """Of the command line."""
     names = ("num_steps", "guidance_scale", "solver", "grid", "token_temperature", "temperature", "top_p")
-    return Sampling(guidance_interval=tuple(args.guidance_interval), **{name: getattr(args, name) for name in names})
+    interval = tuple(args.guidance_interval) if args.guidance_interval else None
+    return Sampling(guidance_interval=interval, **{name: getattr(args, name) for name in names})
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -57,8 +58,8 @@ def evaluate(args: argparse.Namespace) -> None:
     write_text(args.output.with_suffix(".md"), tables.one(everything, "github") + "\n")
     print(shown_texts(drawn, records, SHOWN))
     print(tables.one(everything, "simple"))
-    if published := tables.published(everything):
-        print("\n" + tables.several([everything], "simple") if published else "")
+    if tables.published(everything):
+        print("\n" + tables.several([everything], "simple"))
     print(f"\n{args.output}, {args.output.with_suffix('.md')}; texts in {folder}")
 
 

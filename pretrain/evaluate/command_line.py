@@ -9,6 +9,7 @@ from typing import Any
 
 from data_pipeline.core.errors import UserError, check_early
 from data_pipeline.core.hub import check_hub_id
+from pretrain.evaluate import paper
 from pretrain.evaluate.samples import BENCHMARKS
 
 DESCRIPTION = """Judge a model by what it writes and by the probability that it gives to text.
@@ -65,9 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--guidance-interval",
         type=float,
         nargs=2,
-        default=(0.0, 1.0),
         metavar=("FROM", "TO"),
-        help="times with guidance (0 1)",
+        help="times with guidance",
     )
     group.add_argument("--solver", help="euler, heun or multistep")
     group.add_argument("--grid", help="of the solver's times")
@@ -95,7 +95,9 @@ def add_task(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-field", help="field of a record that holds the text (text)")
     parser.add_argument("--split", help="of a dataset or folder")
     parser.add_argument("--samples", type=int, default=1000, help="documents (%(default)s)")
-    parser.add_argument("--max-words", type=int, default=700, help="of a document, its first ones (%(default)s)")
+    parser.add_argument(
+        "--max-words", type=int, default=paper.WORDS, help="of a document, its first ones (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of documents, cuts and noise (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="documents drawn together (%(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")

@@ -80,11 +80,14 @@ def figures(
         protocol["mauve"] = {"model": judges.mauve, "buckets": buckets}
         return metrics
 
-    judge("bertscore", lambda: featurizers.bert_score(judged, judges.bert, judges.bert_layer, device))
+    def measured_bertscore() -> Metrics:
+        metrics, layer = featurizers.bert_score(judged, judges.bert, judges.bert_layer, device)
+        protocol["bertscore"] = {"model": judges.bert, "layer": layer}
+        return metrics
+
+    judge("bertscore", measured_bertscore)
     judge("mauve", measured_mauve)
     judge("generative_nll", lambda: featurizers.judge_nats(judged, judges.judge, device))
-    if "bertscore" in found:
-        protocol["bertscore"] = {"model": judges.bert, "layer": judges.bert_layer}
     if "generative_nll" in found:
         protocol["judge"] = judges.judge
     if data is None:
@@ -102,21 +105,14 @@ def overlap(judged: Judged, data: str, max_rows: int) -> Metrics:
     """
     manifest = Manifest.load(data)
     texts = [text_checks.words(text) for text in judged.continuations()]
-    grams = [list(text_checks.ngrams(text, text_checks.COPY_WORDS)) for text in texts]
+    wanted = {gram for text in texts for gram in text_checks.ngrams(text, text_checks.COPY_WORDS)}
     rows = min(max_rows, sum(shard.rows for shard in manifest.splits["train"]))
-    training = text_checks.TrainingText.read(
-        data, manifest, Detokenizer(data, manifest), {gram for of_text in grams for gram in of_text}, rows
-    )
-    found: Metrics = {}
-    if any(grams):
-        found["copied_from_training"] = ratio_of_sums(
-            [sum(gram in training.found for gram in of_text) for of_text in grams], [len(of_text) for of_text in grams]
-        )
-    if any(texts):
-        found["real_words"] = ratio_of_sums(
-            [sum(word in training.words for word in text) for text in texts], [len(text) for text in texts]
-        )
-    return found
+    training = text_checks.TrainingText.read(data, manifest, Detokenizer(data, manifest), wanted, rows)
+    shares = {
+        "copied_from_training": text_checks.copied(texts, training.found),
+        "real_words": text_checks.real_words(texts, training.words),
+    }
+    return {name: ratio_of_sums(share.hits, share.counts) for name, share in shares.items() if any(share.counts)}
 
 
 def result(

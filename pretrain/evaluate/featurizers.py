@@ -50,8 +50,8 @@ def judge_nats(judged: Judged, judge: str, device: torch.device) -> dict[str, In
     return {"generative_nll": ratio_of_sums(nats, tokens)}
 
 
-def bert_score(judged: Judged, model: str, layer: int | None, device: torch.device) -> dict[str, Interval]:
-    """`bertscore`: F1 by the package bert-score, without idf or rescaling. Raises: UserError.
+def bert_score(judged: Judged, model: str, layer: int | None, device: torch.device) -> tuple[dict[str, Interval], int]:
+    """`bertscore`: F1 by the package bert-score, without idf or rescaling; and the layer. Raises: UserError.
 
     Args:
         layer: whose features are compared; the package's choice for models that it knows, else the last.
@@ -75,7 +75,7 @@ def bert_score(judged: Judged, model: str, layer: int | None, device: torch.devi
         raise
     except BaseException as error:  # what the package, transformers and the hub raise cannot be listed
         raise UserError(f"--bertscore-model {model} cannot be had ({first_words(error)})") from None
-    return {"bertscore": mean(f1_N.double().tolist())}
+    return {"bertscore": mean(f1_N.double().tolist())}, layer
 
 
 def mauve(

@@ -2,6 +2,8 @@
 
 COLUMNS = ("rouge_1", "rouge_2", "rouge_l", "bertscore", "mauve")
 SAMPLES = 1000
+WORDS = 700
+"""About the 1,024 tokens of its windows."""
 ROWS = {
     "wikisource": {
         "GPT-2 137M": (31.1, 7.0, 18.2, 81.6, 35.3),

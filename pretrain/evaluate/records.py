@@ -49,7 +49,7 @@ class Work:
     batch_size: int
 
     def batches(self) -> list[range]:
-        """Of places of samples; the longest texts first, so that memory runs out at once or not at all."""
+        """Of places of samples, in their order."""
         return [
             range(start, min(start + self.batch_size, len(self.samples)))
             for start in range(0, len(self.samples), self.batch_size)

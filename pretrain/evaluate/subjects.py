@@ -72,7 +72,7 @@ class Sampling:
 
     num_steps: int | None = None
     guidance_scale: float | None = None
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_interval: tuple[float, float] | None = None
     solver: str | None = None
     grid: str | None = None
     token_temperature: float | None = None
@@ -129,11 +129,7 @@ class FlowSubject:
     def __init__(self, model: TextLDM, texts: Texts, sampling: Sampling):
         self.texts = texts
         self.model, self.options = model, sampling.of_flow()
-        of_transformers = {"token_temperature": "temperature"}
-        defaults = {
-            name: getattr(model.generation_config, of_transformers.get(name, name), None) for name in self.options
-        }
-        self.sampling = {name: defaults[name] if value is None else value for name, value in self.options.items()}
+        self.sampling = model.defaults() | {name: value for name, value in self.options.items() if value is not None}
 
     def continuations(
         self, prompts: Sequence[Sequence[int]], lengths: Sequence[int], seeds: Sequence[int]

@@ -86,6 +86,7 @@ def several(results: Sequence[Mapping[str, Any]], kind: str) -> str:
 def published(result: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
     """The paper's rows for the result's benchmark, where the protocol is the paper's: one of its sets, cut as it was, 1,000 documents."""
     rows = paper.ROWS.get(Path(result["benchmark"]).stem, {})
-    if result["protocol"]["samples"] != paper.SAMPLES:
+    protocol = result["protocol"]
+    if protocol["samples"] != paper.SAMPLES or protocol.get("max_words", 0) < paper.WORDS:
         return []
     return [(model, dict(zip(paper.COLUMNS, map(str, values)))) for model, values in rows.items()]

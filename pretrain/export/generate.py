@@ -95,7 +95,7 @@ def continue_prompts(
     left = model.config.max_window - max(map(len, ids), default=0)
     if options.max_new_tokens is None:
         request["max_new_tokens"] = min(DEFAULT_NEW_TOKENS, left) if left > 0 else DEFAULT_NEW_TOKENS
-    num_steps = options.num_steps or int(getattr(model.generation_config, "num_steps", model.config.num_steps))
+    num_steps = options.num_steps or model.defaults()["num_steps"]
     wanted = {round(i * (num_steps - 1) / (TRAJECTORY_TEXTS - 1)) for i in range(TRAJECTORY_TEXTS)}
     stages: list[dict[str, Any]] = []
 

@@ -1,10 +1,5 @@
 """The export of the causal baseline: a stock class of transformers, which needs none of our code."""
 
-import dataclasses
-import json
-
-from data_pipeline.core.errors import UserError
-from data_pipeline.core.telling import tellable
 from modeling.stock_language_model import stock_language_model
 from modeling.token_transformer import TokenTransformer
 from pretrain.checkpoint.read import load_weights, read_tensors
@@ -48,10 +43,7 @@ def export(source: Source) -> Exported:
     """A stage-ar run as GPT-NeoX. Raises: UserError."""
     config = source.config
     assert isinstance(config, ARRun)
-    if source.vae is not None or any(value is not None for value in dataclasses.astuple(source.sampling)):
-        raise UserError(
-            f"{source.run} is a run of stage ar, whose export has no flow and no VAE: drop --vae and the defaults of generate"
-        )
+    source.without_flow("no flow and no VAE")
     manifest, checkpoint = source.manifest, source.saved.checkpoint
     tensors = read_tensors(checkpoint, source.weights)
     shape = config.model.architecture()
@@ -67,11 +59,6 @@ def export(source: Source) -> Exported:
         step=source.saved.step,
         fingerprint=manifest.fingerprint,
         max_window=manifest.max_window,
-        settings=tellable(
-            json.dumps(
-                {"model": dataclasses.asdict(config.model), "optimizer": config.optimizer.model_dump(mode="json")},
-                indent=1,
-            )
-        ),
+        settings=source.told_settings(),
     )
     return Exported(stock_language_model(model, start_id, manifest.max_window), card)

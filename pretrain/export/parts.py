@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 
 import modeling
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.telling import tellable
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.text.tokenization import LoadedTokenizer
 from pretrain.checkpoint.manifest import Manifest as CheckpointManifest
@@ -59,6 +61,19 @@ class Source:
     license_id: str
     sampling: Sampling = Sampling()
     vae: str | None = None
+
+    def without_flow(self, has_not: str) -> None:
+        """For stages that sample by none. Raises: UserError, if the command line says something of it."""
+        if self.vae is not None or any(value is not None for value in dataclasses.astuple(self.sampling)):
+            raise UserError(
+                f"{self.run} is a run of stage {self.config.stage}, whose export has {has_not}: drop --vae and the defaults of generate"
+            )
+
+    def told_settings(self) -> str:
+        """Model and optimizer as the configuration has them, for a card."""
+        sections: Any = self.config
+        told = {"model": dataclasses.asdict(sections.model), "optimizer": sections.optimizer.model_dump(mode="json")}
+        return tellable(json.dumps(told, indent=1))
 
 
 @dataclasses.dataclass(frozen=True)

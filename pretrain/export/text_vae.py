@@ -1,10 +1,7 @@
 """The export of stage 1: the TextVAE alone, which a run of stage 2 takes as its `model.vae`, and transformers as an AutoModel."""
 
 import dataclasses
-import json
 
-from data_pipeline.core.errors import UserError
-from data_pipeline.core.telling import tellable
 from modeling.textvae import TextVAEModel, TextVAEModelConfig
 from pretrain.checkpoint.read import load_weights, read_tensors
 from pretrain.export.parts import Exported, Source, modeling_files
@@ -49,10 +46,7 @@ def export(source: Source) -> Exported:
     """A stage-vae run. Raises: UserError."""
     config = source.config
     assert isinstance(config, VAERun)
-    if source.vae is not None or any(value is not None for value in dataclasses.astuple(source.sampling)):
-        raise UserError(
-            f"{source.run} is a run of stage vae, whose export has no flow: drop --vae and the defaults of generate"
-        )
+    source.without_flow("no flow")
     checkpoint = source.saved.checkpoint
     tensors = read_tensors(checkpoint, source.weights)
     tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("vae.")}
@@ -74,11 +68,6 @@ def export(source: Source) -> Exported:
         latent_dim=shape.latent_dim,
         step=source.saved.step,
         fingerprint=source.manifest.fingerprint,
-        settings=tellable(
-            json.dumps(
-                {"model": dataclasses.asdict(config.model), "optimizer": config.optimizer.model_dump(mode="json")},
-                indent=1,
-            )
-        ),
+        settings=source.told_settings(),
     )
     return Exported(model, card, modeling_files("textvae.py"))

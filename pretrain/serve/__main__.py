@@ -11,7 +11,6 @@ import socket
 import sys
 from typing import Any
 
-import torch
 import transformers
 import uvicorn
 from uvicorn.config import LOGGING_CONFIG
@@ -31,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C; what is under way is answered first."""
     given = read(argv)
     key, local = api_key(given.api_key_file), is_loopback(given.host)
-    device = device_of(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(given.device)
     listening = listen(given.host, given.port)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

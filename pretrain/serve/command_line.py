@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError, check_early
+from data_pipeline.core.hub import check_hub_id
+from pretrain.export.generate_line import EXPECTED
 
 API_KEY = "TEXTLDM_API_KEY"
 """Environment variable that holds the key; never an argument, which every user of the machine can read."""
@@ -64,6 +66,8 @@ def read(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(
             f"--max-choices {given.max_choices} is more than --queue {given.queue}: such a request could never wait"
         )
+    if not Path(given.model).expanduser().is_dir():
+        check_hub_id(given.model, "--model", EXPECTED)
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"{', '.join(missing)} is not installed: pip install -e '.[serve]'")

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from modeling.conventions import DEFAULT_NEW_TOKENS
 from modeling.solvers import solver_names
 from modeling.textldm import TextLDM
 from modeling.times import GRIDS, TimeDistribution
@@ -17,9 +18,6 @@ from pretrain.serve.metrics import Metrics
 from pretrain.serve.replies import ApiError, error_body, event
 from pretrain.serve.sampler import Draw, Settings, Watch
 from pretrain.serve.schema import ChatRequest, CompletionRequest, Sampling, StepsRequest, refused_field
-
-DEFAULT_NEW_TOKENS = 128
-"""Or what the prompt leaves of the window."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,7 @@ class Completions:
         self._categorical = model.dit.config.head == "categorical"
         self._vocab_size = model.vae.config.vocab_size
         self._times = TimeDistribution(**model.config.times)
+        self._defaults = model.defaults()
         self._created = int(time.time())
         self._text_thread = ThreadPoolExecutor(
             1, thread_name_prefix="tokenizer"
@@ -66,15 +65,12 @@ class Completions:
 
     def about(self) -> dict[str, Any]:
         """The model as /v1/models lists it, with what its settings may be."""
-        config = self.config
+        defaults = {name: self._defaults[name] for name in ("num_steps", "guidance_scale", "solver", "grid")}
         return {
-            "id": self.name, "object": "model", "created": self._created, "owned_by": "textldm", "max_window": config.max_window,
+            "id": self.name, "object": "model", "created": self._created, "owned_by": "textldm", "max_window": self.config.max_window,
             "max_steps": self.limits.max_steps, "max_choices": self.limits.max_choices, "has_temperature": self._categorical,
             "solvers": solver_names(), "grids": [grid for grid in GRIDS if grid != "even" or self._times.path],
-            "defaults": {
-                "num_steps": config.num_steps, "guidance_scale": config.guidance_scale, "solver": config.solver, "grid": config.grid,
-                "temperature": config.token_temperature, "max_tokens": DEFAULT_NEW_TOKENS,
-            },
+            "defaults": defaults | {"temperature": self._defaults["token_temperature"], "max_tokens": DEFAULT_NEW_TOKENS},
         }  # fmt: skip
 
     async def completion(self, body: CompletionRequest) -> Asked:
@@ -148,8 +144,8 @@ class Completions:
         return Asked(tuple(draws), tuple(prompts), echoes, stop, seed)
 
     def _settings(self, body: Sampling) -> Settings:
-        config = self.config
-        temperature = config.token_temperature if body.temperature is None else body.temperature
+        default = self._defaults
+        temperature = default["token_temperature"] if body.temperature is None else body.temperature
         if temperature == 0:
             raise ApiError(
                 400,
@@ -162,19 +158,20 @@ class Completions:
                 f"temperature is {temperature:g}; this model has no probabilities to sharpen: leave it out, or 1",
                 "temperature",
             )
-        num_steps = config.num_steps if body.num_steps is None else body.num_steps
+        num_steps = default["num_steps"] if body.num_steps is None else body.num_steps
         if num_steps > self.limits.max_steps:
             raise ApiError(400, f"num_steps is {num_steps}; expected at most {self.limits.max_steps}", "num_steps")
-        solver = config.solver if body.solver is None else body.solver
-        grid = config.grid if body.grid is None else body.grid
+        solver = default["solver"] if body.solver is None else body.solver
+        grid = default["grid"] if body.grid is None else body.grid
         if solver not in solver_names():
             raise ApiError(400, f"solver {solver!r} is unknown; expected one of {', '.join(solver_names())}", "solver")
         try:
             self._times.grid(num_steps, grid)
         except ValueError as error:
             raise ApiError(400, str(error), "grid") from None
-        scale = config.guidance_scale if body.guidance_scale is None else body.guidance_scale
-        return Settings(num_steps, float(scale), solver, grid, float(temperature))
+        scale = default["guidance_scale"] if body.guidance_scale is None else body.guidance_scale
+        interval = tuple(default["guidance_interval"])
+        return Settings(num_steps, float(scale), interval, solver, grid, float(temperature))
 
     def _ids(self, prompt: str | list[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from modeling.continuation import decode_targets, sample_targets
-from modeling.textldm import SEEDS, TextLDM
+from modeling.textldm import TextLDM
 from modeling.times import TimeDistribution
 
 
@@ -19,6 +19,7 @@ class Settings:
 
     num_steps: int
     guidance_scale: float
+    guidance_interval: tuple[float, float]
     solver: str
     grid: str
     token_temperature: float
@@ -70,8 +71,8 @@ class Sampler:
 
         Raises: Abandoned.
         """
-        vae, config, settings = self.model.vae, self.model.config, draws[0].settings
-        times = TimeDistribution(**config.times)
+        vae, settings = self.model.vae, draws[0].settings
+        times = TimeDistribution(**self.model.config.times)
         lengths = [one.num_new for one in draws]
         places = [place for place, watch in enumerate(watched) if watch is not None]
 
@@ -93,17 +94,17 @@ class Sampler:
             vae,
             self.model.dit,
             [torch.tensor(one.prompt, dtype=torch.long) for one in draws],
-            [self._noise(one, one.choice) for one in draws],
+            [self.model.keyed_noise(one.seed, one.choice, one.num_new) for one in draws],
             times.grid(settings.num_steps, settings.grid).tolist(),
             solver=settings.solver,
             guidance_scale=settings.guidance_scale,
+            guidance_interval=settings.guidance_interval,
             token_temperature=settings.token_temperature,
             on_step=report,
-            offsets=[times.spread * self._noise(one, -1 - one.choice)[:, 0] for one in draws] if times.spread else None,
+            offsets=[
+                times.spread * self.model.keyed_noise(one.seed, -1 - one.choice, one.num_new)[:, 0] for one in draws
+            ]
+            if times.spread
+            else None,
         )
         return [ids.tolist() for ids in decode_targets(vae, latents_NZ, lengths)]
-
-    def _noise(self, one: Draw, index: int) -> torch.Tensor:
-        """As `generate` draws it for the prompt at place `index` of its list."""
-        generator = torch.Generator().manual_seed((one.seed * 1_000_003 + index) % SEEDS)
-        return torch.randn(one.num_new, self.model.vae.config.latent_dim, generator=generator)

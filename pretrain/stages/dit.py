@@ -25,7 +25,7 @@ from pretrain.stages.base import Stage, StageOutput, row_noise, weighted
 from pretrain.stages.dit_config import DiTRun, Flow
 from pretrain.stages.frozen_vae import load_vae, posterior
 from pretrain.stages.latent_statistics import LATENTS_NAME, LatentStatistics
-from pretrain.telemetry.flops import transformer_flops
+from pretrain.telemetry.flops import dit_flops
 
 QUARTERS = 4
 SELF_CONDITIONED = 0.5
@@ -136,15 +136,8 @@ class DiTStage(Stage):
         return {"targets": batch.num_tokens(SUFFIX)}
 
     def flops(self, batch: Batch) -> float:
-        shape, vae = self.config.model, self.vae.config
-        weights = 12 * shape.width**2 * shape.num_layers + 2 * shape.width * shape.latent_dim
-        own = transformer_flops(weights, shape.num_layers, shape.width, batch.window_lengths)
-        if shape.head == "categorical":
-            # Learned logits forward and backward; forward alone the known ones and the mean latent, with the network and before it.
-            products = 6 * shape.width + 2 * 2 * (3 * shape.latent_dim + 1)
-            own += float(batch.num_tokens(SUFFIX)) * vae.vocab_size * products
-        encoder = 12 * vae.width**2 * vae.num_encoder_layers
-        return own + transformer_flops(encoder, vae.num_encoder_layers, vae.width, batch.segment_lengths, passes=1)
+        lengths = batch.window_lengths, batch.segment_lengths
+        return dit_flops(self.config.model, self.vae.config, *lengths, batch.num_tokens(SUFFIX))
 
     def forward(self, batch: Batch, counts: dict[str, int]) -> StageOutput:
         latents_TZ = self.latents(batch)

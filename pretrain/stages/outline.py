@@ -20,7 +20,7 @@ from modeling.token_transformer import TokenTransformer, causal_inputs
 from pretrain.stages.dit_config import DiTRun
 from pretrain.stages.token_config import ARRun, TokenRun
 from pretrain.stages.vae_config import VAERun
-from pretrain.telemetry.flops import transformer_flops
+from pretrain.telemetry.flops import dit_flops, token_transformer_flops, vae_flops
 
 VOCABULARY, TEACHER_FEATURES = 151_936, 2048
 """Of Qwen3-1.7B, where no prepared data and no cache say otherwise."""
@@ -81,7 +81,6 @@ def of_vae(config: VAERun, device: torch.device, vocab_size: int = 0) -> Outline
         vae = TextVAE(shape)
         repa = RepaHead(shape.width, features) if features else None
     trained = nn.ModuleDict({"vae": vae} | ({"repa": repa} if repa else {}))
-    layers = shape.num_encoder_layers + shape.num_decoder_layers
 
     def loss(windows: Windows) -> Tensor:
         segments, tokens_T = Segments.from_lengths(windows.halves, device), _tokens(windows, device)
@@ -96,11 +95,7 @@ def of_vae(config: VAERun, device: torch.device, vocab_size: int = 0) -> Outline
             total = total - repa(hidden_TD, torch.zeros(windows.num_tokens, features, device=device)).sum()
         return total
 
-    def flops(windows: Windows) -> float:
-        weights = 12 * shape.width**2 * layers + shape.width * (3 * shape.latent_dim + shape.vocab_size)
-        return transformer_flops(weights, layers, shape.width, windows.halves)
-
-    return Outline(trained, loss, flops, shape.vocab_size, features)
+    return Outline(trained, loss, lambda windows: vae_flops(shape, windows.halves), shape.vocab_size, features)
 
 
 def of_dit(config: DiTRun, device: torch.device, vocab_size: int = 0) -> Outline:
@@ -135,12 +130,7 @@ def of_dit(config: DiTRun, device: torch.device, vocab_size: int = 0) -> Outline
         return total
 
     def flops(windows: Windows) -> float:
-        weights = 12 * shape.width**2 * shape.num_layers + 2 * shape.width * shape.latent_dim
-        own = transformer_flops(weights, shape.num_layers, shape.width, windows.lengths)
-        if shape.head == "categorical":
-            own += windows.num_targets * shape.vocab_size * (6.0 * shape.width + 4 * (3 * shape.latent_dim + 1))
-        encoder = 12 * vae.config.width**2 * vae.config.num_encoder_layers
-        return own + transformer_flops(encoder, vae.config.num_encoder_layers, vae.config.width, windows.halves, 1)
+        return dit_flops(shape, vae.config, windows.lengths, windows.halves, windows.num_targets)
 
     return Outline(trained, loss, flops, shape.vocab_size, frozen=[vae])
 
@@ -169,8 +159,7 @@ def _of_tokens(config: TokenRun, device: torch.device, vocab_size: int, causal: 
         return losses.linear_cross_entropy(hidden_TD, model.lm_head.weight, tokens_T, ones_T, _head_chunk(device))[0]
 
     def flops(windows: Windows) -> float:
-        weights = 12 * shape.width**2 * shape.num_layers + shape.width * shape.vocab_size
-        return transformer_flops(weights, shape.num_layers, shape.width, windows.lengths, causal=causal)
+        return token_transformer_flops(shape, windows.lengths, causal)
 
     return Outline(model, loss, flops, shape.vocab_size)
 

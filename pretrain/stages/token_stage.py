@@ -13,7 +13,7 @@ from data_pipeline.reading.prompts import Prompt
 from modeling.token_transformer import TokenTransformer
 from pretrain.stages.base import Stage, StageOutput
 from pretrain.stages.token_config import TokenRun
-from pretrain.telemetry.flops import transformer_flops
+from pretrain.telemetry.flops import token_transformer_flops
 
 HELDOUT_DRAWS = 4
 """Estimates of each window's nats that a held-out evaluation averages, where they are estimates."""
@@ -42,7 +42,5 @@ class TokenStage(Stage):
         return StageOutput(total.float() / counts["targets"], {"nats_per_token": torch.stack((total, weight))})
 
     def forward_flops(self, batch: Batch, causal: bool) -> float:
-        """Of a training step on the batch: 12 D^2 weights a layer and the LM head."""
-        shape = self.model.config
-        weights = 12 * shape.width**2 * shape.num_layers + shape.width * shape.vocab_size
-        return transformer_flops(weights, shape.num_layers, shape.width, batch.window_lengths, causal=causal)
+        """Of a training step on the batch."""
+        return token_transformer_flops(self.model.config, batch.window_lengths, causal)

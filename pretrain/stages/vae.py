@@ -17,7 +17,7 @@ from pretrain.stages.base import Stage, StageOutput, ramp, row_noise, weighted
 from pretrain.stages.repa_target import RepaTarget, repa_target
 from pretrain.stages.vae_config import VAERun
 from pretrain.stages.vocabulary import vocab_size_of
-from pretrain.telemetry.flops import transformer_flops
+from pretrain.telemetry.flops import vae_flops
 
 
 class VAEStage(Stage):
@@ -47,10 +47,7 @@ class VAEStage(Stage):
         return {"tokens": batch.num_tokens(PREFIX, SUFFIX), "aligned": batch.num_tokens(PREFIX)}
 
     def flops(self, batch: Batch) -> float:
-        shape = self.vae.config
-        layers = shape.num_encoder_layers + shape.num_decoder_layers
-        weights = 12 * shape.width**2 * layers + shape.width * (3 * shape.latent_dim + shape.vocab_size)
-        return transformer_flops(weights, layers, shape.width, batch.segment_lengths)
+        return vae_flops(self.vae.config, batch.segment_lengths)
 
     def forward(self, batch: Batch, counts: dict[str, int]) -> StageOutput:
         vae, segments = self.vae, Segments.from_lengths(batch.segment_lengths, batch.tokens_T.device)

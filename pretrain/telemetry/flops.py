@@ -7,6 +7,8 @@ the output layer, and frozen models' forward; embedding look-ups, norms and reco
 import re
 from collections.abc import Sequence
 
+from modeling.shapes import TextDiTConfig, TextVAEConfig, TokenTransformerConfig
+
 # Vendors' dense peaks in TFLOP/s: (bf16 with fp32 accumulation, fp32 without TF32). The longest name found as whole words counts.
 PEAK_TFLOPS = {
     "A100": (312.0, 19.5), "A800": (312.0, 19.5), "A10G": (70.0, 31.2), "A10": (125.0, 31.2), "L4": (121.0, 30.3),
@@ -32,6 +34,36 @@ def transformer_flops(
     """
     tokens, squares = float(sum(lengths)), float(sum(length * length for length in lengths))
     return passes * (2.0 * weights * tokens + (2.0 if causal else 4.0) * layers * width * squares)
+
+
+def vae_flops(vae: TextVAEConfig, segment_lengths: Sequence[int]) -> float:
+    """Of a training step of stage 1: both stacks, the latents' projections and the LM head."""
+    layers = vae.num_encoder_layers + vae.num_decoder_layers
+    weights = 12 * vae.width**2 * layers + vae.width * (3 * vae.latent_dim + vae.vocab_size)
+    return transformer_flops(weights, layers, vae.width, segment_lengths)
+
+
+def dit_flops(
+    dit: TextDiTConfig,
+    vae: TextVAEConfig,
+    window_lengths: Sequence[int],
+    segment_lengths: Sequence[int],
+    num_targets: int,
+) -> float:
+    """Of a training step of stage 2 over windows, with the frozen VAE's encoder over their contexts and targets."""
+    weights = 12 * dit.width**2 * dit.num_layers + 2 * dit.width * dit.latent_dim
+    own = transformer_flops(weights, dit.num_layers, dit.width, window_lengths)
+    if dit.head == "categorical":
+        # Learned logits forward and backward; forward alone the known ones and the mean latent, with the network and before it.
+        own += float(num_targets) * vae.vocab_size * (6 * dit.width + 2 * 2 * (3 * dit.latent_dim + 1))
+    encoder = 12 * vae.width**2 * vae.num_encoder_layers
+    return own + transformer_flops(encoder, vae.num_encoder_layers, vae.width, segment_lengths, passes=1)
+
+
+def token_transformer_flops(shape: TokenTransformerConfig, window_lengths: Sequence[int], causal: bool) -> float:
+    """Of a training step of a baseline over tokens: 12 D^2 weights a layer and the LM head."""
+    weights = 12 * shape.width**2 * shape.num_layers + shape.width * shape.vocab_size
+    return transformer_flops(weights, shape.num_layers, shape.width, window_lengths, causal=causal)
 
 
 def peak_flops(device_name: str, precision: str, configured_tflops: float | None = None) -> float | None:

@@ -295,7 +295,7 @@ def test_the_record_holds_trajectory_and_bounds() -> None:
     others = model._bounds(list(ids), list(found.sequences[:, 2:]), [(2**64 - 1, 0), (2**64 - 1, 1)])
     torch.testing.assert_close(found.scores, others)
     again = model.generate(
-        ids[1:], NEW, return_dict_in_generate=True, output_scores=True, noise=[model._noise(0, 1, NEW)]
+        ids[1:], NEW, return_dict_in_generate=True, output_scores=True, noise=[model.keyed_noise(0, 1, NEW)]
     )
     assert again.scores.isfinite().all()
     assert model.generate(ids, NEW, return_dict_in_generate=True).scores is None
@@ -351,7 +351,7 @@ def test_beyond_the_window_each_block_follows_the_latest_tokens(spread: float) -
     assert [len(ids) for ids in together] == [60, 40, 3]
     longer = lists(model.generate([[1] * 9 + prompt[-16:]], 40, seed=[9], guidance_scale=1.0))
     assert longer[0] == lists(model.generate([[2] * 9 + prompt[-16:]], 40, seed=[9], guidance_scale=1.0))[0]
-    assert not torch.equal(model._noise(9, 0, 4), model._noise(9, 0, 4, block=1))
+    assert not torch.equal(model.keyed_noise(9, 0, 4), model.keyed_noise(9, 0, 4, block=1))
     end = found[20]
     expected = found[: found.index(end)]
     seen.clear()
@@ -366,7 +366,7 @@ def test_a_long_target_is_measured_in_blocks_with_true_context_before_each(optio
     parts, text = [], prompt + target
     for block, (start, stop) in enumerate(((20, 36), (36, 52), (52, 61))):
         context_T, piece_T = torch.tensor(text[start - (32 - (stop - start)) : start]), torch.tensor(text[start:stop])
-        noise = [torch.stack([model._noise(3, k, stop - start, block) for k in range(5)])]
+        noise = [torch.stack([model.keyed_noise(3, k, stop - start, block) for k in range(5)])]
         parts.append(target_nats(model.vae, model.dit, [context_T], [piece_T], noise, 0.6).bounds_NG[0, 0])
     expected = float(sum(parts))
     assert float(found) == pytest.approx(expected, rel=1e-5)

@@ -94,6 +94,8 @@ def test_several_results_are_one_table_with_the_papers_rows_where_its_protocol_i
     assert "the paper's" not in shown  # 24 documents are not its thousand
     results[0]["protocol"]["samples"] = 1000
     assert "TextLDM 768M, the paper's" in tables.several(results[:1], "simple")
+    results[0]["protocol"]["max_words"] = 120  # nor are short beginnings
+    assert "the paper's" not in tables.several(results[:1], "simple")
     assert read_result(tmp_path / "chance.json")["model"] == "chance"
 
 

@@ -117,12 +117,13 @@ def test_too_few_texts_for_the_buckets_are_refused(gpt: Path) -> None:
 def test_bertscore_is_the_packages(bert: Path) -> None:
     import bert_score
 
-    found = featurizers.bert_score(JUDGED, str(bert), None, CPU)
+    found, layer = featurizers.bert_score(JUDGED, str(bert), None, CPU)
+    assert layer == 2
     *_, f1_N = bert_score.score(
         JUDGED.continuations(), JUDGED.references(), model_type=str(bert), num_layers=2, device="cpu"
     )
     assert found["bertscore"].value == pytest.approx(f1_N.double().mean().item(), abs=1e-9)
-    first = featurizers.bert_score(JUDGED, str(bert), 1, CPU)
+    first, _ = featurizers.bert_score(JUDGED, str(bert), 1, CPU)
     assert first["bertscore"].value != found["bertscore"].value
 
 

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.reading.batch import PREFIX, SUFFIX
 from pretrain.checkpoint.find import checkpoint_of
-from pretrain.evaluate.subjects import Sampling, Subject, open_subject
+from pretrain.evaluate.subjects import FlowSubject, Sampling, Subject, open_subject
 from pretrain.export.convert import main as convert
 from pretrain.runs.folder import config_of
 from pretrain.stages.build import load_stage
@@ -44,6 +45,21 @@ def test_texts_and_nats_do_not_depend_on_what_else_is_in_the_batch(subject: Subj
         [subject.nats([p], [t], [s])[0] for p, t, s in zip(PROMPTS, together, SEEDS)], rel=1e-5
     )
     assert min(nats) > 0
+
+
+def test_a_flow_models_own_defaults_hold_where_nothing_is_asked_for(exported: Path) -> None:
+    """generation_config's, as a sweep writes them, the interval of guidance among them."""
+    subject = open_subject(str(exported), Sampling(num_steps=3), CPU, None, 1, 1)
+    assert isinstance(subject, FlowSubject)
+    left = {"guidance_scale": 3.0, "guidance_interval": [0.3, 0.7]}
+    subject.model.generation_config = GenerationConfig(**subject.model.generation_config.to_dict() | left)
+    again = FlowSubject(subject.model, subject.texts, Sampling(num_steps=3))
+    assert again.sampling["guidance_scale"] == 3.0
+    assert again.sampling["guidance_interval"] == [0.3, 0.7]
+    wide = FlowSubject(subject.model, subject.texts, Sampling(num_steps=3, guidance_interval=(0.0, 1.0)))
+    assert wide.sampling["guidance_interval"] == (0.0, 1.0)
+    wanted = subject.model.generate(PROMPTS, LENGTHS, 3, seed=SEEDS, eos_token_id=-1)
+    assert again.continuations(PROMPTS, LENGTHS, SEEDS) == [ids.tolist() for ids in wanted]
 
 
 @torch.no_grad()

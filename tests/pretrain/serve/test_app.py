@@ -12,6 +12,7 @@ import openai
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from transformers import GenerationConfig
 
 from tests.pretrain.serve.running import EOS, NAME, Running, running, tiny_model, words
 
@@ -68,6 +69,21 @@ def test_choices_differ_and_settings_and_echo_are_honoured(client: openai.OpenAI
     # Choice i has the noise that generate gives to the prompt at place i.
     together = tiny_model().generate([[3, 4]] * 3, NEW, seed=5, token_temperature=0.6, **sampled)
     assert texts == ["w3 w4" + in_words(ids.tolist()) for ids in together]
+
+
+def test_defaults_are_those_of_generation_config() -> None:
+    """As a sweep leaves them in the folder: the config beside it says others."""
+    model = tiny_model()
+    left = {"num_steps": 3, "guidance_scale": 2.5, "guidance_interval": [0.3, 0.7], "temperature": 0.5}
+    model.generation_config = GenerationConfig(**model.generation_config.to_dict() | left)
+    alone = model.generate([[3, 4]], NEW, seed=5)[0].tolist()
+    whole = model.generate([[3, 4]], NEW, seed=5, guidance_interval=(0.0, 1.0))[0].tolist()
+    assert alone != whole != expected([3, 4])
+    with running(model=model) as server:
+        ask = {"prompt": [3, 4], "max_tokens": NEW, "seed": 5}
+        assert server.http.post("/v1/completions", json=ask).json()["choices"][0]["text"] == in_words(alone)
+        (about,) = server.http.get("/v1/models").json()["data"]
+    assert about["defaults"].items() >= {"num_steps": 3, "guidance_scale": 2.5, "temperature": 0.5}.items()
 
 
 def test_without_a_seed_one_is_drawn_and_said(client: openai.OpenAI) -> None:
