@@ -93,11 +93,11 @@ def flow_figures(stage: DiTStage, vae: VAERun, device: torch.device) -> Figures:
     figures["estimate_times"] = list(model_checks.TIMES)
     rows = training(stage.config, device, max(1, stage.config.diagnose.rows // 2))
     with phase("DiT: training rows", len(rows)) as tick:
-        metrics, errors_by_name = model_checks.heldout_metrics_with_errors(stage, rows, tick)
-    held_out, trained = statistics.fmean(flow.losses), metrics["flow"]
+        training_flow = model_checks.flow_figures(stage, rows, tick, with_foreign=False)
+    held_out, trained = statistics.fmean(flow.losses), statistics.fmean(training_flow.losses)
     figures |= {"training_flow_loss": trained, "generalisation_gap": held_out / trained - 1}
     figures["generalisation_gap_error"] = (
-        math.hypot(flow.loss_error, held_out / trained * errors_by_name["flow"]) / trained
+        math.hypot(flow.loss_error, held_out / trained * training_flow.loss_error) / trained
     )
     return figures
 

@@ -22,6 +22,7 @@ from modeling.floors import NAMES as FLOOR_NAMES
 from modeling.floors import Floors, measure_floors
 from modeling.likelihood import LAST_T0, Bound, DocumentNats, least_bound, per_token, together
 from modeling.text_vae import TextVAE
+from pretrain.diagnose.side_by_side import each
 from pretrain.stages.base import Stage, row_noise
 from pretrain.stages.dit import HELDOUT_TIMES, QUARTERS, DiTStage
 from pretrain.stages.latent_statistics import MIN_STD
@@ -49,19 +50,21 @@ def heldout_metrics(stage: Stage, batches: Sequence[Batch], tick: Tick = _no_tic
     return heldout_metrics_with_errors(stage, batches, tick)[0]
 
 
-@torch.no_grad()
 def heldout_metrics_with_errors(
     stage: Stage, batches: Sequence[Batch], tick: Tick = _no_tick
 ) -> tuple[dict[str, float], dict[str, float]]:
     """What the stage tells of the batches, and the metrics' standard errors over batches; nan of a single one."""
-    sums, parts = MetricSums(), list[Sums]()
-    for batch in batches:
+
+    def told(batch: Batch) -> MetricSums:
         counts = {name: max(count, 1) for name, count in stage.token_counts(batch).items()}
         own = MetricSums()
         own.add(stage(batch, counts).metrics)
+        return own
+
+    sums, parts = MetricSums(), list[Sums]()
+    for own in each(told, batches, tick=tick):
         sums.merge(own)
         parts.append({name: (total, weight) for name, (total, weight) in own.totals().items()})
-        tick()
     means = {name: total / weight for name, (total, weight) in sums.totals().items() if weight}
     return stage.summarised(means), {name: _standard_error(parts, None, name) for name in means}
 
@@ -122,21 +125,20 @@ def by_quarter(floors: Floors) -> dict[str, list[float]]:
     return {name: values_G.view(QUARTERS, -1).mean(1).tolist() for name, values_G in floors.at(times_G).items()}
 
 
-@torch.no_grad()
 def decoder_basin(vae: TextVAE, batches: Sequence[Batch], tick: Tick = _no_tick) -> list[float]:
     """Check 3: token accuracy after Gaussian noise of each of `NOISE_LEVELS` on the standardised latents."""
-    right, total = [0] * len(NOISE_LEVELS), 0
-    for batch in first_tokens(batches, BASIN_TOKENS):
+
+    def right(batch: Batch) -> list[int]:
         segments = Segments.from_lengths(batch.segment_lengths, batch.tokens_T.device)
         real_T = batch.roles_T != FILLER
         latents_TZ = vae.standardize(vae.encode(batch.tokens_T, segments)[0])
         noise_TZ = row_noise(batch, latents_TZ.shape[1])
-        for i, level in enumerate(NOISE_LEVELS):
-            decoded_T = vae.decode_tokens(latents_TZ + level * noise_TZ, segments)
-            right[i] += int(((decoded_T == batch.tokens_T) & real_T).sum())
-        total += int(real_T.sum())
-        tick()
-    return [count / max(total, 1) for count in right]
+        decoded = (vae.decode_tokens(latents_TZ + level * noise_TZ, segments) for level in NOISE_LEVELS)
+        return [int(((tokens_T == batch.tokens_T) & real_T).sum()) for tokens_T in decoded]
+
+    chosen = first_tokens(batches, BASIN_TOKENS)
+    total = max(sum(int((batch.roles_T != FILLER).sum()) for batch in chosen), 1)
+    return [sum(counts) / total for counts in zip(*each(right, chosen, tick=tick))]
 
 
 def basin_radius(accuracies: Sequence[float], accuracy: float = BASIN_ACCURACY) -> float:
@@ -150,23 +152,23 @@ def basin_radius(accuracies: Sequence[float], accuracy: float = BASIN_ACCURACY) 
     return NOISE_LEVELS[-1]
 
 
-@torch.no_grad()
 def estimate_accuracy(
     stage: DiTStage, batches: Sequence[Batch], tick: Tick = _no_tick
 ) -> tuple[list[float], list[float]]:
     """Check 3: share of target tokens that decode correctly from the one-step estimate of z at each of `TIMES`, and the shares'
     standard errors over batches.
     """
-    parts: list[Sums] = []
-    for batch in first_tokens(batches, ESTIMATE_TOKENS):
-        right: dict[str, float] = {}
+
+    def right(batch: Batch) -> Sums:
+        counts: dict[str, float] = {}
         for time in TIMES:
             estimate_TZ, is_target_T = stage.one_step_estimate(batch, time)
             segments = Segments.from_lengths(batch.segment_lengths, estimate_TZ.device)
             decoded_T = stage.vae.decode_tokens(estimate_TZ, segments)
-            right[str(time)] = float(((decoded_T == batch.tokens_T) & is_target_T).sum())
-        parts.append({name: (count, float(batch.num_tokens(SUFFIX))) for name, count in right.items()})
-        tick()
+            counts[str(time)] = float(((decoded_T == batch.tokens_T) & is_target_T).sum())
+        return {name: (count, float(batch.num_tokens(SUFFIX))) for name, count in counts.items()}
+
+    parts = each(right, first_tokens(batches, ESTIMATE_TOKENS), tick=tick)
     names = [str(time) for time in TIMES]
     total = sum(batch[names[0]][1] for batch in parts)
     shares = [sum(batch[name][0] for batch in parts) / max(total, 1) for name in names]
@@ -238,26 +240,32 @@ class FlowFigures:
         return {f"<= {edge}": total / count for edge, (total, count) in found if count >= QUARTERS * MIN_LENGTH_TOKENS}
 
 
-@torch.no_grad()
-def flow_figures(stage: DiTStage, batches: Sequence[Batch], tick: Tick = _no_tick) -> FlowFigures:
-    """Measure the flow loss of all batches, every window once in each quarter of t, with its own and with a foreign context."""
-    true, foreign = [], []
-    by_length: dict[int, tuple[float, float]] = {}
-    for batch in batches:
-        if not batch.num_tokens(SUFFIX):
-            continue
+def flow_figures(
+    stage: DiTStage, batches: Sequence[Batch], tick: Tick = _no_tick, with_foreign: bool = True
+) -> FlowFigures:
+    """Measure the flow loss of all batches, every window once in each quarter of t, with its own and with a foreign context.
+
+    with_foreign: else with its own alone, for half the time; the gaps are not there then.
+    """
+
+    def measured(batch: Batch) -> tuple[Sums, Sums, dict[int, tuple[float, float]]]:
         latents_TZ = stage.latents(batch)
+        own = [stage.heldout_flow(batch, latents_TZ, latents_TZ, quarter) for quarter in range(QUARTERS)]
+        by_length: dict[int, tuple[float, float]] = {}
+        for errors in own:
+            _add_by_length(by_length, batch, errors.error_T.cpu())
+        if not with_foreign:
+            return _summed([errors.metrics() for errors in own]), {}, by_length
         foreign_TZ = exchange_contexts(batch, latents_TZ)
-        pairs = []
-        for quarter in range(QUARTERS):
-            with_own = stage.heldout_flow(batch, latents_TZ, latents_TZ, quarter)
-            with_foreign = stage.heldout_flow(batch, latents_TZ, foreign_TZ, quarter)
-            pairs.append((with_own.metrics(), with_foreign.metrics()))
-            _add_by_length(by_length, batch, with_own.error_T.cpu())
-        true.append(_summed([own for own, _ in pairs]))
-        foreign.append(_summed([other for _, other in pairs]))
-        tick()
-    return FlowFigures(true, foreign, by_length)
+        others = [stage.heldout_flow(batch, latents_TZ, foreign_TZ, quarter) for quarter in range(QUARTERS)]
+        return *(_summed([errors.metrics() for errors in found]) for found in (own, others)), by_length
+
+    found = each(measured, [batch for batch in batches if batch.num_tokens(SUFFIX)], tick=tick)
+    sums: dict[int, tuple[float, float]] = {}
+    for _, _, by_length in found:
+        for edge, (total, count) in by_length.items():
+            sums[edge] = (sums.get(edge, (0.0, 0.0))[0] + total, sums.get(edge, (0.0, 0.0))[1] + count)
+    return FlowFigures([true for true, _, _ in found], [foreign for _, foreign, _ in found if foreign], sums)
 
 
 @dataclass(frozen=True)
@@ -281,29 +289,30 @@ def nats_figures(stage: DiTStage, batches: Sequence[Batch], tick: Tick = _no_tic
 
 def _nats_at_common_times(stage: DiTStage, batches: Sequence[Batch], tick: Tick) -> NatsFigures:
     """One path has every t0 on it."""
-    true, foreign = [], []
-    for batch in batches:
-        true.append(stage.document_nats(batch))
-        foreign.append(stage.document_nats(batch, context_TZ=exchange_contexts(batch, stage.latents(batch))))
-        tick()
-    joined, others = DocumentNats.joined(true), DocumentNats.joined(foreign)
+
+    def measured(batch: Batch) -> tuple[DocumentNats, DocumentNats]:
+        foreign_TZ = exchange_contexts(batch, stage.latents(batch))
+        return stage.document_nats(batch), stage.document_nats(batch, context_TZ=foreign_TZ)
+
+    joined, others = (DocumentNats.joined(parts) for parts in zip(*each(measured, batches, tick=tick)))
     gaps_N = (others.bounds_NG - joined.bounds_NG)[:, joined.best]
     return NatsFigures(joined, least_bound(joined), per_token(gaps_N, joined.tokens_N))
 
 
 def _nats_at_spread_times(stage: DiTStage, batches: Sequence[Batch], tick: Tick) -> NatsFigures:
     """Every t0 is a path of its own: batches of even numbers take the one that is best for the odd ones at common times, and conversely."""
-    common = [stage.document_nats(batch, HELDOUT_TIMES) for batch in batches]
+    common = each(lambda batch: stage.document_nats(batch, HELDOUT_TIMES), batches, tick=_no_tick)
     halves = [DocumentNats.joined(common[other::2]) for other in (1, 0)]
     t0s = [min(half.times[half.best], LAST_T0) for half in halves]
-    true, gaps = [], []
-    for number, batch in enumerate(batches):
-        t0, foreign_TZ = t0s[number % 2], exchange_contexts(batch, stage.latents(batch))
-        true.append(stage.spread_nats(batch, t0))
-        gaps.append((stage.spread_nats(batch, t0, foreign_TZ).bounds_NG - true[-1].bounds_NG)[:, 0])
-        tick()
-    worth = per_token(torch.cat(gaps), torch.cat([one.tokens_N for one in true]))
-    return NatsFigures(DocumentNats.joined(common), together([(one, 0) for one in true]), worth)
+
+    def measured(batch: Batch, t0: float) -> tuple[DocumentNats, DocumentNats]:
+        foreign_TZ = exchange_contexts(batch, stage.latents(batch))
+        return stage.spread_nats(batch, t0), stage.spread_nats(batch, t0, foreign_TZ)
+
+    found = each(measured, batches, [t0s[number % 2] for number in range(len(batches))], tick=tick)
+    gaps_N = torch.cat([(foreign.bounds_NG - true.bounds_NG)[:, 0] for true, foreign in found])
+    worth = per_token(gaps_N, torch.cat([true.tokens_N for true, _ in found]))
+    return NatsFigures(DocumentNats.joined(common), together([(true, 0) for true, _ in found]), worth)
 
 
 def floors_removed(losses: Sequence[float], floors: dict[str, list[float]]) -> dict[str, list[float]]:
