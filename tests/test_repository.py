@@ -114,6 +114,9 @@ def test_architecture_draws_the_floors_in_their_order():
     assert drawn == [(package, room) for package in ("data_pipeline", "pretrain") for room in FLOORS[package]]
 
 
+LOCKS = ("requirements.lock", "requirements-text.lock", "requirements-uv.lock")
+
+
 def test_torch_is_pinned_and_every_dependency_bounded():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert "torch==2.13.0" in project["dependencies"]
@@ -138,14 +141,14 @@ def test_lock_pins_every_dependency_within_its_bounds_and_nothing_else():
 
 
 def test_lock_names_no_machine_and_no_index():
-    for lock in (ROOT / "requirements.lock", ROOT / "requirements-text.lock"):
-        text = lock.read_text()
+    for lock in LOCKS:
+        text = (ROOT / lock).read_text()
         assert all(re.match(r"[\w-]+==|    --hash=sha256:[0-9a-f]{64}|\s*#|$", line) for line in text.splitlines())
         assert "://" not in text
 
 
 def test_attack_19_everything_comes_by_its_hash_and_torch_from_one_index() -> None:
-    for lock in ("requirements.lock", "requirements-text.lock"):
+    for lock in LOCKS:
         pins = re.split(r"\n(?=[\w-]+==)", (ROOT / lock).read_text())[1:]
         assert pins
         assert all("--hash=sha256:" in pin for pin in pins)
@@ -155,7 +158,7 @@ def test_attack_19_everything_comes_by_its_hash_and_torch_from_one_index() -> No
     script = (ROOT / "run.sh").read_text()
     install = script.split("install() {")[1].split("\n}\n")[0]
     assert not re.search(r"extra-index|EXTRA_INDEX", script)
-    for line in (line for line in install.splitlines() if "pip[@]" in line):
+    for line in (line for line in install.replace("\\\n", " ").splitlines() if re.search(r"pip\[@\]|uv pip", line)):
         assert (
             "torch==2.13.0" in line
             or "--require-hashes" in line
