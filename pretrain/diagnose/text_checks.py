@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from data_pipeline.core.keys import generator
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.order import Span
 from data_pipeline.reading.prompts import Prompt
@@ -27,7 +29,7 @@ WORD = re.compile(r"[^\W\d_]+")
 COPY_WORDS = 6
 """Shortest word sequence that counts as copied: shorter ones are common phrases."""
 READ_ROWS = 64
-JACKKNIFE_GROUPS = 20
+HALVES = 200
 
 
 def guidance_sweep(
@@ -176,19 +178,20 @@ def standard_error(residuals: Sequence[float]) -> float:
     return math.sqrt(math.fsum(residual**2 for residual in residuals) * count / (count - 1)) if count > 1 else math.nan
 
 
-def jackknife_error(statistic: Callable[[list[int]], float], num_texts: int) -> float:
-    """Standard error over texts of what is no mean, from its values without one of `JACKKNIFE_GROUPS` of them; nan of fewer than two.
+def halves_error(statistic: Callable[[np.ndarray], float], num_texts: int, draws: int = HALVES, seed: int = 0) -> float:
+    """Standard error over texts of what is no mean, from its values on random halves of them; nan of fewer than four.
+
+    Such figures change with the number of texts, and one that is drawn twice holds nothing new: distinct-n of a bootstrap is not distinct-n
+    of so many texts. Halves, each text at most once, spread as all do (the delete-d jackknife with d = n/2, Shao and Wu 1989).
 
     Args:
-        statistic: of the texts of these numbers. (A bootstrap would take texts twice, which have nothing new to say: distinct-n of
-            it is not distinct-n of so many texts.)
+        statistic: of the texts of these numbers, int64, rising.
     """
-    groups = min(JACKKNIFE_GROUPS, num_texts)
-    if groups < 2:
+    if num_texts < 4:
         return math.nan
-    values = [statistic([n for n in range(num_texts) if n % groups != left_out]) for left_out in range(groups)]
-    mean = math.fsum(values) / groups
-    return math.sqrt((groups - 1) / groups * math.fsum((value - mean) ** 2 for value in values))
+    drawn, half = generator(seed, "halves", num_texts), num_texts // 2
+    found = [statistic(np.sort(drawn.permutation(num_texts)[:half])) for _ in range(draws)]
+    return float(np.std(found, ddof=1)) * math.sqrt(half / (num_texts - half))
 
 
 def copied(texts: Sequence[Sequence[str]], found: set[tuple[str, ...]]) -> Shares:

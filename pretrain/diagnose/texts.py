@@ -30,7 +30,7 @@ def variety_figures(generated: Tokens, truth: Tokens) -> Figures:
     for name, measure in measures.items():
         ratio = partial(_ratio, measure, generated, truth)
         figures[f"{name}_ratio"] = ratio(range(len(generated)))
-        figures[f"{name}_ratio_error"] = text_checks.jackknife_error(ratio, len(generated))
+        figures[f"{name}_ratio_error"] = text_checks.halves_error(ratio, len(generated))
     return figures
 
 

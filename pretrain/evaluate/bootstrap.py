@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.core.keys import generator
+from pretrain.diagnose.text_checks import halves_error
 
 RESAMPLINGS = 2000
 COVERAGE = 0.95
@@ -57,23 +58,24 @@ def mean(values: Sequence[float], seed: int = 0) -> Interval:
     return ratio_of_sums(values, [1.0] * len(values), seed)
 
 
-def of_all(statistic: Callable[[np.ndarray], float], n: int, resamplings: int, seed: int = 0) -> Interval:
-    """Of a figure of all documents together, such as the share of different n-grams.
+def of_all(
+    statistic: Callable[[np.ndarray], float],
+    n: int,
+    resamplings: int,
+    seed: int = 0,
+    within: tuple[float, float] = (-np.inf, np.inf),
+) -> Interval:
+    """Of a figure of all documents together, such as the share of different n-grams, by random halves of them (`halves_error`).
 
     Args:
-        statistic: takes how often each document counts, int64 [N].
-
-    Such figures change with the number of documents, and one that is drawn twice holds nothing new. So what is drawn is halves of the
-    documents, each at most once, whose figures spread as those of all do (the delete-d jackknife with d = n/2, Shao and Wu 1989).
+        statistic: takes which documents count, int64 zeros and ones [N].
+        within: what the figure can be; its interval goes no further.
     """
-    value = statistic(np.ones(n, dtype=np.int64))
-    if n < 4:
-        return Interval(value, float("nan"), float("nan"), n)
-    drawn = generator(seed, "halves", n)
-    found = []
-    for _ in range(resamplings):
+
+    def of_some(chosen: np.ndarray) -> float:
         counts_N = np.zeros(n, dtype=np.int64)
-        counts_N[drawn.permutation(n)[: n // 2]] = 1
-        found.append(statistic(counts_N))
-    spread = 1.96 * float(np.std(found, ddof=1)) * float(np.sqrt((n // 2) / (n - n // 2)))
-    return Interval(value, value - spread, value + spread, n)
+        counts_N[chosen] = 1
+        return statistic(counts_N)
+
+    value, spread = of_some(np.arange(n)), 1.96 * halves_error(of_some, n, resamplings, seed)
+    return Interval(value, *np.clip((value - spread, value + spread), *within).tolist(), n)

@@ -108,7 +108,7 @@ def mauve(
             )
         return float(found.mauve)
 
-    return {"mauve": of_all(score, count, MAUVE_RESAMPLINGS, key(seed, "mauve") % 2**31)}, buckets
+    return {"mauve": of_all(score, count, MAUVE_RESAMPLINGS, key(seed, "mauve") % 2**31, within=(0, 1))}, buckets
 
 
 @contextlib.contextmanager

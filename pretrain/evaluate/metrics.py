@@ -63,7 +63,7 @@ def variety(judged: Judged) -> dict[str, Interval]:
         shares = weights[weights > 0] / max(weights.sum(), 1)
         return float(-(shares * np.log(shares)).sum())
 
-    return found | {"entropy": of_all(entropy, len(texts), SLOW_RESAMPLINGS)}
+    return found | {"entropy": of_all(entropy, len(texts), SLOW_RESAMPLINGS, within=(0, math.inf))}
 
 
 def _distinct(texts: Sequence[Sequence[str]], n: int) -> Interval:
@@ -74,7 +74,7 @@ def _distinct(texts: Sequence[Sequence[str]], n: int) -> Interval:
         different = np.count_nonzero(np.bincount(ids_G, weights=weights_G)) if len(ids_G) else 0
         return different / max(weights_G.sum(), 1)
 
-    return of_all(share, len(texts), SLOW_RESAMPLINGS)
+    return of_all(share, len(texts), SLOW_RESAMPLINGS, within=(0, 1))
 
 
 def _numbered(grams: Sequence[Sequence[tuple[str, ...]]]) -> tuple[np.ndarray, np.ndarray]:

@@ -26,21 +26,52 @@ PERCENT = ("rouge_1", "rouge_2", "rouge_l", "bertscore", "mauve")
 
 def read_result(path: Path) -> dict[str, Any]:
     """What an evaluation wrote. Raises: UserError."""
+    found = _read(path)
     try:
-        with open_file(path) as file:
-            found = parse_json(read_at_most(file))
         texts = [found[name] for name in ("model", "benchmark")] + [str(found["protocol"]["samples"])]
         if all(isinstance(text, str) for text in texts) and all(map(_is_figure, found["metrics"].values())):
             return {"left_out": {}, "versions": {}, **found}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         pass
     raise UserError(f"{path} is no result of textldm evaluate; expected the file of its --output")
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """What a sweep wrote. Raises: UserError."""
+    found = _read(path)
+    try:
+        points, by = found["points"], found["by"]
+        texts = [found["model"], found["benchmark"], by]
+        whole = all(
+            isinstance(point["settings"], dict)
+            and _is_number(point["evaluations"])
+            and _is_figure(point["metrics"][by])
+            for point in points
+        )
+        chosen = all(isinstance(i, int) and 0 <= i < len(points) for i in found["pareto"])
+        if points and whole and chosen and all(isinstance(text, str) for text in texts):
+            return dict(found)
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{path} is no result of textldm evaluate sweep; expected the file of its --output")
+
+
+def _read(path: Path) -> Any:
+    try:
+        with open_file(path) as file:
+            return parse_json(read_at_most(file))
+    except (OSError, ValueError):
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e100
 
 
 def _is_figure(figure: Mapping[str, Any]) -> bool:
     """Whether it is a metric with the ends of its interval; None is what could not be told."""
     ends = [figure[name] for name in ("value", "low", "high") if figure[name] is not None]
-    return all(isinstance(end, int | float) and abs(end) < 1e100 for end in ends) and isinstance(figure["n"], int)
+    return all(map(_is_number, ends)) and isinstance(figure["n"], int)
 
 
 def shown(name: str, figure: Mapping[str, float], interval: bool = True) -> str:

@@ -28,6 +28,7 @@ from data_pipeline.core.errors import UserError, cli
 from data_pipeline.text import bible
 from pretrain.quickstart.plan import RANKS, Ledger, Plan, Step
 from pretrain.ranks.launcher import on_free_port
+from pretrain.runs.commit import source_commit
 
 PROMPTS = 3
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "numpy")
@@ -123,18 +124,10 @@ def summary(plan: Plan, ledger: Ledger, steps: Sequence[Step]) -> dict[str, Any]
     figures["tokens_seen"] = round(lines[-1]["step"] * lines[-1]["step_s"] * lines[-1]["tokens_per_s"])
     figures["step_seconds"] = {step.name: round(ledger.entries[step.name]["seconds"], 1) for step in steps}
     figures["long"] = plan.long
-    figures["commit"] = _commit()
+    figures["commit"] = source_commit() or "unknown"
     figures["versions"] = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     figures["machine"] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "system": platform.platform()}
     return figures
-
-
-def _commit() -> str:
-    here = Path(__file__).resolve().parent
-    found = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
 
 
 def _cpu_name() -> str:

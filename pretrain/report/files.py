@@ -5,7 +5,7 @@ a kill tore are counted and left out.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from pretrain.checkpoint.manifest import Manifest as CheckpointManifest
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.storage import Checkpoint, storage_of
 from pretrain.config.registry import stage_names
-from pretrain.evaluate.tables import read_result
+from pretrain.evaluate.tables import read_result, read_sweep
 from pretrain.runs.folder import CONFIG_NAME
 from pretrain.telemetry.sinks import METRICS_NAME
 
@@ -53,6 +53,7 @@ class Run:
     diagnosis: Entry | None
     trajectory: list[tuple[float, str]] | None
     evaluations: list[Entry]
+    sweeps: list[Entry]
     data: Manifest | None = None
     data_note: str = ""
     vae: Metrics | None = None
@@ -92,7 +93,8 @@ def read_run(folder: Path, trajectory: Path | None = None, evaluations: Sequence
         checkpoint,
         read_diagnosis(folder / DIAGNOSIS_NAME),
         read_trajectory(trajectory or folder / TRAJECTORY_NAME, must_exist=trajectory is not None),
-        [*_evaluations_of(folder), *map(read_result, evaluations)],
+        [*_results_of(folder, ("metrics", "benchmark"), read_result), *map(read_result, evaluations)],
+        [*_results_of(folder, ("points", "pareto"), read_sweep)],
     )
     return Run(**vars(run) | _data(run) | _vae(run))
 
@@ -206,16 +208,16 @@ def _moment(entry: Any) -> tuple[float, str] | None:
     return None if t is None else (t, entry["text"])
 
 
-def _evaluations_of(folder: Path) -> Iterator[Entry]:
-    """Results of `textldm evaluate` among a folder's files."""
+def _results_of(folder: Path, keys: Sequence[str], read: Callable[[Path], Entry]) -> Iterator[Entry]:
+    """Results of `textldm evaluate` among a folder's files: those that hold all of these keys."""
     known = (CONFIG_NAME, DIAGNOSIS_NAME, TRAJECTORY_NAME)
     for path in sorted(path for path in folder.glob("*.json") if path.name not in known and path.is_file()):
         try:
             found = _json(path)
         except UserError:
             continue  # whatever it is: nobody said that it was ours
-        if isinstance(found, dict) and isinstance(found.get("metrics"), dict) and "benchmark" in found:
-            yield read_result(path)
+        if isinstance(found, dict) and all(key in found for key in keys):
+            yield read(path)
 
 
 def _places(run: Run, key: str) -> list[Path]:

@@ -59,8 +59,8 @@ def _pairs(told: Entry, xs: str, ys: str) -> list[tuple[float, float]]:
 
 
 def evaluations(run: Run, _: Run | None) -> Html:
-    """A table a benchmark: a row a figure, a column a model."""
-    if not run.evaluations:
+    """A table a benchmark: a row a figure, a column a model; below, the sweeps over the sampling's settings."""
+    if not run.evaluations and not run.sweeps:
         how = f"textldm evaluate --model EXPORT --benchmark wikipedia --output {run.folder}/wikipedia.json"
         return missing(f"None in the run's folder: {how} puts one there; --evaluation FILE names others.")
     parts = []
@@ -81,7 +81,26 @@ def evaluations(run: Run, _: Run | None) -> Html:
         for result in group:
             for name, why in result["left_out"].items() if isinstance(result["left_out"], dict) else ():
                 parts.append(missing(f"{result['model']}: {name} left out ({why})"))
-    return join(parts)
+    return join([*parts, *map(sweep, run.sweeps)])
+
+
+def sweep(told: Entry) -> Html:
+    """A figure against its cost, and the settings that none of the same or a lower cost beats."""
+    by, points = told["by"], told["points"]
+    name = by.replace("_", " ")
+    places = [(point["evaluations"], number(point["metrics"][by]["value"])) for point in points]
+    best = [places[i] for i in told["pareto"]]
+    lines = [Line("tried", [(x, y)], dots=True, faint=True, tips=True) for x, y in places if y is not None]
+    lines.append(Line("Pareto set", [(x, y) for x, y in best if y is not None], dots=True))
+    settings = list(points[0]["settings"])
+    rows = [
+        (*(str(points[i]["settings"].get(key, "")) for key in settings), f"{places[i][0]:g}", _cell(points[i], by))
+        for i in told["pareto"]
+    ]
+    drawn = [chart(name, lines, x_label="network evaluations a text")] if lines[-1].points else []
+    title = tag("h3", f"Settings of sampling, {told['benchmark']}")
+    heads = (*(key.replace("_", " ") for key in settings), "evaluations", name)
+    return join([title, grid(drawn), table(heads, rows, "Pareto set")])
 
 
 def _cell(result: Entry, name: str) -> Html:

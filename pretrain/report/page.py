@@ -119,5 +119,7 @@ def _facts(run: Run) -> list[tuple[str, Any]]:
     if run.checkpoint:
         ranks = f"{run.checkpoint.world_size} × {run.checkpoint.precision}, ZeRO {run.checkpoint.zero_stage}"
         shown.append(("ranks", ranks))
+        if isinstance(commit := run.checkpoint.extra.get("commit"), str) and commit:
+            shown.append(("commit", commit))
         shown.append(("versions", ", ".join(f"{name} {version}" for name, version in run.checkpoint.versions.items())))
     return shown

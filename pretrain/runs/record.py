@@ -13,6 +13,7 @@ from pretrain.checkpoint.manifest import Manifest as CheckpointManifest
 from pretrain.config.load import parse_config
 from pretrain.config.schema import RunConfig
 from pretrain.faults.spikes import GuardState
+from pretrain.runs.commit import source_commit
 from pretrain.telemetry.record import TelemetryState
 
 
@@ -33,6 +34,8 @@ class RunRecord(BaseModel):
     """Which steps were skipped, and the norms that the next ones are judged by."""
     telemetry: TelemetryState = TelemetryState()
     """What the log goes on from."""
+    commit: str = ""
+    """Of the code that wrote it (commit.py)."""
     rewinds: int = 0
     """How often the run has left out rows (train.rewind)."""
 
@@ -43,6 +46,7 @@ class RunRecord(BaseModel):
             config=config.told(),
             data_fingerprint=manifest.fingerprint,
             tokenizer_sha256=manifest.tokenizer.sha256,
+            commit=source_commit(),
             **state,
         )
 

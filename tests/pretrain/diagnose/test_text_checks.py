@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from pretrain.config.sections import Diagnose
@@ -45,21 +46,23 @@ def test_errors_of_shares_are_over_documents() -> None:
     assert half.excess_error(text_checks.Shares([0, 10] * 8, [10] * 16)) == pytest.approx(2 * half.error)
 
 
-def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
-    values = [math.sin(n) for n in range(20)]
-    mean = sum(values) / 20
-    expected = math.sqrt(sum((value - mean) ** 2 for value in values) / 19 / 20)
-    found = text_checks.jackknife_error(lambda chosen: sum(values[n] for n in chosen) / len(chosen), 20)
-    assert found == pytest.approx(expected)
-    assert math.isnan(text_checks.jackknife_error(lambda chosen: 1.0, 1))
+def test_the_error_by_halves_of_a_mean_is_its_standard_error() -> None:
+    values = np.sin(np.arange(21))  # an odd number: the halves are 10 of 21
+    expected = values.std(ddof=1) / math.sqrt(21)
+    found = text_checks.halves_error(lambda chosen: float(values[chosen].mean()), 21, draws=4000)
+    assert found == pytest.approx(expected, rel=0.05)
+    assert math.isnan(text_checks.halves_error(lambda chosen: 1.0, 3))
 
 
 def test_ratios_to_true_text_have_errors() -> None:
-    truth = [[1, 2, 3, 4], [5, 6, 7, 8], [1, 3, 5, 7]]
+    truth = [[1, 2, 3, 4], [5, 6, 7, 8], [1, 3, 5, 7], [2, 4, 6, 8]]
     same = variety_figures(truth, truth)
     assert same["distinct_2_ratio"] == same["entropy_ratio"] == 1
     assert same["distinct_2_ratio_error"] == same["entropy_ratio_error"] == 0
-    assert variety_figures([[1, 1, 1, 1], [1, 2, 3, 4], [2, 2, 2, 2]], truth)["distinct_2_ratio_error"] > 0.05
+    assert (
+        variety_figures([[1, 1, 1, 1], [1, 2, 3, 4], [2, 2, 2, 2], [5, 6, 7, 8]], truth)["distinct_2_ratio_error"]
+        > 0.05
+    )
     (distinct, entropy) = variety_verdicts(same, Diagnose())
     assert distinct.figure == entropy.figure == "1.00 +- 0.00"
 

@@ -48,3 +48,13 @@ def test_a_ratio_is_of_sums_and_intervals_shrink_with_the_root_of_the_documents(
     drawn = np.random.default_rng(3)
     few, many = (mean(drawn.normal(size=n)) for n in (100, 1600))
     assert (few.high - few.low) / (many.high - many.low) == pytest.approx(4, rel=0.25)
+
+
+def test_an_interval_goes_no_further_than_the_figure_can() -> None:
+    shares = np.array([0.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    free, held_in = (
+        of_all(lambda counts_N: float(np.average(shares, weights=counts_N)), 6, 100, **more)
+        for more in ({}, {"within": (0, 1)})
+    )
+    assert free.high > 1 == held_in.high
+    assert held_in[:2] == free[:2]

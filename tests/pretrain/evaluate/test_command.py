@@ -9,6 +9,7 @@ import pytest
 from pretrain.evaluate import tables
 from pretrain.evaluate.__main__ import main
 from pretrain.evaluate.tables import read_result
+from tests.pretrain import forked_ranks
 from tests.pretrain.evaluate.token_runs import write_texts
 
 FEW = [
@@ -72,6 +73,20 @@ def test_a_models_figures_have_intervals_and_say_everything_that_would_change_th
         part.unlink()
     resumed = evaluate(exported, texts, tmp_path / "a.json", "--num-steps", "2", "--data", str(trained.data))
     assert timeless(resumed) == timeless(found)
+
+
+@pytest.mark.slow
+def test_ranks_of_a_launcher_share_the_texts_and_one_writes_the_figures(
+    exported: Path, texts: Path, tmp_path: Path
+) -> None:
+    given = ["--model", str(exported), "--benchmark", str(texts), "--num-steps", "2", *FEW]
+    shared = ["evaluate", *given, "--output", str(tmp_path / "two.json")]
+    ranks = forked_ranks.start_module("pretrain.__main__", shared, tmp_path / "log", ranks=2)
+    assert forked_ranks.finish(ranks) == [0, 0], (tmp_path / "log").read_text()
+    assert (tmp_path / "log").read_text().count("this rank's texts are written") == 1
+    alone = evaluate(exported, texts, tmp_path / "one.json", "--num-steps", "2")
+    found = json.loads((tmp_path / "two.json").read_text())
+    assert timeless(found)["metrics"] == timeless(alone)["metrics"]
 
 
 def test_the_reference_is_the_best_and_chance_has_no_likelihood(texts: Path, tmp_path: Path) -> None:

@@ -87,7 +87,16 @@ def test_every_section_has_its_content(run: Path) -> None:
         "losses": ["Training loss", "Learning rate", "Flow loss, t below ¼", "blind 1.3", "covariance 0.9"],
         "samples": ["once", "generated, step 100", "x once 100", "generated, step 200", "x twice 200", "true once"],
         "denoising": ["t = 1.00", "t = 0.50", "t = 0.00"],
-        "evaluations": ["rouge 2", "3.1", "(3.0 to 3.3)", "4.861"],
+        "evaluations": [
+            "rouge 2",
+            "3.1",
+            "(3.0 to 3.3)",
+            "4.861",
+            "Settings of sampling, x",
+            "num steps",
+            "8x162.1(2.0 to 2.2)",
+            "32x642.9",
+        ],
         "throughput": ["2,200", "98%", "0.25 s", "from first start to last line", "00:03:21"],
         "data": ["40,940", "4,096 tokens", "documents 1,190"],
         "vae": ["Reconstruction", "Tokens given back"],
@@ -95,6 +104,9 @@ def test_every_section_has_its_content(run: Path) -> None:
     }.items():
         assert not [one for one in expected if one not in texts[name]], name
     assert "Stage dit, step 200 of 200 go" in texts[""]
+    assert "commit1a2b3c4x" in texts[""]
+    assert "16x32" not in texts["evaluations"]  # a beaten point is in the picture alone
+    assert "network evaluations a text 32: tried 0.0198765" in page(read_run(run))
 
 
 def test_text_from_outside_stays_text_wherever_it_stands(tmp_path: Path) -> None:
