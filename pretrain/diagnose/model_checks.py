@@ -258,7 +258,8 @@ def flow_figures(
             return _summed([errors.metrics() for errors in own]), {}, by_length
         foreign_TZ = exchange_contexts(batch, latents_TZ)
         others = [stage.heldout_flow(batch, latents_TZ, foreign_TZ, quarter) for quarter in range(QUARTERS)]
-        return *(_summed([errors.metrics() for errors in found]) for found in (own, others)), by_length
+        true, foreign = (_summed([errors.metrics() for errors in found]) for found in (own, others))
+        return true, foreign, by_length
 
     found = each(measured, [batch for batch in batches if batch.num_tokens(SUFFIX)], tick=tick)
     sums: dict[int, tuple[float, float]] = {}

@@ -78,4 +78,5 @@ def of_all(
         return statistic(counts_N)
 
     value, spread = of_some(np.arange(n)), 1.96 * halves_error(of_some, n, resamplings, seed)
-    return Interval(value, *np.clip((value - spread, value + spread), *within).tolist(), n)
+    low, high = np.clip((value - spread, value + spread), *within).tolist()
+    return Interval(value, low, high, n)
