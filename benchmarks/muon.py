@@ -4,8 +4,8 @@
     python -m benchmarks.muon --run runs/x/dit --steps 4000
 
 The run's configuration is trained anew from its start, by AdamW for `--steps` and by Muon for the given shares of them, each with a
-schedule of its own length; what is compared is the last held-out evaluation, with EMA weights: `nats_per_token` where the run measures
-it, else the flow loss.
+schedule of its own length; what is compared is the last held-out evaluation, with EMA weights: nats a token where the run measures them,
+else the flow loss (`figure` says which).
 
 `steps_ratio`: Muon's steps for AdamW's last figure over AdamW's steps, between the shares by interpolation in the logarithm of the steps;
 below the smallest share it is that share, and null if the largest is not enough. `seconds_ratio`: of a training step, Muon's over AdamW's;
@@ -29,14 +29,15 @@ from pretrain import train
 from pretrain.engine.optimizer_settings import optimizer_settings
 from pretrain.telemetry.sinks import read_metrics
 
-FIGURES = ("eval/nats_per_token", "eval/flow")
+FIGURES = ("eval/nats", "eval/nats_per_token", "eval/flow")
 """Of a held-out evaluation; the first that it has is compared."""
 
 
 class Trained(NamedTuple):
-    """Last held-out figure of a run, and the median seconds of its steps."""
+    """Last held-out figure of a run, its name, and the median seconds of its steps."""
 
     figure: float
+    name: str
     step_s: float
 
 
@@ -52,7 +53,7 @@ def trained(config: Path, folder: Path, steps: int, settings: Sequence[str]) -> 
         raise UserError(f"training in {folder} ended with exit code {code}; see above")
     last = read_metrics(folder, "eval")[-1]
     name = next(name for name in FIGURES if name in last)
-    return Trained(last[name], statistics.median(line["step_s"] for line in read_metrics(folder)))
+    return Trained(last[name], name, statistics.median(line["step_s"] for line in read_metrics(folder)))
 
 
 def section(config: Path, kind: str) -> str:
@@ -87,6 +88,7 @@ def measure(config: Path, folder: Path, steps: int, shares: Sequence[float], muo
     return {
         "steps_ratio": steps_ratio(adamw.figure, {share: run.figure for share, run in found.items()}),
         "seconds_ratio": statistics.median(run.step_s for run in found.values()) / adamw.step_s,
+        "figure": adamw.name,
         "adamw": adamw.figure,
         "muon": {f"{share:g}": run.figure for share, run in found.items()},
         "steps": steps,

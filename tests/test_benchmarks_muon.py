@@ -17,6 +17,7 @@ def test_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert muon.main(["--run", str(dit), "--steps", "4", "--shares", "0.5", "1"]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["steps"] == 4
+    assert figures["figure"] == "eval/nats"
     assert set(figures["muon"]) == {"0.5", "1"}
     assert figures["adamw"] > 0
     assert figures["seconds_ratio"] > 0
