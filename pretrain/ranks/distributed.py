@@ -15,6 +15,7 @@ from functools import wraps
 import torch
 import torch.distributed as dist
 
+from data_pipeline.core.devices import flush_denormals
 from data_pipeline.core.environment import launch, rendezvous
 from data_pipeline.core.errors import UserError
 from pretrain.ranks.addresses import choose_interface, is_loopback, own_address
@@ -69,6 +70,7 @@ def init_distributed(timeout_s: float = 1800.0) -> Topology:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        flush_denormals()
     remove_stale_build_locks()
     address = own_address(master, several_hosts=job.local_world_size < job.world_size)
     choose_interface(address, loopback_only=job.local_world_size == job.world_size and is_loopback(master))

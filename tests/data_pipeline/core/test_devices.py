@@ -1,0 +1,44 @@
+"""The device by its name; on a CPU, what is too small to count is zero, on every thread."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from data_pipeline.core.devices import device_of, flush_denormals
+from data_pipeline.core.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def as_torch_begins():  # type: ignore[no-untyped-def]
+    torch.set_flush_denormal(False)
+    yield
+    torch.set_flush_denormal(False)
+
+
+def smallest() -> tuple[float, float]:
+    """A product below the normal numbers, and the gradient of one."""
+    small = torch.tensor([1e-20], requires_grad=True)
+    (product,) = small * torch.tensor([1e-20])
+    (small * torch.tensor([1e-20])).backward(torch.tensor([1e-20]))
+    assert small.grad is not None
+    return product.item(), small.grad.item()
+
+
+def test_denormals_are_zero_on_a_cpu_device_in_backward_passes_and_on_threads_to_come() -> None:
+    assert min(smallest()) > 0
+    assert device_of("cpu") == torch.device("cpu")
+    assert smallest() == (0, 0)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(smallest).result() == (0, 0)
+
+
+def test_normal_numbers_stay() -> None:
+    flush_denormals()
+    assert torch.tensor([1.2e-38]).mul(1).item() > 0
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99"])
+def test_a_device_that_cannot_be_had_is_said(name: str) -> None:
+    with pytest.raises(UserError, match=f"--device is {name}"):
+        device_of(name)
