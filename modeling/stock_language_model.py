@@ -5,9 +5,14 @@ It needs no code of this repository, and generates with a cache of keys and valu
 Shape letters: D width, H heads, K head dim.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
+from torch.nn import LayerNorm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from .shapes import TokenTransformerConfig
 from .token_transformer import TokenTransformer
 
 
@@ -21,9 +26,21 @@ def stock_language_model(model: TokenTransformer, start_id: int, max_window: int
     Raises: ValueError for a model that GPT-NeoX cannot be: with roles, marks, or norms of queries and keys.
     """
     shape = model.config
-    if model.role is not None or model.embedding.num_embeddings != shape.vocab_size or shape.qk_norm:
-        raise ValueError("GPT-NeoX has neither roles nor marks nor norms of queries and keys (qk_norm)")
-    config = GPTNeoXConfig(
+    if model.role is not None or model.embedding.num_embeddings != shape.vocab_size:
+        raise ValueError("GPT-NeoX has neither roles nor marks")
+    stock = GPTNeoXForCausalLM(stock_config(shape, start_id, max_window))
+    ours = model.state_dict()
+    stock.load_state_dict(
+        {name: stock_weight(name, shape, ours.__getitem__).float().cpu() for name in stock.state_dict()}
+    )
+    return stock.eval()
+
+
+def stock_config(shape: TokenTransformerConfig, start_id: int, max_window: int) -> GPTNeoXConfig:
+    """The shape of that class. Raises: ValueError for norms of queries and keys."""
+    if shape.qk_norm:
+        raise ValueError("GPT-NeoX has no norms of queries and keys (qk_norm)")
+    return GPTNeoXConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.width,
         num_hidden_layers=shape.num_layers,
@@ -31,7 +48,7 @@ def stock_language_model(model: TokenTransformer, start_id: int, max_window: int
         intermediate_size=4 * shape.width,
         hidden_act="gelu_pytorch_tanh",
         max_position_embeddings=max_window + 1,
-        layer_norm_eps=model.transformer.norm.eps,
+        layer_norm_eps=LayerNorm(1).eps,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta, "partial_rotary_factor": 1.0},
         use_parallel_residual=False,
         attention_bias=True,
@@ -39,30 +56,32 @@ def stock_language_model(model: TokenTransformer, start_id: int, max_window: int
         bos_token_id=start_id,
         eos_token_id=start_id,
     )
-    stock = GPTNeoXForCausalLM(config)
-    stock.load_state_dict({name: tensor.float().cpu() for name, tensor in _renamed(model).items()})
-    return stock.eval()
 
 
-def _renamed(model: TokenTransformer) -> dict[str, torch.Tensor]:
-    """The weights by GPT-NeoX's names and in its order: queries, keys and values of one head lie together."""
-    found = {"gpt_neox.embed_in.weight": model.embedding.weight, "lm_head.weight": model.lm_head.weight}
-    found |= {f"gpt_neox.final_layer_norm.{name}": p for name, p in model.transformer.norm.named_parameters()}
-    parts = {
-        "attention_norm": "input_layernorm",
-        "mlp_norm": "post_attention_layernorm",
-        "attention.out": "attention.dense",
-        "mlp_in": "mlp.dense_h_to_4h",
-        "mlp_out": "mlp.dense_4h_to_h",
-    }
-    for i, block in enumerate(model.transformer.blocks):
-        for ours, theirs in parts.items():
-            for name, p in block.get_submodule(ours).named_parameters():
-                found[f"gpt_neox.layers.{i}.{theirs}.{name}"] = p
-        for name, p in block.get_submodule("attention.qkv").named_parameters():
-            by_head = p.view(3, -1, model.config.head_dim, *p.shape[1:]).transpose(0, 1)
-            found[f"gpt_neox.layers.{i}.attention.query_key_value.{name}"] = by_head.reshape(p.shape)
-    return {name: tensor.detach() for name, tensor in found.items()}
+_NAMES = {
+    "gpt_neox.embed_in.": "embedding.",
+    "gpt_neox.final_layer_norm.": "transformer.norm.",
+    "gpt_neox.layers.": "transformer.blocks.",
+    ".input_layernorm.": ".attention_norm.",
+    ".post_attention_layernorm.": ".mlp_norm.",
+    ".attention.query_key_value.": ".attention.qkv.",
+    ".attention.dense.": ".attention.out.",
+    ".mlp.dense_h_to_4h.": ".mlp_in.",
+    ".mlp.dense_4h_to_h.": ".mlp_out.",
+}
+"""Parts of GPT-NeoX's names, and ours."""
+
+
+def stock_weight(name: str, shape: TokenTransformerConfig, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """The weight that GPT-NeoX calls so, out of a TokenTransformer's, which `read` gives by name; one of ours makes one of theirs.
+
+    Queries, keys and values of one head lie together in GPT-NeoX.
+    """
+    ours = functools.reduce(lambda found, pair: found.replace(*pair), _NAMES.items(), name)
+    tensor = read(ours)
+    if ".qkv." not in ours:
+        return tensor
+    return tensor.view(3, -1, shape.head_dim, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
 
 
 def continuation(stock: GPTNeoXForCausalLM, context_T: torch.Tensor, new: int, seed: int) -> list[int]:

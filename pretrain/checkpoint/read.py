@@ -1,6 +1,9 @@
 """Reading checkpoints: into an engine, whatever the sharding on either side; or as plain tensors, without one."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -67,29 +70,65 @@ def read_tensors(run: str | Path | Checkpoint, state: str = "ema", buffers: bool
     """
     checkpoint = run if isinstance(run, Checkpoint) else checkpoint_of(run)
     manifest = read_manifest(checkpoint)
-    if state not in manifest.states:
-        raise UserError(f"{checkpoint} has no state {state!r}; it has {', '.join(manifest.states)}")
-    check_sizes(manifest)
-    with SliceReader(manifest) as reader:
-        names = [name for name, parameter in manifest.parameters.items() if state in parameter.states]
-        tensors = {name: reader.full(state, name) for name in names}
+    with SavedTensors(manifest, state) as saved:
+        tensors = {name: saved[name] for name in saved.names}
         tensors |= {alias: tensors[name] for alias, name in manifest.aliases.items() if name in tensors}
-        return tensors | reader.buffers() if buffers else tensors
+        return tensors | saved.buffers if buffers else tensors
+
+
+class SavedTensors(Mapping[str, Tensor]):
+    """What `read_tensors` gives, parameter by parameter: a mapping that reads a tensor when it is asked for. A context manager.
+
+    Attributes:
+        shapes: of all tensors by name.
+        names: of the parameters that have the state.
+        buffers: the module's, which are few and small.
+
+    Raises: UserError for a state that there is not, and for files that are not as the manifest says.
+    """
+
+    def __init__(self, manifest: Manifest, state: str) -> None:
+        if state not in manifest.states:
+            raise UserError(f"{manifest.checkpoint} has no state {state!r}; it has {', '.join(manifest.states)}")
+        check_sizes(manifest)
+        self._state, self._reader = state, SliceReader(manifest)
+        self.names = [name for name, parameter in manifest.parameters.items() if state in parameter.states]
+        self.buffers = self._reader.buffers()
+        self._owner = {name: name for name in self.names}
+        self._owner |= {alias: name for alias, name in manifest.aliases.items() if name in self._owner}
+        self.shapes = {name: manifest.shape(owner) for name, owner in self._owner.items()}
+        self.shapes |= {name: tuple(buffer.shape) for name, buffer in self.buffers.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.buffers[name] if name in self.buffers else self._reader.full(self._state, self._owner[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._reader.__exit__()
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Checkpoint | Path) -> None:
     """`load_state_dict` whose mismatches are one message. Raises: UserError."""
-    check_weights(model, tensors, source)
+    check_shapes(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
     model.load_state_dict(tensors)
 
 
-def check_weights(model: nn.Module, tensors: dict[str, Tensor], source: Checkpoint | Path) -> None:
+def check_shapes(model: nn.Module, found: Mapping[str, tuple[int, ...]], source: Checkpoint | Path) -> None:
     """Raise UserError for weights that a model, which may be on the meta device, does not have or has in other shapes."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = [
         f"{name} is {found.get(name, 'missing')}, expected {wanted.get(name, 'nothing')}"
-        for name in sorted(wanted | found)
+        for name in sorted(wanted.keys() | found.keys())
         if wanted.get(name) != found.get(name)
     ]
     if wrong:

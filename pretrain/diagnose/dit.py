@@ -25,7 +25,7 @@ from pretrain.runs.record import RunRecord
 from pretrain.stages.build import load_stage
 from pretrain.stages.dit import DiTStage
 from pretrain.stages.dit_config import DiTRun
-from pretrain.stages.exported_vae import exported_vae
+from pretrain.stages.exported import exported_vae
 from pretrain.stages.inputs import FEATURES_KEY, VAE_KEY
 from pretrain.stages.recorded import DATA_KEY, check_recorded
 from pretrain.stages.samples import sample

@@ -4,12 +4,13 @@
 
     config.json                    shapes of the models
     generation_config.json         defaults of `generate`
-    model.safetensors              EMA weights by default
+    model.safetensors              EMA weights by default; above --max-shard-size several files and their index
     textldm.py, text_vae.py, ...   the modeling code, for `AutoModel.from_pretrained(folder, trust_remote_code=True)`
     tokenizer.json, ...            the tokenizer of the prepared data
     README.md                      model card
 
-It is written beside the output's place and renamed, so that a folder is there as a whole or not at all. What a stage's folder holds is
+It is written beside the output's place and renamed, so that a folder is there as a whole or not at all; tensor by tensor, of which one at
+a time is in memory. What a stage's folder holds is
 its exporter's matter (`StageKind.export`, parts.py).
 """
 
@@ -20,6 +21,8 @@ import itertools
 import json
 import re
 import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ from pretrain.checkpoint.storage import Checkpoint
 from pretrain.config.registry import part, stage_kind, stage_names
 from pretrain.config.schema import RunConfig
 from pretrain.export.parts import Exported, Sampling, Source
+from pretrain.export.weights import LARGEST_FILE, write_weights
 from pretrain.runs.folder import CONFIG_NAME, config_of
 from pretrain.runs.record import RunRecord
 
@@ -62,6 +66,7 @@ def convert(
     data: str | None = None,
     vae: str | None = None,
     license_id: str = "apache-2.0",
+    largest: str = LARGEST_FILE,
     overwrite: bool = False,
 ) -> Path:
     """Write the Hugging Face folder of a run; returns it.
@@ -71,12 +76,16 @@ def convert(
         step: which checkpoint; the newest complete one when None.
         sampling: defaults of the exported model's `generate`, for stages that have them.
         data, vae: where the prepared data and the stage-1 run are now, when they moved since training.
+        largest: bytes of a file of weights, see `write_weights`.
         overwrite: put aside what stands in the way and is not an unchanged export, which is replaced.
 
     Raises: UserError.
     """
     check_output(output, overwrite)
     named(re.compile(r"[\w.+-]+"), license_id, "--license", "name a licence by its id, e.g. apache-2.0")
+    named(
+        re.compile(r"[1-9]\d{0,5}[KMGT]B"), largest, "--max-shard-size", "give a size as transformers has it, e.g. 5GB"
+    )
     path = checkpoint_of(run) if step is None else unaltered(checkpoint_at(run, step)).checkpoint
     saved = read_manifest(path)
     record = RunRecord.of_checkpoint(saved)
@@ -100,24 +109,26 @@ def convert(
             f" {manifest.fingerprint[:16]}: name the right folder with --data"
         )
     tokenizer = load_prepared_tokenizer(data, manifest.tokenizer)
-    source = Source(
-        run,
-        saved,
-        record,
-        config,
-        manifest,
-        tokenizer,
-        STATES[weights],
-        output.name,
-        license_id,
-        sampling or Sampling(),
-        vae,
-    )
-    exported: Exported = part(export)(source)
-    setattr(exported.model.config, MARK, record.stage)
-    # Statistics stay in fp32 (modeling.layers.KeepsStatistics).
-    exported.model.to(DTYPES[dtype])  # type: ignore[arg-type]
-    write(exported, tokenizer, output)
+    with ExitStack() as files:
+        source = Source(
+            run,
+            saved,
+            record,
+            config,
+            manifest,
+            tokenizer,
+            STATES[weights],
+            output.name,
+            license_id,
+            files,
+            sampling or Sampling(),
+            vae,
+        )
+        exported: Exported = part(export)(source)
+        setattr(exported.model.config, MARK, record.stage)
+        # Statistics stay in fp32 (modeling.layers.KeepsStatistics).
+        exported.model.to(DTYPES[dtype])  # type: ignore[arg-type]
+        write(exported, tokenizer, output, largest)
     return output
 
 
@@ -137,16 +148,22 @@ def present_config(run: Path, checkpoint: Checkpoint, record: RunRecord) -> RunC
     return config
 
 
-def write(exported: Exported, tokenizer: LoadedTokenizer, output: Path) -> None:
+def write(exported: Exported, tokenizer: LoadedTokenizer, output: Path, largest: str = LARGEST_FILE) -> None:
     """Everything into a folder beside `output`, which then takes its place."""
+    model = exported.model
     with atomic_folder(output) as folder:
-        exported.model.save_pretrained(folder)
+        hashes = write_weights(model, exported.tensor, folder, largest)
+        # As `save_pretrained` does it.
+        model.config.dtype, model.config.architectures = str(model.dtype).split(".")[1], [type(model).__name__]
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)  # type: ignore[union-attr]
         for file in exported.code:
             shutil.copyfile(file, folder / file.name)
         padding(tokenizer).save(folder)
         (folder / "README.md").write_text(exported.card, encoding="utf-8")
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        sealed = config | {FILES: _hashes(folder, config)}
+        sealed = config | {FILES: _hashes(folder, config, hashes)}
         (folder / CONFIG).write_text(json.dumps(sealed, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         make_room(output)
 
@@ -186,11 +203,13 @@ def is_export(folder: Path) -> bool:
         return False
 
 
-def _hashes(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    hashes = {}
+def _hashes(folder: Path, config: dict[str, Any], known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Of all files, of which the `known` ones need not be read."""
+    hashes = dict(known or {})
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
-        with path.open("rb") as file:
-            hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+        if (name := str(path.relative_to(folder))) not in hashes:
+            with path.open("rb") as file:
+                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
     rest = json.dumps({name: value for name, value in config.items() if name != FILES}, sort_keys=True)
     return hashes | {CONFIG: hashlib.sha256(rest.encode()).hexdigest()}
 
@@ -220,6 +239,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="instead of the newest complete one")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of the stored weights")
     of_generate = "default of generate (the run's, in its diagnose section)"
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", default=LARGEST_FILE, help="of a file of weights, e.g. 5GB (%(default)s)"
+    )
     parser.add_argument("--num-steps", type=int, help=of_generate)
     parser.add_argument("--guidance-scale", type=float, help=of_generate)
     parser.add_argument("--token-temperature", type=float, help=of_generate)
@@ -250,6 +272,7 @@ def main(argv: list[str] | None = None) -> None:
         data=given.data,
         vae=given.vae,
         license_id=given.license,
+        largest=given.max_shard_size,
         overwrite=given.overwrite,
     )
     num_bytes = sum(path.stat().st_size for path in output.iterdir())

@@ -1,8 +1,11 @@
 """The export of the causal baseline: a stock class of transformers, which needs none of our code."""
 
-from modeling.stock_language_model import stock_language_model
+import torch
+from transformers import GPTNeoXForCausalLM
+
+from modeling.stock_language_model import stock_config, stock_weight
 from modeling.token_transformer import TokenTransformer
-from pretrain.checkpoint.read import load_weights, read_tensors
+from pretrain.checkpoint.read import check_shapes
 from pretrain.export.parts import Exported, Source
 from pretrain.stages.token_config import ARRun
 
@@ -45,13 +48,15 @@ def export(source: Source) -> Exported:
     assert isinstance(config, ARRun)
     source.without_flow("no flow and no VAE")
     manifest, checkpoint = source.manifest, source.saved.checkpoint
-    tensors = read_tensors(checkpoint, source.weights)
+    tensors = source.tensors()
     shape = config.model.architecture()
-    shape.vocab_size = tensors["model.lm_head.weight"].shape[0]
-    model = TokenTransformer(shape)
-    load_weights(model, {name.removeprefix("model."): tensor for name, tensor in tensors.items()}, checkpoint)
+    shape.vocab_size = tensors.shapes["model.lm_head.weight"][0]
     start_id = manifest.tokenizer.eos_id
     assert start_id is not None  # without one it could not have been trained
+    with torch.device("meta"):
+        found = {name.removeprefix("model."): shape for name, shape in tensors.shapes.items()}
+        check_shapes(TokenTransformer(shape), found, checkpoint)
+        model = GPTNeoXForCausalLM(stock_config(shape, start_id, manifest.max_window))
     card = CARD.format(
         name=source.name,
         license_id=source.license_id,
@@ -61,4 +66,4 @@ def export(source: Source) -> Exported:
         max_window=manifest.max_window,
         settings=source.told_settings(),
     )
-    return Exported(stock_language_model(model, start_id, manifest.max_window), card)
+    return Exported(model, lambda name: stock_weight(name, shape, lambda ours: tensors[f"model.{ours}"]), card)

@@ -3,9 +3,12 @@
 import ast
 import dataclasses
 import json
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import modeling
@@ -14,6 +17,7 @@ from data_pipeline.core.telling import tellable
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.text.tokenization import LoadedTokenizer
 from pretrain.checkpoint.manifest import Manifest as CheckpointManifest
+from pretrain.checkpoint.read import SavedTensors
 from pretrain.config.schema import RunConfig
 from pretrain.config.sections import Diagnose
 from pretrain.runs.record import RunRecord
@@ -48,6 +52,7 @@ class Source:
         name, license_id: for the model card.
         sampling: what the command line says about sampling.
         vae: where the run's VAE is now, if it moved.
+        files: closes, when the export is written, what was opened for it.
     """
 
     run: Path
@@ -59,8 +64,13 @@ class Source:
     weights: str
     name: str
     license_id: str
+    files: ExitStack
     sampling: Sampling = Sampling()
     vae: str | None = None
+
+    def tensors(self) -> SavedTensors:
+        """The checkpoint's, of the state that is exported. Raises: UserError."""
+        return self.files.enter_context(SavedTensors(self.saved, self.weights))
 
     def without_flow(self, has_not: str) -> None:
         """For stages that sample by none. Raises: UserError, if the command line says something of it."""
@@ -81,12 +91,15 @@ class Exported:
     """What an exporter makes.
 
     Attributes:
-        model: on the CPU in fp32; its config says all that the tokenizer's files do not.
+        model: of fp32 weights, on the meta device; its config says all that the tokenizer's files do not.
+        tensor: gives a weight or buffer by the name that `model.state_dict()` has for it, fp32 on the CPU. Each is asked for once, so that
+            no more than one need be in memory.
         card: README.md, Markdown with the hub's metadata on top.
         code: files that travel with the weights, for `trust_remote_code=True`; none of a stock class of transformers.
     """
 
     model: PreTrainedModel
+    tensor: Callable[[str], Tensor]
     card: str
     code: tuple[Path, ...] = ()
 

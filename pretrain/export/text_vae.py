@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import torch
+
 from modeling.textvae import TextVAEModel, TextVAEModelConfig
-from pretrain.checkpoint.read import load_weights, read_tensors
+from pretrain.checkpoint.read import check_shapes
 from pretrain.export.parts import Exported, Source, modeling_files
 from pretrain.stages.vae_config import VAERun
 
@@ -47,20 +49,18 @@ def export(source: Source) -> Exported:
     config = source.config
     assert isinstance(config, VAERun)
     source.without_flow("no flow")
-    checkpoint = source.saved.checkpoint
-    tensors = read_tensors(checkpoint, source.weights)
-    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("vae.")}
+    tensors = source.tensors()
     shape = config.model.architecture()
-    shape.vocab_size = tensors["vae.embedding.weight"].shape[0]
-    model = TextVAEModel(
-        TextVAEModelConfig(
-            vae=dataclasses.asdict(shape),
-            tokenizer_sha256=source.record.tokenizer_sha256,
-            auto_map={"AutoConfig": "textvae.TextVAEModelConfig", "AutoModel": "textvae.TextVAEModel"},
-        )
+    shape.vocab_size = tensors.shapes["vae.embedding.weight"][0]
+    model_config = TextVAEModelConfig(
+        vae=dataclasses.asdict(shape),
+        tokenizer_sha256=source.record.tokenizer_sha256,
+        auto_map={"AutoConfig": "textvae.TextVAEModelConfig", "AutoModel": "textvae.TextVAEModel"},
     )
-    load_weights(model, tensors, checkpoint)
-    model.eval().requires_grad_(False)
+    with torch.device("meta"):
+        model = TextVAEModel(model_config)
+    found = {name: shape for name, shape in tensors.shapes.items() if name.startswith("vae.")}
+    check_shapes(model, found, source.saved.checkpoint)
     card = CARD.format(
         name=source.name,
         license_id=source.license_id,
@@ -70,4 +70,4 @@ def export(source: Source) -> Exported:
         fingerprint=source.manifest.fingerprint,
         settings=source.told_settings(),
     )
-    return Exported(model, card, modeling_files("textvae.py"))
+    return Exported(model, tensors.__getitem__, card, modeling_files("textvae.py"))

@@ -11,17 +11,17 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.core.outside import parse_json
 from modeling.conventions import DEFAULT_NEW_TOKENS
 from modeling.likelihood import LAST_T0
-from modeling.text_vae import TextVAE
 from modeling.textldm import TextLDM, TextLDMConfig
 from modeling.times import TimeDistribution
-from pretrain.checkpoint.read import load_weights, read_tensors
-from pretrain.checkpoint.storage import Checkpoint
+from pretrain.checkpoint.read import check_shapes
 from pretrain.export.model_card import model_card
 from pretrain.export.parts import Exported, Source, modeling_files
 from pretrain.stages.dit import times_of
 from pretrain.stages.dit_config import DiTRun
-from pretrain.stages.frozen_vae import load_vae
-from pretrain.stages.inputs import vae_fingerprint
+from pretrain.stages.frozen_vae import SavedVAE, open_vae
+
+STATISTICS = ("latents_mean", "latents_std")
+"""Buffers of the VAE that stage 2 measures."""
 
 
 def export(source: Source) -> Exported:
@@ -30,10 +30,10 @@ def export(source: Source) -> Exported:
     assert isinstance(config, DiTRun)
     frozen = frozen_vae_of(source, config)
     shape = config.model.architecture()
-    shape.vocab_size = frozen.config.vocab_size
+    shape.vocab_size = frozen.shape.vocab_size
     times = times_of(config.flow)
     model_config = TextLDMConfig(
-        vae=dataclasses.asdict(frozen.config),
+        vae=dataclasses.asdict(frozen.shape),
         dit=dataclasses.asdict(shape),
         max_window=source.manifest.max_window,
         eos_token_id=source.manifest.tokenizer.eos_id,
@@ -45,26 +45,34 @@ def export(source: Source) -> Exported:
         **diagnosed(times, source.run),
         **source.sampling.settings(config.diagnose),
     )
-    tensors = read_tensors(source.saved.checkpoint, source.weights)
-    take_statistics(frozen, tensors, source.saved.checkpoint)
-    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("dit.")}
-    tensors |= {f"vae.{name}": tensor for name, tensor in frozen.state_dict().items()}
+    tensors = source.tensors()
+    for name in STATISTICS:
+        if name not in tensors:
+            raise UserError(f"{source.saved.checkpoint} has no {name}: it is not a checkpoint of stage dit")
     with torch.device("meta"):
         model = TextLDM(model_config)
-    model.to_empty(device="cpu")
-    load_weights(model, tensors, source.saved.checkpoint)
-    model.eval().requires_grad_(False)
+    shapes = {name: shape for name, shape in tensors.shapes.items() if name.startswith("dit.")}
+    shapes |= {
+        f"vae.{name}": tensors.shapes[name] if name in STATISTICS else shape for name, shape in frozen.shapes().items()
+    }
+    check_shapes(model, shapes, source.saved.checkpoint)
+
+    def tensor(name: str) -> Tensor:
+        """The VAE's own, but for the latents' statistics, which the DiT was trained with."""
+        ours = name.removeprefix("vae.")
+        return tensors[ours] if ours == name or ours in STATISTICS else frozen.read(ours)
+
     assert model.generation_config is not None
     new_tokens = min(DEFAULT_NEW_TOKENS, max(1, model_config.max_window // 2))
     model.generation_config.update(max_new_tokens=new_tokens, pad_token_id=model_config.eos_token_id)
-    return Exported(model, model_card(model, source), modeling_files("textldm.py"))
+    return Exported(model, tensor, model_card(model, source), modeling_files("textldm.py"))
 
 
-def frozen_vae_of(source: Source, config: DiTRun) -> TextVAE:
+def frozen_vae_of(source: Source, config: DiTRun) -> SavedVAE:
     """The VAE that the run was trained with. Raises: UserError if it is not there, or is another by now."""
     vae = source.vae or config.model.vae
-    frozen = load_vae(vae, source.manifest, named_by="--vae")
-    expected, found = source.record.inputs["model.vae"], vae_fingerprint(vae)
+    frozen = source.files.enter_context(open_vae(vae, source.manifest, named_by="--vae"))
+    expected, found = source.record.inputs["model.vae"], frozen.fingerprint
     if found != expected:
         raise UserError(
             f"{source.run} was trained with a VAE of fingerprint {expected[:16]}, that in {vae} has {found[:16]} (has it been"
@@ -89,11 +97,3 @@ def diagnosed(times: TimeDistribution, run: Path) -> dict[str, Any]:
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not what textldm diagnose writes ({error}): run it on {run} again") from None
     return {"times": dataclasses.asdict(times)} | t0
-
-
-def take_statistics(vae: TextVAE, tensors: dict[str, Tensor], path: Checkpoint) -> None:
-    """Set the VAE's `latents_mean` and `latents_std` to those of a DiT's checkpoint. Raises: UserError."""
-    for name in ("latents_mean", "latents_std"):
-        if name not in tensors:
-            raise UserError(f"{path} has no {name}: it is not a checkpoint of stage dit")
-        getattr(vae, name).copy_(tensors[name])

@@ -4,11 +4,12 @@ Shape letters: T packed tokens, Z latent dim.
 """
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.core.errors import UserError
@@ -18,11 +19,62 @@ from modeling.attention import Segments
 from modeling.text_vae import TextVAE, TextVAEConfig
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.manifest import read_manifest
-from pretrain.checkpoint.read import check_weights, load_weights, read_tensors
+from pretrain.checkpoint.read import SavedTensors, check_shapes
 from pretrain.checkpoint.storage import Checkpoint
+from pretrain.checkpoint.tensor_files import UNREADABLE, TensorFiles
 from pretrain.runs.record import RunRecord
-from pretrain.stages.exported_vae import WEIGHTS, export_config, exported_vae
+from pretrain.stages.exported import export_config, export_fingerprint, exported_vae, weight_files
 from pretrain.stages.inputs import VAE_KEY
+
+
+@dataclass(frozen=True)
+class SavedVAE:
+    """A VAE where it lies, its weights read one by one when they are asked for.
+
+    Attributes:
+        tensors: of any float dtype, by `TextVAE`'s names behind "vae."; besides, what only training had.
+    """
+
+    shape: TextVAEConfig
+    tensors: SavedTensors | TensorFiles
+    tokenizer_sha256: str
+    place: Checkpoint | Path
+
+    @property
+    def fingerprint(self) -> str:
+        """Which VAE it is (inputs.vae_fingerprint)."""
+        return export_fingerprint(self.place) if isinstance(self.place, Path) else read_manifest(self.place).fingerprint
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all weights and buffers, by `TextVAE`'s names."""
+        found = self.tensors.shapes.items()
+        return {name.removeprefix("vae."): shape for name, shape in found if name.startswith("vae.")}
+
+    def read(self, name: str) -> Tensor:
+        """The fp32 tensor that `TextVAE` calls so."""
+        return self.tensors[f"vae.{name}"].float()
+
+
+@contextmanager
+def open_vae(
+    run: str | Path, manifest: Manifest | None = None, named_by: str = f"--set {VAE_KEY}="
+) -> Iterator[SavedVAE]:
+    """The TextVAE of a stage-1 run with EMA weights, or of an exported folder; its files are open meanwhile.
+
+    Raises: UserError when the run is not of stage 1, or the export not of a VAE, when it has no complete checkpoint, was trained with
+    another tokenizer than that of `manifest`, or its weights do not have its shape.
+    """
+    folder = exported_vae(run, named_by)
+    with ExitStack() as stack:
+        found = _of_run(run, named_by, stack) if folder is None else _of_export(folder, stack)
+        if manifest is not None and found.tokenizer_sha256 != manifest.tokenizer.sha256:
+            raise UserError(
+                f"the VAE in {run} was trained with tokenizer {found.tokenizer_sha256[:16]}, the data has"
+                f" {manifest.tokenizer.sha256[:16]} ({manifest.tokenizer.name}): train a VAE on this data, or name other data"
+            )
+        with torch.device("meta"):
+            check_shapes(TextVAE(found.shape), found.shapes(), found.place)
+        yield found
 
 
 def load_vae(
@@ -31,57 +83,40 @@ def load_vae(
     latent_dim: int | None = None,
     named_by: str = f"--set {VAE_KEY}=",
 ) -> TextVAE:
-    """The TextVAE of a stage-1 run with EMA weights, or of an exported folder; frozen, in eval mode.
-
-    Raises: UserError when the run is not of stage 1, or the export not of a VAE, when it has no complete checkpoint, was trained with
-    another tokenizer than that of `manifest`, or has another `latent_dim` than the one given.
-    """
-    shape, tensors, tokenizer_sha256, place = _of_export(run, named_by) or _of_run(run, named_by)
-    if manifest is not None and tokenizer_sha256 != manifest.tokenizer.sha256:
-        raise UserError(
-            f"the VAE in {run} was trained with tokenizer {tokenizer_sha256[:16]}, the data has"
-            f" {manifest.tokenizer.sha256[:16]} ({manifest.tokenizer.name}): train a VAE on this data, or name other data"
-        )
-    with torch.device("meta"):
-        vae = TextVAE(shape)
-    check_weights(vae, tensors, place)  # before memory is taken for it
-    vae.to_empty(device="cpu")
-    load_weights(vae, tensors, place)
-    if latent_dim is not None and latent_dim != vae.config.latent_dim:
-        raise UserError(
-            f"model.latent_dim is {latent_dim}, but the VAE in {run} has latent_dim {vae.config.latent_dim}: set"
-            f" model.latent_dim={vae.config.latent_dim}, or name another VAE"
-        )
+    """The VAE that `open_vae` finds, frozen, in eval mode. Raises: UserError, also when its latent_dim is another than the one given."""
+    with open_vae(run, manifest, named_by) as saved:
+        with torch.device("meta"):
+            vae = TextVAE(saved.shape)
+        if latent_dim is not None and latent_dim != vae.config.latent_dim:
+            raise UserError(
+                f"model.latent_dim is {latent_dim}, but the VAE in {run} has latent_dim {vae.config.latent_dim}: set"
+                f" model.latent_dim={vae.config.latent_dim}, or name another VAE"
+            )
+        vae.load_state_dict({name: saved.read(name) for name in saved.shapes()}, assign=True)
     return vae.eval().requires_grad_(False)
 
 
-def _of_run(run: str | Path, named_by: str) -> tuple[TextVAEConfig, dict[str, Tensor], str, Checkpoint | Path]:
-    """Shape, weights, tokenizer's hash and place."""
+def _of_run(run: str | Path, named_by: str, stack: ExitStack) -> SavedVAE:
     path = checkpoint_of(run, named_by)
-    record = RunRecord.of_checkpoint(read_manifest(path))
+    saved = read_manifest(path)
+    record = RunRecord.of_checkpoint(saved)
     if record.stage != "vae":
         raise UserError(f"{run} is a run of stage {record.stage}; expected stage vae: set model.vae to a stage-1 run")
-    tensors = read_tensors(path, "ema")
-    tensors = {name.removeprefix("vae."): t for name, t in tensors.items() if name.startswith("vae.")}
+    tensors = stack.enter_context(SavedTensors(saved, "ema"))
     fields = {field.name for field in dataclasses.fields(TextVAEConfig)}
     shape = {name: value for name, value in record.config["model"].items() if name in fields}
-    shape["vocab_size"] = tensors["embedding.weight"].shape[0]
-    return TextVAEConfig(**shape), tensors, record.tokenizer_sha256, path
+    shape["vocab_size"] = tensors.shapes["vae.embedding.weight"][0]
+    return SavedVAE(TextVAEConfig(**shape), tensors, record.tokenizer_sha256, path)
 
 
-def _of_export(run: str | Path, named_by: str) -> tuple[TextVAEConfig, dict[str, Tensor], str, Path] | None:
-    """The same of an exported folder, None where there is none."""
-    folder = exported_vae(run, named_by)
-    if folder is None:
-        return None
-    config = export_config(folder)
+def _of_export(folder: Path, stack: ExitStack) -> SavedVAE:
     try:
+        config = export_config(folder)
         shape = TextVAEConfig(**config["vae"])
-        tensors = load_file(folder / WEIGHTS)
-    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        tensors = stack.enter_context(TensorFiles(weight_files(folder)))
+    except UNREADABLE as error:
         raise UserError(f"{folder} is not what textldm convert writes of a VAE ({error}): export it again") from None
-    tensors = {name.removeprefix("vae."): tensor.float() for name, tensor in tensors.items()}
-    return shape, tensors, str(config.get("tokenizer_sha256")), folder
+    return SavedVAE(shape, tensors, str(config.get("tokenizer_sha256")), folder)
 
 
 def posterior_mean(vae: TextVAE, batch: Batch) -> Tensor:

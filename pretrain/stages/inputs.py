@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from data_pipeline.format.manifest import FeatureManifest
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.manifest import read_manifest
-from pretrain.stages.exported_vae import export_fingerprint, exported_vae
+from pretrain.stages.exported import export_fingerprint, exported_vae
 
 if TYPE_CHECKING:
     from pretrain.stages.dit_config import DiTRun

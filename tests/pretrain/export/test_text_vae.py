@@ -18,7 +18,7 @@ from modeling.attention import Segments
 from modeling.textvae import TextVAEModel
 from pretrain.checkpoint.read import read_tensors
 from pretrain.export.convert import convert, main
-from pretrain.stages import exported_vae
+from pretrain.stages import exported as exported_folders
 from pretrain.stages.frozen_vae import load_vae
 from pretrain.stages.inputs import vae_fingerprint
 from tests.pretrain import tiny_pipeline
@@ -96,11 +96,12 @@ def test_the_hubs_is_fetched(trained: Trained, folder: Path, monkeypatch: pytest
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(exported_vae, "use_hub", lambda: None)
+    monkeypatch.setattr(exported_folders, "use_hub", lambda: None)
     vae = load_vae("hf://me/vae", Manifest.load(trained.data))
     assert torch.equal(vae.to_mean.weight, load_vae(folder).to_mean.weight)
     assert vae_fingerprint("hf://me/vae") == vae_fingerprint(folder)
-    assert asked == [("me/vae", ["config.json", "model.safetensors"])] * len(asked) != []
+    files = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+    assert asked == [("me/vae", files)] * len(asked) != []
     with pytest.raises(UserError, match=r"--set model\.vae=hf://me/none cannot be fetched from the hub"):
         vae_fingerprint("hf://me/none")
 
