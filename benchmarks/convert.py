@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.measuring import ROOT, phase, print_figures
+from benchmarks.measuring import ROOT, Spent, phase, print_figures
 from data_pipeline.core.errors import UserError, cli
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.prepare.__main__ import main as prepare
@@ -134,9 +134,14 @@ def measured(run: Path, output: Path, largest: str) -> dict[str, float]:
     """Convert in this process; its seconds, and bytes of memory when its imports were done and at the most since."""
     part(stage_kind("dit").export or "")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before, began = _status("VmRSS"), time.perf_counter()
-    convert(run, output, largest=largest)
-    return {"seconds": time.perf_counter() - began, "imports_bytes": before, "peak_bytes": _status("VmHWM")}
+    before = _status("VmRSS")
+    spent = Spent.by(lambda: convert(run, output, largest=largest))
+    return {
+        "seconds": spent.wall_s,
+        "cpu_seconds": spent.cpu_s,
+        "imports_bytes": before,
+        "peak_bytes": _status("VmHWM"),
+    }
 
 
 def _status(key: str) -> int:
@@ -235,7 +240,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "checkpoints_gb": checkpoint_bytes / 1e9,
         "peak_gb": peak / 1e9,
         "imports_gb": median["imports_bytes"] / 1e9,
-        **{name: median[name] for name in ("seconds", "read_s", "write_s")},
+        **{name: median[name] for name in ("seconds", "cpu_seconds", "read_s", "write_s")},
     }
 
 

@@ -7,7 +7,7 @@ Shape letters: T packed tokens, N target tokens of all windows, Z latent dim.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -16,9 +16,6 @@ from .guidance import GuidedVelocity
 from .solvers import OnStep, Solver, integrate
 from .text_dit import TextDiT
 from .text_vae import TextVAE
-
-Tokens = TypeVar("Tokens", torch.Tensor, list[int])
-"""Of one text."""
 
 
 def sample_targets(
@@ -126,21 +123,6 @@ def draw_tokens(
 
 class _AllDone(Exception):
     """No target changes any more: the way out of a solver, of whatever kind."""
-
-
-def block_sizes(context: int, new: int, window: int, block: int | None = None) -> list[int]:
-    """Tokens of the blocks in which `new` tokens are drawn or measured behind a context: one where all fits into a window.
-
-    A block is half a window long unless it is said; with the latest tokens before it, it fills a window.
-    """
-    if block is None:
-        block = new if context + new <= window else max(1, window // 2)
-    return [min(block, new - start) for start in range(0, new, block)]
-
-
-def latest(before_T: Tokens, size: int, window: int) -> Tokens:
-    """The context of a block of `size` tokens: as many of those before it as a window holds beside it."""
-    return before_T[max(0, len(before_T) - (window - size)) :]
 
 
 def encode_each(vae: TextVAE, texts: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -22,6 +22,7 @@ WITHOUT_EFFECT = ("do_sample", "use_cache", "bos_token_id", "transformers_versio
 DEFAULTS: dict[str, Any] = {"num_return_sequences": 1, "best_of": 1, "seed": 0, "guidance_interval": (0.0, 1.0)}
 """Of what no source needs to say."""
 DEFAULT_NEW_TOKENS = 128
+WHOLE = "a text is drawn whole, not token by token"
 
 
 @dataclass
@@ -41,22 +42,27 @@ class Generated(ModelOutput):
     times: torch.Tensor | None = None
 
 
-def chosen(named: Mapping[str, Any], *sources: Any) -> dict[str, Any]:
+def chosen(
+    named: Mapping[str, Any], *sources: Any, honoured: Sequence[str] = HONOURED, why: str = WHOLE
+) -> dict[str, Any]:
     """Each honoured setting: as it is named in the call, else in the first source (a GenerationConfig or config) that has it, else None.
+
+    Args:
+        honoured: settings that have a meaning for this model; of the others `why` says why they have none.
 
     Where only a total length is named, what a later source says of new tokens does not count. Raises: ValueError for what a call or its
     GenerationConfig, the first source, asks for in vain.
     """
     passed = sources[0].to_diff_dict() if sources[0] is not None else {}
     for where in (named, passed):
-        vain = [name for name, value in where.items() if value is not None and name not in HONOURED + WITHOUT_EFFECT]
+        known = (*honoured, *WITHOUT_EFFECT)
+        vain = [name for name, value in where.items() if value is not None and name not in known]
         if vain:
             raise ValueError(
-                f"generate() has no use for {', '.join(sorted(vain))}: a text is drawn whole, not token by token; expected settings among"
-                f" {', '.join(HONOURED)}"
+                f"generate() has no use for {', '.join(sorted(vain))}: {why}; expected settings among {', '.join(honoured)}"
             )
     layers = [named, passed, *(vars(source) for source in sources[1:]), DEFAULTS]
-    found = {name: next((v for layer in layers if (v := layer.get(name)) is not None), None) for name in HONOURED}
+    found = {name: next((v for layer in layers if (v := layer.get(name)) is not None), None) for name in honoured}
     for layer in layers:
         if layer.get("max_new_tokens") is not None:
             return found | {"max_length": None}

@@ -86,14 +86,16 @@ def sample_targets(
     contexts: Sequence[torch.Tensor],
     lengths: Sequence[int],
     num_steps: int,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     on_step: Callable[[], None] = lambda: None,
+    temperature: float = 1.0,
 ) -> list[torch.Tensor]:
     """Int64 tokens of each target, on the CPU: all masked at first, an equal share revealed in each step, in random order.
 
     Args:
         contexts: int64 tokens of each window's context; lengths: of its target.
-        generator: on the CPU.
+        generators: of each window, on the CPU: what is drawn for it does not depend on the others.
+        temperature: divides the logits.
     """
     device = model.lm_head.weight.device
     mask = model.config.vocab_size
@@ -101,13 +103,16 @@ def sample_targets(
     tokens_T = torch.cat(pieces).to(device)
     is_target_T = tokens_T == mask
     windows = Segments.from_lengths([len(context) + n for context, n in zip(contexts, lengths)], device)
-    ranks_T = ranks_in_windows(is_target_T, windows, torch.rand(len(tokens_T), generator=generator).to(device))
+    scores_T = torch.cat([torch.rand(n, generator=one) for n, one in zip(windows.lengths, generators, strict=True)])
+    ranks_T = ranks_in_windows(is_target_T, windows, scores_T.to(device))
     num_targets_T = torch.tensor(list(lengths), device=device)[windows.ids_T]
     for step in reversed(range(num_steps)):
         hidden_TD = model(tokens_T, windows, is_target_T)
         stays_T = ranks_T < num_targets_T * step // num_steps
         places_M = ((tokens_T == mask) & ~stays_T).nonzero()[:, 0]
-        tokens_T[places_M] = _drawn(model.lm_head(hidden_TD[places_M]).float(), generator)
+        counts_W = windows.ids_T[places_M].bincount(minlength=len(generators)).tolist()
+        logits_MV = model.lm_head(hidden_TD[places_M]).float() / temperature
+        tokens_T[places_M] = torch.cat([_drawn(*of_one) for of_one in zip(logits_MV.split(counts_W), generators)])
         on_step()
     return [
         part.split([len(context), n])[1]

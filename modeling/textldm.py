@@ -13,19 +13,17 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 
-from .continuation import block_sizes, draw_tokens, latest
+from .blocks import SEEDS, block_sizes, keyed_generator, latest, repeated, sequence_keys
+from .continuation import draw_tokens
 from .conventions import Generated, chosen, end_ids, right_padded, row_texts
 from .likelihood import LAST_T0, target_nats
 from .pretrained import ExportedModel
-from .prompts import each, end_of, several, texts_of
+from .prompts import each, end_of, texts_of
 from .solvers import Solver
 from .text_dit import TextDiT, TextDiTConfig
 from .text_vae import TextVAE, TextVAEConfig
 from .times import TimeDistribution
 
-SEEDS = 2**64
-BLOCK_STRIDE = 0x9E3779B97F4A7C15
-"""Between the keys of a text's blocks: odd and far from those between seeds and places."""
 OnTokens = Callable[[int, float, list[torch.Tensor]], None]
 """Called with (step, t, tokens of each continuation)."""
 SAMPLING = ("num_steps", "guidance_scale", "solver", "grid")
@@ -188,8 +186,8 @@ class TextLDM(ExportedModel, GenerationMixin):
                 f"num_return_sequences is {num} and best_of {best_of}; expected at least 1, and best_of only without given noise"
             )
         self._check(prompts, lengths, request)
-        keys = _keys(seed, len(prompts), num * best_of)
-        prompts, lengths = _repeated(prompts, num * best_of), _repeated(lengths, num * best_of)
+        keys = sequence_keys(seed, len(prompts), num * best_of)
+        prompts, lengths = repeated(prompts, num * best_of), repeated(lengths, num * best_of)
         if noise is not None:
             self._check_noise(noise, lengths)
         path: list[tuple[float, list[torch.Tensor]]] | None = [] if settings["return_dict_in_generate"] else None
@@ -323,7 +321,7 @@ class TextLDM(ExportedModel, GenerationMixin):
             )
         self._check_block(block_size)
         self._check_ids([*prompts, *targets])
-        return self._bounds(prompts, targets, _keys(seed, len(targets)), t0, num_times, block_size)
+        return self._bounds(prompts, targets, sequence_keys(seed, len(targets)), t0, num_times, block_size)
 
     def _bounds(
         self,
@@ -400,10 +398,7 @@ class TextLDM(ExportedModel, GenerationMixin):
 
         Raises: ValueError.
         """
-        if not 0 <= seed < SEEDS:
-            raise ValueError(f"seed is {seed}; expected 0 to {SEEDS - 1}, that is 2^64 - 1")
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + index + block * BLOCK_STRIDE) % SEEDS)
-        return torch.randn(new, self.vae.config.latent_dim, generator=generator)
+        return torch.randn(new, self.vae.config.latent_dim, generator=keyed_generator(seed, index, block))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -419,14 +414,3 @@ class _Request:
     ends: tuple[int, ...]
     block_size: int | None
     patience: int | None
-
-
-def _keys(seed: int | Sequence[int], num: int, copies: int = 1) -> list[tuple[int, int]]:
-    """What the noise of each sequence is drawn from: a common seed and its place, or its text's own seed, which is as if it were alone."""
-    own = _repeated(each("seed", seed, num), copies)
-    return [(one, i % copies if several(seed) else i) for i, one in enumerate(own)]
-
-
-def _repeated(values: Sequence[Any], copies: int) -> list[Any]:
-    """Each value so often, one after the other."""
-    return [value for value in values for _ in range(copies)]

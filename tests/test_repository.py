@@ -18,13 +18,13 @@ FLOORS = {
     "data_pipeline": ["core", "format", "text", "reading", "features", "prepare", "cache_features"],
     "modeling": [
         ["attention", "flow", "losses", "prompts", "shapes", "times", "token_statistics"],
-        ["conventions", "floors", "layers", "solvers"],
+        ["blocks", "conventions", "floors", "layers", "solvers"],
         ["heads", "pretrained", "repa", "text_vae", "token_transformer"],
         ["text_dit", "textvae", "masked_diffusion", "stock_language_model"],
         ["guidance"],
         ["continuation"],
         ["likelihood"],
-        ["textldm"],
+        ["textldm", "textmdlm"],
     ],
     "pretrain": [
         "ranks", "engine", "checkpoint", "faults", "config", "telemetry", "runs", "stages", "plan", "session", "export",

@@ -11,6 +11,7 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,20 +36,22 @@ _TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 class Hashed:
-    """Pieces of a file on their way out, in chunks, counted and hashed."""
+    """Pieces of a file on their way out, in chunks, counted, and hashed by a thread while they are being written."""
 
     def __init__(self, pieces: Iterable[memoryview]) -> None:
         self._pieces, self._digest, self.num_bytes = pieces, hashlib.sha256(), 0
 
     def __iter__(self) -> Iterator[memoryview]:
-        for piece in self._pieces:
-            for start in range(0, len(piece), CHUNK_BYTES):
-                chunk = piece[start : start + CHUNK_BYTES]
-                self._digest.update(chunk)
-                self.num_bytes += len(chunk)
-                yield chunk
-                del chunk  # the memory of this tensor is free before the next one is asked for
-            del piece
+        with ThreadPoolExecutor(1) as pool:
+            for piece in self._pieces:
+                for start in range(0, len(piece), CHUNK_BYTES):
+                    chunk = piece[start : start + CHUNK_BYTES]
+                    hashed = pool.submit(self._digest.update, chunk)
+                    self.num_bytes += len(chunk)
+                    yield chunk
+                    del chunk  # the memory of this tensor is free before the next one is asked for
+                    hashed.result()
+                del piece
 
     @property
     def sha256(self) -> str:

@@ -241,7 +241,7 @@ class MaskedSubject:
             for i, context, length in zip(places, contexts, new):
                 drawn = torch.Generator().manual_seed(key(seeds[i], "round", number) % 2**63)
                 context_T = torch.tensor(context, dtype=torch.int64)
-                found += sample_targets(self.model, [context_T], [length], min(self.num_steps, length), drawn)
+                found += sample_targets(self.model, [context_T], [length], min(self.num_steps, length), [drawn])
             return [ids.tolist() for ids in found]
 
         return continued(prompts, lengths, self.window, one_round)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from modeling.textldm import SEEDS
+from modeling.blocks import SEEDS
 
 MOST_STOPS = 4
 CHANGE_NOTHING = frozenset(

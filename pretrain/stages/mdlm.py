@@ -71,8 +71,8 @@ class MDLMStage(TokenStage):
     ) -> list[list[int]]:
         """An equal share of the masks revealed in each step."""
         contexts, lengths = [prompt.context_T for prompt in prompts], [len(prompt.target_T) for prompt in prompts]
-        generator = torch.Generator().manual_seed(seed)
-        found = sample_targets(self.model, contexts, lengths, num_steps, generator, tick)
+        generators = [torch.Generator().manual_seed(seed * 1_000_003 + index) for index in range(len(prompts))]
+        found = sample_targets(self.model, contexts, lengths, num_steps, generators, tick)
         return [tokens_T.tolist() for tokens_T in found]
 
 

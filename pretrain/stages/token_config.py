@@ -80,5 +80,6 @@ MDLM = StageKind(
     stage="pretrain.stages.mdlm:MDLMStage",
     samples="pretrain.stages.samples:token_continuations",
     diagnosis="pretrain.diagnose.tokens:DIAGNOSIS",
+    export="pretrain.export.masked_diffusion:export",
     outline="pretrain.stages.outline:of_mdlm",
 )

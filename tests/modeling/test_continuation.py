@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from modeling.attention import Segments
-from modeling.continuation import block_sizes, decode_targets, latest, sample_targets
+from modeling.blocks import block_sizes, latest
+from modeling.continuation import decode_targets, sample_targets
 from modeling.guidance import GuidedVelocity
 from modeling.solvers import integrate
 from modeling.text_dit import TextDiT, TextDiTConfig

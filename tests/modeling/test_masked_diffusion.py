@@ -98,9 +98,7 @@ def test_samples_have_their_lengths_and_no_mask(num_steps: int) -> None:
     contexts, lengths = [torch.tensor([1, 2]), torch.zeros(0, dtype=torch.int64)], [5, 1]
     steps: list[int] = []
     found, again, other = (
-        sample_targets(
-            model.eval(), contexts, lengths, num_steps, torch.Generator().manual_seed(s), lambda: steps.append(1)
-        )
+        sample_targets(model.eval(), contexts, lengths, num_steps, generators(2, s), lambda: steps.append(1))
         for s in (3, 3, 4)
     )
     assert [len(part) for part in found] == lengths
@@ -118,7 +116,7 @@ def test_samples_of_the_true_conditionals_are_distributed_as_the_documents() -> 
         [torch.zeros(0, dtype=torch.int64)] * 1500,
         [N] * 1500,
         N,
-        torch.Generator().manual_seed(0),  # type: ignore[arg-type]
+        generators(1500),
     )
     counts = torch.zeros((V,) * N, dtype=torch.float64)
     for document in found:
@@ -126,6 +124,10 @@ def test_samples_of_the_true_conditionals_are_distributed_as_the_documents() -> 
     expected = joint() * len(found)
     chi_square = float(((counts - expected) ** 2 / expected.clamp_min(1e-12))[expected > 5].sum())
     assert chi_square < 2 * int((expected > 5).sum())
+
+
+def generators(count: int, seed: int = 0) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(1500 * seed + i) for i in range(count)]
 
 
 class _Identity:

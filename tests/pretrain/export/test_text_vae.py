@@ -1,11 +1,7 @@
 """A VAE alone: an AutoModel folder, and stage 2's `model.vae`."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -23,12 +19,11 @@ from pretrain.stages.frozen_vae import load_vae
 from pretrain.stages.inputs import vae_fingerprint
 from tests.pretrain import tiny_pipeline
 from tests.pretrain.conftest import Trained
+from tests.pretrain.export import bare
 
 OUTSIDE = """
     import sys
 
-    for name in ("modeling", "pretrain", "data_pipeline", "deepspeed"):
-        sys.modules[name] = None
     from transformers import AutoModel, AutoTokenizer
 
     model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
@@ -131,14 +126,8 @@ def test_mistakes(trained: Trained, folder: Path, exported: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_it_needs_nothing_of_our_repository(folder: Path, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-I", "-c", textwrap.dedent(OUTSIDE), str(folder)]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = bare.run(OUTSIDE, folder, folder=tmp_path)
     model = TextVAEModel.from_pretrained(folder)
     (whole,) = model.decode(model(torch.tensor([[3, 4, 5]])).latents).tolist()
     (alone,) = model.decode(model(torch.tensor([[9]])).latents).tolist()
-    assert json.loads(done.stdout.splitlines()[-1]) == [whole, [0, 0, *alone]]
+    assert json.loads(printed.splitlines()[-1]) == [whole, [0, 0, *alone]]

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import SUFFIX, Batch
+from modeling.textmdlm import TextMDLM
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.diagnose import __main__ as diagnose
 from pretrain.diagnose.tokens import target_tokens
@@ -90,12 +91,17 @@ def test_a_diagnosis_compares_with_the_unigram_and_a_foreign_context(run: Path, 
     assert (tmp_path / "diagnosis.png").stat().st_size > 1000
 
 
-def test_an_export_gives_the_stages_probabilities(run: Path, tmp_path: Path, capsys) -> None:
-    code = convert(["--run", str(run), "--output", str(tmp_path / "export")])
+def test_an_export_gives_the_stages_probabilities(run: Path, tmp_path: Path) -> None:
+    assert convert(["--run", str(run), "--output", str(tmp_path / "export")]) == 0
     stage = loaded(run)
     if not isinstance(stage, ARStage):
-        assert code == 2
-        assert "stage mdlm, which has no export; expected one of vae, dit, ar" in capsys.readouterr().err
+        masked, saved = TextMDLM.from_pretrained(tmp_path / "export"), stage.state_dict()
+        assert masked.state_dict().keys() == saved.keys()
+        assert all(torch.equal(tensor, saved[name]) for name, tensor in masked.state_dict().items())
+        manifest = Manifest.load(stage.config.data.path)
+        assert (masked.config.max_window, masked.config.eos_token_id) == (manifest.max_window, 0)
+        assert masked.generation_config.max_new_tokens == manifest.max_window // 2
+        assert masked.config.textldm_stage == "mdlm"
         return
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
     assert model.config.textldm_stage == "ar"
