@@ -77,11 +77,23 @@ def stock_weight(name: str, shape: TokenTransformerConfig, read: Callable[[str],
 
     Queries, keys and values of one head lie together in GPT-NeoX.
     """
-    ours = functools.reduce(lambda found, pair: found.replace(*pair), _NAMES.items(), name)
+    ours = _our_name(name)
     tensor = read(ours)
     if ".qkv." not in ours:
         return tensor
     return tensor.view(3, -1, shape.head_dim, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+
+
+def our_weight(name: str, head_dim: int, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """The way back: name and weight of a TokenTransformer, of what GPT-NeoX calls `name`."""
+    ours = _our_name(name)
+    if ".qkv." in ours:
+        tensor = tensor.view(-1, 3, head_dim, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+    return ours, tensor
+
+
+def _our_name(name: str) -> str:
+    return functools.reduce(lambda found, pair: found.replace(*pair), _NAMES.items(), name)
 
 
 def continuation(stock: GPTNeoXForCausalLM, context_T: torch.Tensor, new: int, seed: int) -> list[int]:

@@ -10,6 +10,9 @@ from .attention import Segments
 from .layers import KeepsStatistics, Transformer, initialize
 from .shapes import TextVAEConfig
 
+STATISTICS = ("latents_mean", "latents_std")
+"""Buffers that stage 2 measures."""
+
 
 class TextVAE(KeepsStatistics):
     """Token ids -> diagonal Gaussian posterior per token -> token logits.

@@ -37,6 +37,8 @@ class StageKind:
         outline: place of a function of (config, device, size of the vocabulary or 0) that gives an `Outline` (pretrain/stages/outline.py),
             for `textldm plan`.
         export: place of a function of (`Source`) that gives an `Exported` (pretrain/export/parts.py), for `textldm convert`.
+        from_export: place of a function of (config, config.json of an export, its tensors by name) that gives them by the stage's names,
+            for `train.init_from` (pretrain/stages/from_export.py). Raises UserError for what does not fit.
     """
 
     config: type[RunConfig]
@@ -47,6 +49,7 @@ class StageKind:
     diagnosis: str | None = None
     export: str | None = None
     outline: str | None = None
+    from_export: str | None = None
 
 
 def stage_kind(name: str) -> StageKind:

@@ -33,7 +33,8 @@ class Train(Sharding):
     run: Annotated[str, OnResume.FREE] = ""
     """Run folder; empty: runs/<name of the config>."""
     init_from: str = ""
-    """Run folder or checkpoint of the same stage whose EMA weights a new run starts from, with a new optimizer at step 0; empty: none."""
+    """Run folder or checkpoint of the same stage whose EMA weights a new run starts from, with a new optimizer at step 0; or an export's
+    folder, or one of the hub as hf://owner/name; empty: none."""
     steps: PositiveInt  # by leave only, unless the schedule allows it (RunConfig.free_on_resume)
     """Optimizer steps in all."""
     seed: Annotated[NonNegativeInt, OnResume.NEVER] = 0

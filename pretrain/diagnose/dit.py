@@ -1,5 +1,6 @@
 """The diagnosis of stage 2: does the TextDiT model language, on a latent space that is fit for it?"""
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
@@ -9,10 +10,12 @@ import torch
 from data_pipeline.core.errors import UserError
 from data_pipeline.reading.batch import Batch
 from data_pipeline.reading.prompts import prompts_of
+from data_pipeline.reading.settings import Split
 from modeling.times import EstimatePath
 from modeling.token_statistics import log_frequencies
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.manifest import read_manifest
+from pretrain.config.load import parse_config
 from pretrain.diagnose import model_checks, panels, text_checks
 from pretrain.diagnose.diagnosis import Diagnosis, heldout, phase, say, training
 from pretrain.diagnose.nats import draw_bound, nats_verdicts, unigram_figures
@@ -44,13 +47,16 @@ def measure(stage: DiTStage, device: torch.device) -> Figures:
 
 
 def stage_of_vae(stage: DiTStage, device: torch.device) -> VAEStage:
-    """The stage-1 stage of a DiT's VAE, on its own data if that is still there, with its teacher's features if they are."""
+    """The stage-1 stage of a DiT's VAE, on its own data if that is still there, with its teacher's features if they are.
+
+    Of an exported VAE, which does not say how it was trained: on the DiT's data, its windows cut as stage 1 cuts them, without a teacher.
+    """
     vae = stage.config.model.vae
     if exported_vae(vae, f"--set {VAE_KEY}=") is not None:
-        raise UserError(
-            f"{vae} is an exported VAE, which does not say how it was trained; expected a stage-1 run: put its folder or its checkpoint's"
-            f" as {VAE_KEY} into the run's config.json"
-        )
+        say(f"  {vae} is an export, which does not say how it was trained: judged on this run's data, REPA is left out")
+        vae_stage = VAEStage(vae_config_of(stage), stage.config.data.manifest(), device)
+        vae_stage.vae.load_state_dict(stage.vae.state_dict())
+        return vae_stage.eval().requires_grad_(False).to(device)
     path = checkpoint_of(vae)
     record = RunRecord.of_checkpoint(read_manifest(path))
     config = record.run_config(str(path))
@@ -71,6 +77,17 @@ def stage_of_vae(stage: DiTStage, device: torch.device) -> VAEStage:
     vae_stage.vae.latents_mean.copy_(stage.latents_mean)
     vae_stage.vae.latents_std.copy_(stage.latents_std)
     return vae_stage
+
+
+def vae_config_of(stage: DiTStage) -> VAERun:
+    """A configuration of stage 1 with the shape of a DiT's VAE, on the DiT's data."""
+    values = stage.config.model_dump(mode="json", include={"data", "optimizer", "train", "diagnose"})
+    values["data"]["split"] = Split(kind="truncate").model_dump(mode="json")
+    model = dataclasses.asdict(stage.vae.config)
+    config = parse_config(values | {"stage": "vae", "model": model, "repa": {"weight": 0.0}}, "the VAE's diagnosis")
+    assert isinstance(config, VAERun)
+    config.train.run = str(stage.config.run_folder)
+    return config
 
 
 def flow_figures(stage: DiTStage, vae: VAERun, device: torch.device) -> Figures:

@@ -44,15 +44,13 @@ from pretrain.export.parts import Exported, Sampling, Source
 from pretrain.export.weights import LARGEST_FILE, write_weights
 from pretrain.runs.folder import CONFIG_NAME, config_of
 from pretrain.runs.record import RunRecord
+from pretrain.stages.exported import CONFIG, STAGE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STATES = {"ema": "ema", "raw": "weight"}
 """The checkpoint's states by what they are called on the command line."""
-CONFIG = "config.json"
-MARK = "textldm_stage"
-"""Of the configs that this command writes: the stage of the run."""
 FILES = "textldm_files"
-"""Of the same: the SHA-256 of every file beside it, and of the rest of the config, as they were written."""
+"""Of the configs that this command writes: the SHA-256 of every file beside it, and of the rest of the config, as they were written."""
 
 
 def convert(
@@ -125,7 +123,7 @@ def convert(
             vae,
         )
         exported: Exported = part(export)(source)
-        setattr(exported.model.config, MARK, record.stage)
+        setattr(exported.model.config, STAGE, record.stage)
         # Statistics stay in fp32 (modeling.layers.KeepsStatistics).
         exported.model.to(DTYPES[dtype])  # type: ignore[arg-type]
         write(exported, tokenizer, output, largest)
@@ -276,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
         overwrite=given.overwrite,
     )
     num_bytes = sum(path.stat().st_size for path in output.iterdir())
-    stage = json.loads((output / CONFIG).read_text(encoding="utf-8"))[MARK]
+    stage = json.loads((output / CONFIG).read_text(encoding="utf-8"))[STAGE]
     print(f"{output}: {num_bytes / 1e6:,.1f} MB" + ("; try it:" if stage == "dit" else ""))
     if stage == "dit":
         print(f'textldm generate --model {output} --prompt "Once upon a time"')

@@ -11,6 +11,7 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.core.outside import parse_json
 from modeling.conventions import DEFAULT_NEW_TOKENS
 from modeling.likelihood import LAST_T0
+from modeling.text_vae import STATISTICS
 from modeling.textldm import TextLDM, TextLDMConfig
 from modeling.times import TimeDistribution
 from pretrain.checkpoint.read import check_shapes
@@ -19,9 +20,6 @@ from pretrain.export.parts import Exported, Source, modeling_files
 from pretrain.stages.dit import times_of
 from pretrain.stages.dit_config import DiTRun
 from pretrain.stages.frozen_vae import SavedVAE, open_vae
-
-STATISTICS = ("latents_mean", "latents_std")
-"""Buffers of the VAE that stage 2 measures."""
 
 
 def export(source: Source) -> Exported:

@@ -11,6 +11,7 @@ Shape letters: T packed tokens, B rows.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -69,8 +70,8 @@ class Stage(KeepsStatistics):
         """What an evaluation tells of the metrics' means over all its rows."""
         return means
 
-    def load_trained(self, tensors: dict[str, Tensor], source: Checkpoint) -> None:
-        """Take all parameters and buffers of a checkpoint, outside training. Raises: UserError naming `source`."""
+    def load_trained(self, tensors: dict[str, Tensor], source: Checkpoint | Path) -> None:
+        """Take all parameters and buffers of a checkpoint or export, outside training. Raises: UserError naming `source`."""
         load_weights(self, tensors, source)
 
 

@@ -1,5 +1,6 @@
 """Building the stage that a configuration names, with first weights or with those of a checkpoint."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from pretrain.checkpoint.storage import Checkpoint
 from pretrain.config.registry import part, stage_kind
 from pretrain.config.schema import RunConfig
 from pretrain.config.sections import Train
-from pretrain.stages.earlier import earlier_checkpoint
+from pretrain.stages.earlier import earlier_weights
+
+TRAINING_ONLY = ("repa.", "token_head.")
+"""Names of what no exported model needs."""
 
 
 def measure(config: RunConfig, manifest: Manifest, device: torch.device) -> None:
@@ -32,11 +36,17 @@ def build_stage(config: RunConfig, manifest: Manifest, device: torch.device) -> 
 
 
 def take_first_weights(stage: Any, config: RunConfig, manifest: Manifest) -> None:
-    """Put the EMA weights of `train.init_from`, if there is one, in place of the first weights. Raises: UserError, if they do not fit."""
+    """Put the weights of `train.init_from`, if there is one, in place of the first weights. Raises: UserError, if they do not fit.
+
+    What an export lacks, because only training has it, keeps its first weights.
+    """
     if not config.train.init_from:
         return
-    checkpoint = earlier_checkpoint(config, manifest)
-    stage.load_trained(read_tensors(checkpoint, "ema"), checkpoint)
+    tensors, source = earlier_weights(config, manifest)
+    if isinstance(source, Path):
+        first = {name: tensor for name, tensor in stage.state_dict().items() if name.startswith(TRAINING_ONLY)}
+        tensors = first | tensors
+    stage.load_trained(tensors, source)
 
 
 def load_stage(config: RunConfig, path: Checkpoint, device: torch.device) -> Any:

@@ -5,6 +5,7 @@ Shape letters: T packed tokens, D width, Z latent dim, W windows.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ class DiTStage(Stage):
         """What predictors without language reach on this VAE's latents."""
         return self.space.floors
 
-    def load_trained(self, tensors: dict[str, Tensor], source: Checkpoint) -> None:
+    def load_trained(self, tensors: dict[str, Tensor], source: Checkpoint | Path) -> None:
         """The VAE gets the statistics that the DiT was trained with, which are those of its checkpoint."""
         super().load_trained(tensors, source)
         self.vae.latents_mean.copy_(self.latents_mean)

@@ -84,4 +84,5 @@ KIND = StageKind(
     diagnosis="pretrain.diagnose.dit:DIAGNOSIS",
     export="pretrain.export.textldm:export",
     outline="pretrain.stages.outline:of_dit",
+    from_export="pretrain.stages.from_export:of_dit",
 )

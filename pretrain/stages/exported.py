@@ -13,6 +13,8 @@ from data_pipeline.core.outside import parse_json, read_at_most
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD = r"model-\d{5}-of-\d{5}\.safetensors"
 MODEL_TYPE = "textvae"
+STAGE = "textldm_stage"
+"""In the config of an export: the stage of its run."""
 HUB = "hf://"
 
 
@@ -90,7 +92,7 @@ def _fetched(name: str, named_by: str) -> Path:
     use_hub()
     try:
         found = snapshot_download(
-            name.removeprefix(HUB), allow_patterns=[CONFIG, WEIGHTS, INDEX, "model-*.safetensors"]
+            name.removeprefix(HUB), allow_patterns=[CONFIG, WEIGHTS, INDEX, "model-*.safetensors", "tokenizer.json"]
         )
         return Path(found)
     except Exception as error:  # of many kinds: no such repository, no network, no right to it

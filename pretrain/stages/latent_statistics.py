@@ -30,8 +30,7 @@ from modeling.heads import CategoricalHead
 from modeling.text_vae import TextVAE
 from modeling.token_statistics import log_frequencies, token_statistics
 from pretrain.checkpoint.find import saved_steps
-from pretrain.checkpoint.read import read_tensors
-from pretrain.stages.earlier import earlier_checkpoint
+from pretrain.stages.earlier import earlier_weights
 from pretrain.stages.frozen_vae import load_vae, posterior_mean
 from pretrain.stages.inputs import vae_fingerprint
 from pretrain.stages.rows import training_batches
@@ -133,7 +132,7 @@ def statistics_of(vae: TextVAE, config: "DiTRun", manifest: Manifest, device: to
     latents_MZ, tokens_M = target_latents(vae, rows, device)
     standardised_MZ = set_statistics(vae, latents_MZ)
     if config.train.init_from:  # its DiT goes on in the latent space that it knows
-        known = read_tensors(earlier_checkpoint(config, manifest), "ema")
+        known, _ = earlier_weights(config, manifest)
         vae.latents_mean.copy_(known["latents_mean"])
         vae.latents_std.copy_(known["latents_std"])
         standardised_MZ = standardised(vae, latents_MZ)

@@ -10,6 +10,7 @@ from data_pipeline.format.manifest import FeatureManifest, Manifest
 from pretrain.checkpoint.find import stated_fingerprint
 from pretrain.config.schema import RunConfig
 from pretrain.runs.record import RunRecord
+from pretrain.stages.exported import export_fingerprint, exported_vae
 from pretrain.stages.inputs import FEATURES_KEY, VAE_KEY
 
 DATA_KEY = "data.path"
@@ -44,8 +45,12 @@ def check_recorded(config: RunConfig, record: RunRecord, given: Collection[str] 
 
 
 def _stated(key: str, place: str) -> str | None:
-    """The fingerprint that a folder states; of a folder without checkpoints None: whoever loads it says so. Raises: UserError."""
+    """The fingerprint that a folder states, or that an exported VAE has; of a folder without either None: whoever loads it says so.
+
+    Raises: UserError.
+    """
     if key == VAE_KEY:
-        return stated_fingerprint(place)
+        folder = exported_vae(place, f"--set {key}=")
+        return stated_fingerprint(place) if folder is None else export_fingerprint(folder)
     kind = Manifest if key == DATA_KEY else FeatureManifest
     return kind.load(place, f"--set {key}=").fingerprint

@@ -74,6 +74,7 @@ AR = StageKind(
     diagnosis="pretrain.diagnose.tokens:DIAGNOSIS",
     export="pretrain.export.language_model:export",
     outline="pretrain.stages.outline:of_ar",
+    from_export="pretrain.stages.from_export:of_ar",
 )
 MDLM = StageKind(
     config=MDLMRun,
@@ -82,4 +83,5 @@ MDLM = StageKind(
     diagnosis="pretrain.diagnose.tokens:DIAGNOSIS",
     export="pretrain.export.masked_diffusion:export",
     outline="pretrain.stages.outline:of_mdlm",
+    from_export="pretrain.stages.from_export:of_mdlm",
 )

@@ -3,6 +3,8 @@
 Shape letters: T packed tokens, D width, Z latent dim, F teacher features.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ class VAEStage(Stage):
         self.target: RepaTarget | None = repa_target(config, manifest, device)
         self.repa = RepaHead(shape.width, self.target.feature_dim) if self.target else None
 
-    def load_trained(self, tensors: dict[str, Tensor], source: Checkpoint) -> None:
+    def load_trained(self, tensors: dict[str, Tensor], source: Checkpoint | Path) -> None:
         """Without the REPA projection if the teacher that it was trained with is not at hand now."""
         if self.repa is None:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("repa.")}

@@ -72,4 +72,5 @@ KIND = StageKind(
     diagnosis="pretrain.diagnose.vae:DIAGNOSIS",
     outline="pretrain.stages.outline:of_vae",
     export="pretrain.export.text_vae:export",
+    from_export="pretrain.stages.from_export:of_vae",
 )

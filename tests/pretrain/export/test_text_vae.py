@@ -13,6 +13,7 @@ from data_pipeline.format.manifest import Manifest
 from modeling.attention import Segments
 from modeling.textvae import TextVAEModel
 from pretrain.checkpoint.read import read_tensors
+from pretrain.diagnose import __main__ as diagnose
 from pretrain.export.convert import convert, main
 from pretrain.stages import exported as exported_folders
 from pretrain.stages.frozen_vae import load_vae
@@ -79,6 +80,38 @@ def test_stage_two_takes_it_and_is_exported_with_it(trained: Trained, folder: Pa
         convert(run, tmp_path / "y", vae=str(changed))
 
 
+@pytest.mark.slow
+def test_a_dit_that_was_trained_on_it_is_diagnosed(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = convert(trained.vae, tmp_path / "vae")
+    run = tiny_pipeline.start(tmp_path, tiny_pipeline.dit_values(trained.data, folder, tmp_path / "dit"))
+    # Its diagnosis finds the same as that of the DiT on the VAE's run, which is the same VAE.
+    quick = [
+        "--rows",
+        "4",
+        "--num-steps",
+        "2",
+        "--set",
+        "diagnose.sample_tokens=64",
+        "--set",
+        "diagnose.sweep_scales=[1]",
+    ]
+    figures = []
+    for number, place in enumerate((run, trained.dit)):
+        output = tmp_path / f"diagnosis{number}"
+        assert diagnose.main(["--run", str(place), "--output", str(output), "--device", "cpu", *quick]) in (0, 1)
+        figures.append(json.loads((output / "diagnosis.json").read_text()))
+    for name in ("nats_per_token", "posterior_noise_share", "basin_radius", "context_gap", "latent_rms"):
+        assert figures[0][name] == pytest.approx(figures[1][name], rel=0.1 if name == "posterior_noise_share" else 1e-5)
+    assert figures[0]["vae_token_accuracy"] > 0
+    weights = load_file(folder / "model.safetensors")
+    weights["vae.to_mean.bias"] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert diagnose.main(["--run", str(run), "--output", str(tmp_path / "z"), "--device", "cpu", *quick]) == 2
+    assert "model.vae of the run's configuration is" in capsys.readouterr().err
+
+
 def test_the_hubs_is_fetched(trained: Trained, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
@@ -95,7 +128,13 @@ def test_the_hubs_is_fetched(trained: Trained, folder: Path, monkeypatch: pytest
     vae = load_vae("hf://me/vae", Manifest.load(trained.data))
     assert torch.equal(vae.to_mean.weight, load_vae(folder).to_mean.weight)
     assert vae_fingerprint("hf://me/vae") == vae_fingerprint(folder)
-    files = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+    files = [
+        "config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "model-*.safetensors",
+        "tokenizer.json",
+    ]
     assert asked == [("me/vae", files)] * len(asked) != []
     with pytest.raises(UserError, match=r"--set model\.vae=hf://me/none cannot be fetched from the hub"):
         vae_fingerprint("hf://me/none")
