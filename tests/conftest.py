@@ -13,6 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 LONGEST_FIRST = (
     "test_interruptions",
     "test_two_hosts",
+    "test_three_hosts",
+    "test_slurm",
     "test_recipe",
     "test_kills",
     "test_train",

@@ -20,7 +20,7 @@ from pretrain.jobs.hosts import launch_variables
 from pretrain.telemetry.sinks import read_metrics
 from tests.pretrain import forked_ranks, tiny_pipeline, tiny_run
 from tests.pretrain.engine_states import saved_states
-from tests.pretrain.two_hosts import REPOSITORY, Host, TwoHosts, kill, two_hosts, wait_for, what_is_missing
+from tests.pretrain.made_hosts import REPOSITORY, Host, Network, kill, made_hosts, wait_for, what_is_missing
 
 MISSING = what_is_missing()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
@@ -40,8 +40,8 @@ class Runs(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
-    with two_hosts(tmp_path_factory.mktemp("network")) as made:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+    with made_hosts(tmp_path_factory.mktemp("network")) as made:
         made.environment.update(OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(made.folder))
         made.environment.update(launch_variables(made.environment))
         yield made
@@ -75,11 +75,11 @@ def train_on_one_host(configs: list[Path]) -> None:
         ).read_text()
 
 
-def deepspeed(cluster: TwoHosts, config: Path) -> list[str]:
+def deepspeed(cluster: Network, config: Path) -> list[str]:
     return ["deepspeed", "--hostfile", str(cluster.hostfile), "pretrain/train.py", "--config", str(config)]
 
 
-def start(cluster: TwoHosts, config: Path, command: list[str]) -> tuple[subprocess.Popen, Path]:
+def start(cluster: Network, config: Path, command: list[str]) -> tuple[subprocess.Popen, Path]:
     """The command on host1; its process and log."""
     log = config.with_name(f"{config.stem}-{time.monotonic_ns()}.log")
     return cluster.start(cluster.hosts[0], command, log), log
@@ -116,7 +116,7 @@ def await_step(runs: Runs, name: str, step: int, process: subprocess.Popen, log:
     wait_for(reached, LAUNCH_S, f"step {step} of {name} was not reached: {log}")
 
 
-def await_end(cluster: TwoHosts, process: subprocess.Popen, log: Path) -> None:
+def await_end(cluster: Network, process: subprocess.Popen, log: Path) -> None:
     """The whole job, launcher included, must be down on both hosts soon."""
     began = time.monotonic()
 
@@ -131,7 +131,7 @@ def await_end(cluster: TwoHosts, process: subprocess.Popen, log: Path) -> None:
     print(f"down on both hosts after {time.monotonic() - began:.1f} s, exit code {process.returncode}")
 
 
-def of_job(cluster: TwoHosts) -> set[int]:
+def of_job(cluster: Network) -> set[int]:
     """Process ids of what deepspeed runs on both hosts, ranks included."""
     return {pid for host in cluster.hosts for pid in host.job()}
 
@@ -142,7 +142,7 @@ def only_rank(host: Host) -> int:
 
 
 def test_deepspeed_trains_as_on_one_host_and_a_cut_link_ends_the_job_which_the_same_command_resumes(
-    cluster: TwoHosts, runs: Runs
+    cluster: Network, runs: Runs
 ) -> None:
     name, second = "vae-zero1", cluster.hosts[1]
     command = deepspeed(cluster, runs.configs[name])
@@ -163,7 +163,7 @@ def test_deepspeed_trains_as_on_one_host_and_a_cut_link_ends_the_job_which_the_s
     assert_as_on_one_host(runs, name)
 
 
-def test_a_killed_rank_ends_the_job_and_the_supervisor_brings_it_through(cluster: TwoHosts, runs: Runs) -> None:
+def test_a_killed_rank_ends_the_job_and_the_supervisor_brings_it_through(cluster: Network, runs: Runs) -> None:
     name = "dit-zero3"
     arguments = ["--hostfile", str(cluster.hostfile), "--", "--config", str(runs.configs[name])]
     process, log = start(cluster, runs.configs[name], [sys.executable, "-m", "pretrain", "supervise", *arguments])
@@ -179,9 +179,7 @@ def test_a_killed_rank_ends_the_job_and_the_supervisor_brings_it_through(cluster
 
 
 @pytest.mark.parametrize(("launcher", "name"), [("torchrun", "vae-zero3"), ("python", "dit-zero1")])
-def test_other_launchers_train_the_same(
-    launcher: str, name: str, cluster: TwoHosts, runs: Runs, tmp_path: Path
-) -> None:
+def test_other_launchers_train_the_same(launcher: str, name: str, cluster: Network, runs: Runs, tmp_path: Path) -> None:
     started = []
     for rank, host in enumerate(cluster.hosts):
         # By name, as users do; on host1 itself the name means 127.0.1.1.
@@ -200,7 +198,7 @@ def test_other_launchers_train_the_same(
     assert_as_on_one_host(runs, name)
 
 
-def test_the_hosts_check_sees_both(cluster: TwoHosts, tmp_path: Path) -> None:
+def test_the_hosts_check_sees_both(cluster: Network, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pretrain", "hosts", "check", str(cluster.hostfile), "--shared", str(tmp_path)]
     process, log = start(cluster, tmp_path / "check", command)
     finish(process, log)

@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces behind a bridge, each with its own name, processes and sshd.
+"""Hosts on one machine: network namespaces behind a bridge, each with its own name, processes and sshd.
 
 They share this machine's files, as hosts of a cluster share a file system. Everything lives in a given folder and in
 namespaces that end with this process, however it ends. Needs root, iproute2, util-linux, openssh-server and pdsh.
@@ -25,7 +25,7 @@ INTERFACE = "lan0"
 
 
 def what_is_missing() -> str | None:
-    """Why there can be no two hosts here, or None."""
+    """Why no hosts can be made here, or None."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None] + ([] if SSHD else ["sshd"])
     if missing:
         return f"{', '.join(missing)} not found (apt-get install iproute2 openssh-server openssh-client pdsh)"
@@ -40,7 +40,7 @@ def what_is_missing() -> str | None:
 
 @dataclass
 class Host:
-    """One of the two: its name and address, and the process of this machine that is the first in its namespaces."""
+    """One of them: its name and address, and the process of this machine that is the first in its namespaces."""
 
     name: str
     address: str
@@ -80,7 +80,7 @@ def is_rank(argv: list[str]) -> bool:
 
 
 @dataclass
-class TwoHosts:
+class Network:
     """`hosts` in the order of `hostfile`; `environment` finds the ssh that knows them."""
 
     folder: Path
@@ -100,27 +100,30 @@ class TwoHosts:
         """Pull a host's cable out of the switch, or put it back: "down" or "up"."""
         run(["nsenter", "--target", str(self.switch), "--net", "ip", "link", "set", host.name, state])
 
+    def boot(self, host: Host, stack: ExitStack) -> None:
+        """Start a host, for the first time or after `kill(host.init)`, until `stack` is left."""
+        host.init = stack.enter_context(namespaces(["--net", "--uts", "--mount", "--pid", "--mount-proc"]))
+        connect(host, self.switch)
+        start_sshd(host, self.hosts, self.folder)
+
 
 @contextmanager
-def two_hosts(folder: Path) -> Iterator[TwoHosts]:
-    """host1 and host2, 10.77.0.1 and 10.77.0.2, reachable by name and by ssh from one another."""
+def made_hosts(folder: Path, count: int = 2) -> Iterator[Network]:
+    """host1, host2 and so on, 10.77.0.1, 10.77.0.2 ..., reachable by name and by ssh from one another."""
     folder.mkdir(parents=True, exist_ok=True)
+    hosts = [Host(f"host{number}", f"10.77.0.{number}", 0) for number in range(1, count + 1)]
     hostfile = folder / "hosts"
-    hostfile.write_text("host1 slots=1\nhost2 slots=1\n")
+    hostfile.write_text("".join(f"{host.name} slots=1\n" for host in hosts))
     write_ssh_files(folder)
     with ExitStack() as stack:
         switch = stack.enter_context(namespaces(["--net"]))
         run(["nsenter", "--target", str(switch), "--net", "ip", "link", "add", "br0", "type", "bridge"])
         run(["nsenter", "--target", str(switch), "--net", "ip", "link", "set", "br0", "up"])
-        hosts = []
-        for number in (1, 2):
-            init = stack.enter_context(namespaces(["--net", "--uts", "--mount", "--pid", "--mount-proc"]))
-            hosts.append(Host(f"host{number}", f"10.77.0.{number}", init))
-        for host in hosts:
-            connect(host, switch)
-            start_sshd(host, hosts, folder)
         environment = {**os.environ, "PATH": f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        yield TwoHosts(folder, hosts, hostfile, environment, switch)
+        network = Network(folder, hosts, hostfile, environment, switch)
+        for host in hosts:
+            network.boot(host, stack)
+        yield network
 
 
 @contextmanager
