@@ -3,7 +3,7 @@
     textldm supervise --hostfile hosts -- --config dit_xl --set train.steps=400000
 
 What follows `--` goes to pretrain/train.py; without a hostfile the job runs on this machine. A host that does not answer
-is left out. Exit codes of the job (`train.py --help`):
+is left out; once one of those answers again, the job saves and is started with it (--rejoin-s). Exit codes of the job (`train.py --help`):
 
     0        finished: so does this command
     2, 87    a restart would end the same way: given up, with that code
@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,8 @@ JOB = "TEXTLDM_JOB"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 120.0
 DEAD_S = 120.0
 """A launcher whose ranks have written no heartbeat for so long waits in vain (faults/watchdog.py's HEARTBEAT_S is much shorter)."""
+REJOIN_S = 300.0
+"""To stop for a host that is back costs the others about a minute, so one that comes and goes must not do it all the time."""
 POLL_S = 2.0
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
 """What may end a job that is being stopped, from its scheduler or from here."""
@@ -67,6 +70,7 @@ class Plan:
     launcher: list[str]
     max_failures: int
     wait_s: float
+    rejoin_s: float
 
     @property
     def run(self) -> Path:
@@ -178,6 +182,7 @@ class Supervisor:
     def _await(self, command: list[str], environment: dict[str, str], hosts: Mapping[str, int]) -> int:
         say(shlex.join(command))
         heartbeats = Heartbeats(self.plan.run)
+        absent = Absent([host for host in self.plan.hosts if host not in hosts], self.plan.rejoin_s)
         # In a session of its own: Ctrl-C reaches this process alone, which stops the job in order.
         launcher = subprocess.Popen(command, env=environment, start_new_session=True)
         deadline = None
@@ -187,6 +192,8 @@ class Supervisor:
                 deadline = time.monotonic() + self.plan.config.train.grace_s + DEAD_S
                 if not heartbeats.signal_main_rank(hosts):
                     deadline = 0.0
+            elif not self._stop and (back := absent.returned()) and heartbeats.signal_main_rank(hosts):
+                say(f"{', '.join(back)} answers again: the job saves, and is started with it")
             late = deadline is not None and time.monotonic() > deadline
             if late or heartbeats.silent_s() > DEAD_S:
                 say("the ranks are silent, but their launcher goes on: ending what is left of the job")
@@ -212,6 +219,29 @@ class Supervisor:
     def _end_leftovers(self, hosts: Mapping[str, int]) -> None:
         """Kill what outlived the job, such as a frozen rank."""
         self._leftovers(hosts, "| xargs -r kill -KILL")
+
+
+class Absent:
+    """Hosts that a job does without, asked every so many seconds (0: never) by a thread, as one that is down takes its time."""
+
+    def __init__(self, hosts: Sequence[str], every_s: float) -> None:
+        self._hosts, self._every_s = list(hosts) if every_s else [], every_s
+        self._asked_at = time.monotonic()
+        self._asking: threading.Thread | None = None
+        self._found: list[str] = []
+
+    def returned(self) -> list[str]:
+        """Those that answered when they were last asked; empty while that is not known."""
+        if self._asking is None and self._hosts and time.monotonic() - self._asked_at > self._every_s:
+            self._asking = threading.Thread(target=self._ask, daemon=True)
+            self._asking.start()
+        if self._asking is None or self._asking.is_alive():
+            return []
+        self._asking, self._asked_at = None, time.monotonic()
+        return self._found
+
+    def _ask(self) -> None:
+        self._found = answering(self._hosts)
 
 
 class Heartbeats:
@@ -290,6 +320,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="in a row, without a new checkpoint (%(default)s)",
     )
     parser.add_argument("--wait-s", type=float, default=600.0, metavar="S", help="for hosts, when none answers (600)")
+    parser.add_argument(
+        "--rejoin-s",
+        type=float,
+        default=REJOIN_S,
+        metavar="S",
+        help="between two looks for hosts that the job does without (%(default).0f); 0: they wait for the next restart",
+    )
     parser.add_argument("train", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="of pretrain/train.py")
     return parser
 
@@ -316,7 +353,9 @@ def make_plan(argv: list[str] | None) -> Plan:
     if parsed.fresh:  # argparse takes it abbreviated too
         training = [argument for argument in training if len(argument) < 3 or not "--fresh".startswith(argument)]
         find_inputs(config)  # a mistake puts nothing aside
-    plan = Plan(config, training, parsed.fresh, hosts, launcher, arguments.max_failures, arguments.wait_s)
+    plan = Plan(
+        config, training, parsed.fresh, hosts, launcher, arguments.max_failures, arguments.wait_s, arguments.rejoin_s
+    )
     if hosts:
         quoted(plan, [str(ROOT / "pretrain" / "train.py"), *training])  # a mistake is said before anything starts
     return plan

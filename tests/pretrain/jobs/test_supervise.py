@@ -88,11 +88,13 @@ def supervised(folder: Path, jobs: list[tuple], *train: str, hostfile: bool = Tr
     return code, [json.loads(line) for line in (folder / "starts").read_text().splitlines()]
 
 
-def plan(folder: Path, jobs: list[tuple], *train: str, hostfile: bool = True) -> supervise.Plan:
+def plan(
+    folder: Path, jobs: list[tuple], *train: str, hostfile: bool = True, options: tuple[str, ...] = ()
+) -> supervise.Plan:
     (folder / "plan").write_text(json.dumps(jobs))
     hosts = ["--hostfile", str(folder / "hosts")] if hostfile else []
     launcher = ["--launcher", f"{sys.executable} {folder}/launcher.py {folder}", "--wait-s", "0.2"]
-    return make_plan([*hosts, *launcher, "--", "--config", str(folder / "c.json"), *train])
+    return make_plan([*hosts, *launcher, *options, "--", "--config", str(folder / "c.json"), *train])
 
 
 def test_failures_are_restarted_until_the_run_is_finished(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,6 +161,23 @@ def test_silent_hosts_are_left_out(folder: Path, capsys) -> None:
     assert starts[0]["hosts"] == ["node2", "node3", "node4"]
     assert "--force_multi" in starts[0]["arguments"]
     assert "node1 does not answer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rejoin_s", ["0.1", "0"])
+def test_a_host_that_is_back_is_taken_in_again(folder: Path, capsys: pytest.CaptureFixture[str], rejoin_s: str) -> None:
+    """The job without it is asked to save; not where that is switched off."""
+    (folder / "node1.down").touch()
+    jobs = [(EXIT_REQUEUE, "obey"), (0, 6)]
+    supervisor = Supervisor(plan(folder, jobs, options=("--rejoin-s", rejoin_s)))
+    stopped = threading.Timer(4, supervisor.stop, [signal.SIGTERM])
+    if rejoin_s == "0":
+        stopped.start()
+    threading.Timer(1, (folder / "node1.down").unlink).start()
+    assert supervisor.run() == (EXIT_REQUEUE if rejoin_s == "0" else 0)
+    starts = [json.loads(line)["hosts"] for line in (folder / "starts").read_text().splitlines()]
+    everyone = ["node1", "node2", "node3", "node4"]
+    assert starts == ([everyone[1:]] if rejoin_s == "0" else [everyone[1:], everyone])
+    assert ("node1 answers again" in capsys.readouterr().out) is (rejoin_s != "0")
 
 
 def test_too_few_hosts_are_waited_for_and_named(folder: Path) -> None:
