@@ -331,20 +331,11 @@ def open_loader(config: RunConfig, topology: Topology, start_step: int) -> Train
 
 def engine_settings(config: RunConfig, topology: Topology) -> EngineSettings:
     """The engine's part of the configuration, "auto" resolved for this device."""
-    train, precision = config.train, config.train.precision
-    if precision == "auto":
-        precision = "bf16" if multiplies_bf16(topology.device) and train.zero_stage > 0 else "fp32"
+    train, precision = config.train, config.train.computes_in(topology.device)
     rows, micro_batch = config.data.rank_rows(topology.world_size), config.data.micro_batch(topology.world_size)
     return EngineSettings.of(
         train, precision=precision, accumulation_steps=rows // micro_batch, overrides=config.deepspeed
     )
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether bf16 is the device's fast precision: GPUs that have it, CPUs with AMX. Others only emulate it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def tell(session: Session, earlier: Earlier) -> None:

@@ -1,13 +1,16 @@
 """How to shard and in what precision, and the DeepSpeed dictionary that says so. Does not need DeepSpeed itself."""
 
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from data_pipeline.core.configuration import merged
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.settings import OnResume, Section
+
+if TYPE_CHECKING:
+    import torch
 
 OVERRIDABLE = {
     "zero_optimization", "communication_data_type", "aio", "comms_logger", "flops_profiler",
@@ -38,8 +41,9 @@ MAX_BUCKET = 200_000_000
 class Sharding(Section):
     """What the ranks share out, where it lies, and in what precision they compute."""
 
-    precision: Literal["fp32", "bf16", "auto"] = "auto"
-    """Of forward and backward; masters and sums are fp32 always. auto: bf16 where the device multiplies it (GPUs, CPUs with AMX)."""
+    precision: Literal["fp32", "bf16", "fp8", "auto"] = "auto"
+    """Of forward and backward; masters and sums are fp32 always. auto: bf16 where the device multiplies it (GPUs, CPUs with AMX).
+    fp8: bf16, but for the blocks' matrices, which torchao multiplies in fp8 (Ada, Hopper or newer; not measured yet)."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], OnResume.FREE] = 1
     """What ranks share out: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters."""
     offload_optimizer: Annotated[Literal["none", "cpu", "nvme"], OnResume.FREE] = "none"
@@ -49,12 +53,24 @@ class Sharding(Section):
     offload_folder: Annotated[str, OnResume.FREE] = ""
     """For nvme: a folder on every host's local disk; 36 bytes per parameter that a rank holds, freed when the job ends."""
 
+    def computes_in(self, device: "torch.device") -> Literal["fp32", "bf16"]:
+        """What `precision` comes to on this device, "auto" being bf16 on GPUs that have it and CPUs with AMX; others only emulate it."""
+        import torch  # a configuration is checked without it
+
+        if self.precision != "auto":
+            return "fp32" if self.precision == "fp32" else "bf16"
+        if device.type == "cuda":
+            multiplies = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            multiplies = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+        return "bf16" if multiplies and self.zero_stage > 0 else "fp32"
+
     @model_validator(mode="after")
     def _check_sharding(self) -> Self:
         """Refuse combinations that DeepSpeed cannot do, or would do wrongly. Raises: ValueError."""
-        if self.precision == "bf16" and self.zero_stage == 0:
+        if self.precision in ("bf16", "fp8") and self.zero_stage == 0:
             raise ValueError(
-                "train.precision is bf16 and train.zero_stage 0, where DeepSpeed would accumulate gradients in bf16: set"
+                f"train.precision is {self.precision} and train.zero_stage 0, where DeepSpeed would accumulate gradients in bf16: set"
                 " train.zero_stage=1, 2 or 3"
             )
         if self.offload_parameters != "none" and self.zero_stage != 3:

@@ -4,16 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from data_pipeline.format.manifest import Manifest
-from modeling.layers import Transformer
 from pretrain.checkpoint.read import read_tensors
 from pretrain.checkpoint.storage import Checkpoint
 from pretrain.config.registry import part, stage_kind
 from pretrain.config.schema import RunConfig
-from pretrain.config.sections import Train
+from pretrain.stages.blocks import prepare_blocks
 from pretrain.stages.earlier import earlier_weights
+from pretrain.stages.fp8 import check_fp8, multiply_in_fp8
 
 TRAINING_ONLY = ("repa.", "token_head.")
 """Names of what no exported model needs."""
@@ -30,7 +29,11 @@ def measure(config: RunConfig, manifest: Manifest, device: torch.device) -> None
 
 def build_stage(config: RunConfig, manifest: Manifest, device: torch.device) -> Any:
     """The stage on `device`, with first weights from torch's generator; `measure` comes before it. Raises: UserError."""
+    if config.train.precision == "fp8":
+        check_fp8(device)
     stage = part(stage_kind(config.stage).stage)(config, manifest, device)
+    if config.train.precision == "fp8":
+        multiply_in_fp8(stage)
     prepare_blocks(stage, config.train)
     return stage.to(device)
 
@@ -52,18 +55,10 @@ def take_first_weights(stage: Any, config: RunConfig, manifest: Manifest) -> Non
 def load_stage(config: RunConfig, path: Checkpoint, device: torch.device) -> Any:
     """The stage with the EMA weights of a checkpoint, in eval mode, without DeepSpeed, for one process. Raises: UserError."""
     config.train.compile, config.train.activation_checkpointing = False, 0
+    if config.train.precision == "fp8":
+        config.train.precision = "bf16"  # its parameters are the same
     manifest = config.data.manifest()
     measure(config, manifest, device)
     stage = build_stage(config, manifest, device)
     stage.load_trained(read_tensors(path, "ema"), path)
     return stage.eval().requires_grad_(False)
-
-
-def prepare_blocks(stage: nn.Module, train: Train) -> None:
-    """Activation checkpointing and compilation of every Transformer's blocks, as configured."""
-    for module in stage.modules():
-        if isinstance(module, Transformer):
-            module.checkpoint_every = train.activation_checkpointing
-            if train.compile:
-                for block in module.blocks:
-                    block.compile(dynamic=False)

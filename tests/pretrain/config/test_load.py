@@ -13,7 +13,7 @@ from modeling.layers import Transformer
 from modeling.text_dit import TextDiT
 from modeling.text_vae import TextVAE
 from pretrain.config.load import load_config
-from pretrain.stages.build import prepare_blocks
+from pretrain.stages.blocks import prepare_blocks
 from pretrain.stages.dit import times_of
 from pretrain.stages.dit_config import DiTRun
 from pretrain.stages.vae_config import VAERun
@@ -124,7 +124,7 @@ def test_big_configs_run_on_any_number_of_nodes_without_changes(name: str, ranks
         ),
         ("model.num_layers=3", "here that is model.num_encoder_layers (blocks) or model.num_decoder_layers (blocks)"),
         ("train.batch_size=3", "here that is data.rows_per_step (Rows of one optimizer step over all ranks"),
-        ("bf16=true", 'here that is train.precision ("fp32", "bf16", "auto")'),
+        ("bf16=true", 'here that is train.precision ("fp32", "bf16", "fp8", "auto")'),
         ("train.dropout=0.1", "unknown key train.dropout in vae_base.json (with --set); no known key is like it"),
         ("train.compile=True", "expected a valid boolean: write true"),
         ("train.steps=1e3", "expected a valid integer: write 1000"),
