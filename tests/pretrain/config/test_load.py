@@ -53,6 +53,21 @@ def test_a_categorical_config_has_the_other_head_and_nothing_else(name: str, wid
     assert sizes[1] - sizes[0] == 151_936 * width + 64 * width
 
 
+@pytest.mark.parametrize("name", ["dit_b", "dit_l", "dit_xl"])
+def test_heads_of_128_are_the_only_difference_and_no_weight_more(name: str) -> None:
+    plain, config = load_config(name), load_config(f"{name}_hd128")
+    assert isinstance(config, DiTRun)
+    assert isinstance(plain, DiTRun)
+    unlike = {"train": {"run"}, "about": True, "model": {"head_dim"}}
+    assert config.model_dump(exclude=unlike) == plain.model_dump(exclude=unlike)
+    assert config.model.head_dim == 128
+    shapes = []
+    for one in (plain, config):
+        with torch.device("meta"):
+            shapes.append([p.shape for p in TextDiT(one.model.architecture()).parameters()])
+    assert shapes[0] == shapes[1]
+
+
 @pytest.mark.parametrize(
     ("name", "millions"), [("dit_b", 113), ("dit_l", 327), ("dit_xl", 767), ("dit_2b", 1890), ("dit_7b", 6443)]
 )
