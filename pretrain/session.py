@@ -5,7 +5,7 @@
     own            an earlier run in the same folder is put aside, if --fresh says so; the folder is this job's alone from here on
     watch          signals and hangs are noticed from here on
     find           the newest complete checkpoint; what differs from its run is allowed
-    measure_once   what the stage must know before it is built goes into the run folder: by rank 0, for which the others wait
+    measure_once   what the stage must know before it is built goes into the run folder: by all ranks together
     build          the stage, with the same first weights on every rank, and its engine
     restore        weights, moments, EMA and buffers of the checkpoint
     open_records   telemetry, the guard against bad steps, the writer of checkpoints
@@ -46,7 +46,7 @@ from pretrain.faults.signals import INTERRUPT, Signals
 from pretrain.faults.spikes import SpikeGuard
 from pretrain.faults.watchdog import Watchdog
 from pretrain.ranks.agreement import refuse_differences, versions
-from pretrain.ranks.distributed import Topology, all_reduce_sum, any_rank, barrier
+from pretrain.ranks.distributed import Together, Topology, all_reduce_sum, any_rank, barrier
 from pretrain.runs.folder import begun_anew, put_aside, remove_unstarted, write_config
 from pretrain.runs.inputs import Inputs, find_inputs
 from pretrain.runs.owner import Ownership
@@ -268,8 +268,7 @@ def find(config: RunConfig, topology: Topology, inputs: Inputs, allow_change: Co
 
 def measure_once(config: RunConfig, topology: Topology, inputs: Inputs) -> None:
     """What the stage needs in the run folder. Collective."""
-    if topology.is_main:
-        measure(config, inputs.manifest, topology.device)
+    measure(config, inputs.manifest, topology.device, Together.of(topology))
     barrier()
 
 

@@ -29,8 +29,9 @@ class StageKind:
             (pretrain/stages/base.py). It builds: it neither measures nor writes nor waits for other ranks.
         inputs: place of a function of (config) that gives the fingerprint of everything frozen that a run reads besides tokens, by
             the key that names it. A resumed run must find them unchanged. Raises UserError for what is not there.
-        measure: place of a function of (config, manifest, device) that puts into the run folder what must be known before the
-            stage can be built. One rank calls it while the others wait; it does nothing if it has been done.
+        measure: place of a function of (config, manifest, device, together) that puts into the run folder what must be known before the
+            stage can be built. All ranks call it and may share out the work (`Together`, pretrain/ranks/distributed.py); rank 0
+            writes. It does nothing if it has been done.
         samples: place of a function of (session) that gives texts for the log at held-out evaluations, one dictionary "name of a
             column" -> text each; all ranks call it, rank 0's are logged (pretrain/stages/samples.py).
         diagnosis: place of a `Diagnosis` (pretrain/diagnose/diagnosis.py), for `textldm diagnose`.

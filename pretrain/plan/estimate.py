@@ -184,7 +184,7 @@ def make_plan(config: RunConfig, hardware: Hardware, text: Text, vocab_size: int
     rank_rows = config.data.rank_rows(hardware.ranks)
     row = text.windows(1)
     flops_per_token = outline.flops(row) / row.num_tokens
-    frozen = 4 * sum(p.numel() for module in outline.frozen for p in module.parameters())
+    frozen = outline.frozen_bytes(bf16)
     traces = {every: activations(outline, text, bf16, every) for every in (0, 1)}
     choices = []
     for stage in range(1 if bf16 else 0, 4):
@@ -196,7 +196,7 @@ def make_plan(config: RunConfig, hardware: Hardware, text: Text, vocab_size: int
     tokens_per_step = rows * text.row_tokens
     plan: dict[str, Any] = {
         "parameters": parameters.elements,
-        "frozen_parameters": frozen // 4,
+        "frozen_parameters": outline.frozen_bytes(bf16=False) // 4,
         "flops_per_token": flops_per_token,
         "tokens_per_step": tokens_per_step,
         "ranks": hardware.ranks,

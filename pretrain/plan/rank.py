@@ -86,7 +86,7 @@ def plan_rank(config: RunConfig, rank: int, ranks: int, text: Text, vocab_size: 
         **{NAMES.get(name, name): size for name, size in shares.items()},
         "buckets and whole small parameters": on_device.buffers,
         TRANSIENT: on_device.transient,
-        "frozen models": 4 * sum(p.numel() for module in outline.frozen for p in module.parameters()),
+        "frozen models": outline.frozen_bytes(bf16),
         ACTIVATIONS: fixed + micro_batch * each,
     }
     return RankPlan(

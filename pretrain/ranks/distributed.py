@@ -121,6 +121,34 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
+@dataclass(frozen=True)
+class Together:
+    """Work that ranks share out, or one process does alone: which of them this is, and how results come together.
+
+    Attributes:
+        total: sums a tensor of the host over all ranks; collective. Where each number is one rank's and 0 elsewhere, nothing is rounded.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    total: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+
+    @classmethod
+    def of(cls, topology: Topology) -> "Together":
+        """All ranks of the job."""
+        return cls(topology.rank, topology.world_size, _total) if topology.world_size > 1 else cls()
+
+
+ALONE = Together()
+"""One process."""
+
+
+def _total(tensor: torch.Tensor) -> torch.Tensor:
+    summed = tensor.clone()
+    dist.all_reduce(summed, group=_host_group)
+    return summed
+
+
 def any_rank(flag: bool) -> bool:
     """True on every rank if it is true on one."""
     return all_reduce_sum([float(flag)])[0] > 0

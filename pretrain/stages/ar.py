@@ -42,7 +42,8 @@ class ARStage(TokenStage):
         self.max_window = manifest.max_window
         shape = config.model.architecture()
         shape.vocab_size = vocab_size_of(shape.vocab_size, manifest, config.data.path)
-        self.model = TokenTransformer(shape)
+        with device:
+            self.model = TokenTransformer(shape)
 
     def token_counts(self, batch: Batch) -> dict[str, int]:
         """`targets` and `contexts`."""

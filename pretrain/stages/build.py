@@ -10,6 +10,7 @@ from pretrain.checkpoint.read import read_tensors
 from pretrain.checkpoint.storage import Checkpoint
 from pretrain.config.registry import part, stage_kind
 from pretrain.config.schema import RunConfig
+from pretrain.ranks.distributed import ALONE, Together
 from pretrain.stages.blocks import prepare_blocks
 from pretrain.stages.earlier import earlier_weights
 from pretrain.stages.fp8 import check_fp8, multiply_in_fp8
@@ -18,17 +19,14 @@ TRAINING_ONLY = ("repa.", "token_head.")
 """Names of what no exported model needs."""
 
 
-def measure(config: RunConfig, manifest: Manifest, device: torch.device) -> None:
-    """What the stage must know before it is built, if anything, into the run folder. Of several ranks, one calls it.
-
-    Raises: UserError.
-    """
+def measure(config: RunConfig, manifest: Manifest, device: torch.device, together: Together = ALONE) -> None:
+    """What the stage must know before it is built, if anything, into the run folder. Collective. Raises: UserError."""
     if place := stage_kind(config.stage).measure:
-        part(place)(config, manifest, device)
+        part(place)(config, manifest, device, together)
 
 
 def build_stage(config: RunConfig, manifest: Manifest, device: torch.device) -> Any:
-    """The stage on `device`, with first weights from torch's generator; `measure` comes before it. Raises: UserError."""
+    """The stage on `device`, with first weights drawn there by torch's generator; `measure` comes before it. Raises: UserError."""
     if config.train.precision == "fp8":
         check_fp8(device)
     stage = part(stage_kind(config.stage).stage)(config, manifest, device)

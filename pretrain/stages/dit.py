@@ -5,6 +5,7 @@ Shape letters: T packed tokens, D width, Z latent dim, W windows.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from modeling.times import TimeDistribution, move_logit
 from pretrain.checkpoint.storage import Checkpoint
 from pretrain.stages.base import Stage, StageOutput, row_noise, weighted
 from pretrain.stages.dit_config import DiTRun, Flow
-from pretrain.stages.frozen_vae import load_vae, posterior
+from pretrain.stages.frozen_vae import load_vae, posterior, training_encoder
 from pretrain.stages.latent_statistics import LATENTS_NAME, LatentStatistics
 from pretrain.telemetry.flops import dit_flops
 
@@ -98,28 +99,40 @@ class DiTStage(Stage):
     def __init__(self, config: DiTRun, manifest: Manifest, device: torch.device):
         super().__init__()
         self.config = config
-        vae = load_vae(config.model.vae, manifest, config.model.latent_dim).to(device)
-        statistics = LatentStatistics.load(config.run_folder / LATENTS_NAME)
-        statistics.apply(vae)
+        vae, statistics = self.frozen(config, manifest)
+        statistics.apply(vae.to(device))
         self.space = LatentSpace(vae, statistics.floors.to(device), statistics.log_frequencies_V.to(device))
         shape = config.model.architecture()
         shape.vocab_size = vae.config.vocab_size
-        self.dit = TextDiT(shape)
+        with device:
+            self.dit = TextDiT(shape)
         if isinstance(self.dit.head, CategoricalHead):
             statistics.apply_tokens(self.dit.head)
             self.dit.head.through_mean = config.flow.through_tokens
         self.token_head: TokenHead | None = None
         if config.flow.token_loss_weight and isinstance(self.dit.head, VelocityHead):
-            self.token_head = TokenHead(config.model.width, vae.config.vocab_size)
+            with device:
+                self.token_head = TokenHead(config.model.width, vae.config.vocab_size)
         # Part of the checkpoint, so that an export needs nothing but it.
         self.register_buffer("latents_mean", vae.latents_mean.clone())
         self.register_buffer("latents_std", vae.latents_std.clone())
         self.times = times_of(config.flow)
 
+    @staticmethod
+    def frozen(config: DiTRun, manifest: Manifest) -> tuple[TextVAE, LatentStatistics]:
+        """What is there before the DiT: the VAE of `model.vae`, and what was measured of its latents (`measure`). Raises: UserError."""
+        vae = load_vae(config.model.vae, manifest, config.model.latent_dim)
+        return vae, LatentStatistics.load(config.run_folder / LATENTS_NAME)
+
     @property
     def vae(self) -> TextVAE:
         """The frozen VAE."""
         return self.space.vae
+
+    @cached_property
+    def encoder(self) -> TextVAE:
+        """The frozen VAE's encoder as training computes it; made when it is first asked for, which is in training alone."""
+        return training_encoder(self.vae, self.config.train, self.vae.latents_mean.device)
 
     @property
     def floors(self) -> Floors:
@@ -179,7 +192,7 @@ class DiTStage(Stage):
 
     def latents(self, batch: Batch) -> Tensor:
         """Standardised latents fp32 [T, Z], context and target of a window encoded separately."""
-        mean_TZ, log_variance_TZ = posterior(self.vae, batch)
+        mean_TZ, log_variance_TZ = posterior(self.encoder if self.training else self.vae, batch)
         if self.config.flow.target == "sample" and self.training:
             noise_TZ = row_noise(batch, mean_TZ.shape[1], purpose=POSTERIOR_NOISE)
             mean_TZ = mean_TZ + (0.5 * log_variance_TZ).exp() * noise_TZ

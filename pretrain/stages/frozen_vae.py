@@ -4,7 +4,7 @@ Shape letters: T packed tokens, Z latent dim.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,14 @@ from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.read import SavedTensors, check_shapes
 from pretrain.checkpoint.storage import Checkpoint
 from pretrain.checkpoint.tensor_files import UNREADABLE, TensorFiles
+from pretrain.config.sections import Train
 from pretrain.runs.record import RunRecord
+from pretrain.stages.blocks import prepare_blocks
 from pretrain.stages.exported import export_config, export_fingerprint, exported_vae, weight_files
 from pretrain.stages.inputs import VAE_KEY
+
+ENCODER = ("embedding.", "encoder.", "to_mean.", "to_log_variance.")
+"""Where the names of an encoder's parameters begin."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,28 @@ def posterior_mean(vae: TextVAE, batch: Batch) -> Tensor:
 
 
 def posterior(vae: TextVAE, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Means and log-variances fp32 [T, Z] with every segment encoded by itself; in bf16 on CUDA, where the kernels want it."""
-    device = batch.tokens_T.device
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        return vae.encode(batch.tokens_T, Segments.from_lengths(batch.segment_lengths, device))[:2]
+    """Means and log-variances fp32 [T, Z] with every segment encoded by itself."""
+    return encoded(vae, batch.tokens_T, batch.segment_lengths)
+
+
+def encoded(vae: TextVAE, tokens_T: Tensor, segment_lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The same of any tokens; in bf16 on CUDA, where the kernels want it."""
+    device = tokens_T.device
+    rounds = device.type == "cuda" and vae.embedding.weight.dtype == torch.float32
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=rounds):
+        return vae.encode(tokens_T, Segments.from_lengths(segment_lengths, device))[:2]
+
+
+def training_encoder(vae: TextVAE, train: Train, device: torch.device) -> TextVAE:
+    """A frozen VAE's encoder as training asks for it in every micro-batch: in training's precision, its blocks prepared as training's are.
+
+    In bf16 its weights are half as many bytes to read and need no conversion in each call, as fp32 weights under autocast do.
+    Evaluation and diagnosis keep to `vae` itself. The decoder has no values.
+    """
+    dtype = torch.bfloat16 if train.computes_in(device) == "bf16" else torch.float32
+    with torch.device("meta"):
+        encoder = TextVAE(vae.config).eval().requires_grad_(False)
+    state = {name: tensor.to(dtype) for name, tensor in vae.state_dict().items() if name.startswith(ENCODER)}
+    encoder.load_state_dict(state, strict=False, assign=True)
+    prepare_blocks(encoder, train)
+    return encoder

@@ -9,7 +9,7 @@ Shape letters: T packed tokens, V vocabulary, M target tokens of several batches
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -24,14 +24,14 @@ from data_pipeline.core.storage import atomic_write
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import FILLER, SUFFIX, Batch
 from data_pipeline.reading.counts import token_counts
-from modeling.attention import Segments
 from modeling.floors import Floors, measure_floors
 from modeling.heads import CategoricalHead
 from modeling.text_vae import TextVAE
 from modeling.token_statistics import log_frequencies, token_statistics
 from pretrain.checkpoint.find import saved_steps
+from pretrain.ranks.distributed import ALONE, Together
 from pretrain.stages.earlier import earlier_weights
-from pretrain.stages.frozen_vae import load_vae, posterior_mean
+from pretrain.stages.frozen_vae import encoded, load_vae, posterior_mean
 from pretrain.stages.inputs import vae_fingerprint
 from pretrain.stages.rows import training_batches
 
@@ -107,44 +107,63 @@ class LatentStatistics:
         return cls(tensors["latents_mean"], tensors["latents_std"], floors, tensors["log_frequencies"], tokens)
 
 
-def measure(config: "DiTRun", manifest: Manifest, device: torch.device) -> None:
-    """Write the run's statistics into its folder, if they are not there already. Call on one rank.
+def measure(config: "DiTRun", manifest: Manifest, device: torch.device, together: Together = ALONE) -> None:
+    """Write the run's statistics into its folder, if they are not there already. Collective.
 
-    Raises: UserError when the run has checkpoints and its latents were measured for another VAE or other data: a DiT cannot go on in
-    another latent space than it began in.
+    Raises: UserError on rank 0 when the run has checkpoints and its latents were measured for another VAE or other data: a DiT cannot go
+    on in another latent space than it began in.
     """
     path, key = config.run_folder / LATENTS_NAME, statistics_key(config, manifest)
-    if path.is_file():
-        try:
-            LatentStatistics.load(path, key)
-            return
-        except UserError:
-            if saved_steps(config.run_folder):
-                raise
-            path.unlink()
+    is_known = together.rank == 0 and _is_measured(path, key, config)
+    if together.total(torch.tensor(float(is_known))) > 0:
+        return
     vae = load_vae(config.model.vae, manifest, config.model.latent_dim).to(device)
-    statistics_of(vae, config, manifest, device).save(path, key)
+    found = statistics_of(vae, config, manifest, device, together)
+    if together.rank == 0:
+        found.save(path, key)
 
 
-def statistics_of(vae: TextVAE, config: "DiTRun", manifest: Manifest, device: torch.device) -> LatentStatistics:
-    """Measured on the run's first rows, frequencies on more of the training text; sets the VAE's too."""
+def _is_measured(path: Path, key: str, config: "DiTRun") -> bool:
+    """Whether the file is there; one that a start left which never saved is removed. Raises: UserError, as `measure`."""
+    if not path.is_file():
+        return False
+    try:
+        LatentStatistics.load(path, key)
+    except UserError:
+        if saved_steps(config.run_folder):
+            raise
+        path.unlink()
+        return False
+    return True
+
+
+def statistics_of(
+    vae: TextVAE, config: "DiTRun", manifest: Manifest, device: torch.device, together: Together = ALONE
+) -> LatentStatistics:
+    """Measured on the run's first rows, frequencies on more of the training text; sets the VAE's too. Collective.
+
+    The same, bit for bit, however many ranks encode and count.
+    """
     rows = training_batches(config, config.flow.statistics_rows)
-    latents_MZ, tokens_M = target_latents(vae, rows, device)
+    latents_MZ, tokens_M = target_latents(vae, rows, device, together)
     standardised_MZ = set_statistics(vae, latents_MZ)
     if config.train.init_from:  # its DiT goes on in the latent space that it knows
         known, _ = earlier_weights(config, manifest)
         vae.latents_mean.copy_(known["latents_mean"])
         vae.latents_std.copy_(known["latents_std"])
         standardised_MZ = standardised(vae, latents_MZ)
-    found = token_counts(
-        config.data.path, manifest, max_rows=COUNTED_TOKENS // manifest.row_tokens, **config.data.reading()
-    )
+    own = token_counts(
+        config.data.path, manifest, max_rows=COUNTED_TOKENS // manifest.row_tokens, rank=together.rank,
+        world_size=together.world_size, **config.data.reading(),
+    )  # fmt: skip
+    found = together.total(own)
     # The VAE's vocabulary may be padded beyond the tokenizer's.
     counts_V = torch.zeros(vae.config.vocab_size, dtype=torch.int64)
     counts_V[: len(found)] = found
     tokens = {}
     if config.model.head == "categorical":
-        tokens = token_statistics(standardised_MZ, tokens_M, standardised(vae, encoded_in_text(vae, rows, device)))
+        everywhere_VZ = standardised(vae, encoded_in_text(vae, rows, device, together))
+        tokens = token_statistics(standardised_MZ, tokens_M, everywhere_VZ)
     floors = measure_floors(standardised_MZ, tokens_M)
     return LatentStatistics(vae.latents_mean.cpu(), vae.latents_std.cpu(), floors, log_frequencies(counts_V), tokens)
 
@@ -162,19 +181,22 @@ def statistics_key(config: "DiTRun", manifest: Manifest) -> str:
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def target_latents(vae: TextVAE, batches: Iterable[Batch], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Posterior means [M, Z] and tokens [M] of the target segments, on the CPU."""
-    latents, tokens = [], []
-    for batch in batches:
-        is_target_T = batch.roles_T == SUFFIX
-        latents.append(posterior_mean(vae, batch.to(device)).cpu()[is_target_T])
-        tokens.append(batch.tokens_T[is_target_T])
-    return torch.cat(latents), torch.cat(tokens)
+def target_latents(
+    vae: TextVAE, batches: Sequence[Batch], device: torch.device, together: Together = ALONE
+) -> tuple[Tensor, Tensor]:
+    """Posterior means [M, Z] and tokens [M] of the target segments, on the CPU. Collective: each rank encodes its share of the batches."""
+    targets = [batch.roles_T == SUFFIX for batch in batches]
+    tokens_M = torch.cat([batch.tokens_T[is_target_T] for batch, is_target_T in zip(batches, targets, strict=True)])
+    latents_MZ = torch.zeros(len(tokens_M), vae.config.latent_dim)
+    parts = latents_MZ.split([int(is_target_T.sum()) for is_target_T in targets])
+    for number in range(together.rank, len(batches), together.world_size):
+        parts[number].copy_(posterior_mean(vae, batches[number].to(device)).cpu()[targets[number]])
+    return together.total(latents_MZ), tokens_M
 
 
 @torch.no_grad()
-def encoded_in_text(vae: TextVAE, batches: Sequence[Batch], device: torch.device) -> Tensor:
-    """Posterior mean [V, Z] of every token of the vocabulary where it stands in place of others in training text, on the CPU.
+def encoded_in_text(vae: TextVAE, batches: Sequence[Batch], device: torch.device, together: Together = ALONE) -> Tensor:
+    """Posterior mean [V, Z] of every token of the vocabulary where it stands in place of others in training text, on the CPU. Collective.
 
     As a text of one token a word has other latents than among words, by more than the distance between words: measured on the
     quickstart's VAE 0.53 instead of 0.002, with a variance of 1 between tokens.
@@ -182,16 +204,17 @@ def encoded_in_text(vae: TextVAE, batches: Sequence[Batch], device: torch.device
     vocab_size, generator = vae.config.vocab_size, torch.Generator().manual_seed(0)
     waiting = torch.cat([torch.randperm(vocab_size, generator=generator) for _ in range(PLACES)])
     sums_VZ = torch.zeros(vocab_size, vae.config.latent_dim, dtype=torch.float64)
-    for batch in itertools.cycle(batches):
+    for number, batch in enumerate(itertools.cycle(batches)):
         is_text_T = batch.roles_T != FILLER
         places_M = (is_text_T & (torch.rand(len(is_text_T), generator=generator) < 1 / PLACE_EVERY)).nonzero()[:, 0]
         places_M = places_M[: len(waiting)]
         put_M, waiting = waiting.split([len(places_M), len(waiting) - len(places_M)])
-        tokens_T = batch.tokens_T.index_copy(0, places_M, put_M).to(device)
-        mean_TZ = vae.encode(tokens_T, Segments.from_lengths(batch.segment_lengths, device))[0]
-        sums_VZ.index_add_(0, put_M, mean_TZ.cpu()[places_M].double())
-        if not len(waiting):
-            return (sums_VZ / PLACES).float()
+        if number % together.world_size == together.rank:
+            tokens_T = batch.tokens_T.index_copy(0, places_M, put_M).to(device)
+            mean_TZ, _ = encoded(vae, tokens_T, batch.segment_lengths)
+            sums_VZ.index_add_(0, put_M, mean_TZ.cpu()[places_M].double())
+        if not len(waiting):  # of two numbers in fp32 the sum in float64 is exact, in whatever order
+            return (together.total(sums_VZ) / PLACES).float()
     raise AssertionError("unreachable: cycle() ends for no batches alone")
 
 

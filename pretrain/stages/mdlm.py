@@ -31,7 +31,8 @@ class MDLMStage(TokenStage):
         self.config = config
         shape = config.model.architecture()
         shape.vocab_size = vocab_size_of(shape.vocab_size, manifest, config.data.path)
-        self.model = TokenTransformer(shape, num_marks=1, with_roles=True)
+        with device:
+            self.model = TokenTransformer(shape, num_marks=1, with_roles=True)
 
     def token_counts(self, batch: Batch) -> dict[str, int]:
         """`targets`."""

@@ -18,6 +18,7 @@ from modeling.text_dit import TextDiT
 from modeling.text_vae import TextVAE
 from modeling.token_transformer import TokenTransformer, causal_inputs
 from pretrain.stages.dit_config import DiTRun
+from pretrain.stages.frozen_vae import ENCODER
 from pretrain.stages.token_config import ARRun, TokenRun
 from pretrain.stages.vae_config import VAERun
 from pretrain.telemetry.flops import dit_flops, token_transformer_flops, vae_flops
@@ -58,6 +59,7 @@ class Outline:
         flops: model FLOPs of a micro-batch's forward and backward pass, as the stage itself counts them.
         vocab_size, features: V, and F of the teacher, 0 without.
         frozen: modules that are only run forward; on every rank in full, in fp32.
+        copied: those of them, or parts, that training in bf16 holds once more, in bf16.
     """
 
     trained: nn.Module
@@ -66,6 +68,15 @@ class Outline:
     vocab_size: int
     features: int = 0
     frozen: list[nn.Module] = field(default_factory=list)
+    copied: list[nn.Module] = field(default_factory=list)
+
+    def frozen_bytes(self, bf16: bool) -> int:
+        """Of everything frozen, on every rank."""
+        return 4 * _elements(self.frozen) + 2 * _elements(self.copied) * bf16
+
+
+def _elements(modules: list[nn.Module]) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def _tokens(windows: Windows, device: torch.device) -> Tensor:
@@ -132,7 +143,8 @@ def of_dit(config: DiTRun, device: torch.device, vocab_size: int = 0) -> Outline
     def flops(windows: Windows) -> float:
         return dit_flops(shape, vae.config, windows.lengths, windows.halves, windows.num_targets)
 
-    return Outline(trained, loss, flops, shape.vocab_size, frozen=[vae])
+    copied = [vae.get_submodule(name.removesuffix(".")) for name in ENCODER]
+    return Outline(trained, loss, flops, shape.vocab_size, frozen=[vae], copied=copied)
 
 
 def of_ar(config: ARRun, device: torch.device, vocab_size: int = 0) -> Outline:

@@ -34,9 +34,10 @@ class VAEStage(Stage):
         self.config = config
         shape = config.model.architecture()
         shape.vocab_size = vocab_size_of(shape.vocab_size, manifest, config.data.path)
-        self.vae = TextVAE(shape)
         self.target: RepaTarget | None = repa_target(config, manifest, device)
-        self.repa = RepaHead(shape.width, self.target.feature_dim) if self.target else None
+        with device:
+            self.vae = TextVAE(shape)
+            self.repa = RepaHead(shape.width, self.target.feature_dim) if self.target else None
 
     def load_trained(self, tensors: dict[str, Tensor], source: Checkpoint | Path) -> None:
         """Without the REPA projection if the teacher that it was trained with is not at hand now."""

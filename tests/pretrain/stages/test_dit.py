@@ -5,18 +5,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import SUFFIX, Batch
 from data_pipeline.reading.counts import token_counts
 from modeling.attention import Segments
+from modeling.layers import Block
+from modeling.text_vae import TextVAE
 from modeling.token_statistics import unigram_nats
 from pretrain.config.load import load_config
 from pretrain.stages.build import build_stage, measure
 from pretrain.stages.dit import HELDOUT_TIMES, DiTStage
+from pretrain.stages.frozen_vae import ENCODER, posterior
 from pretrain.stages.rows import heldout_rows
 from tests.pretrain import tiny_pipeline
+from tests.pretrain.conftest import Trained
 
 
 def built(values: dict, folder: Path) -> tuple[DiTStage, Batch]:
@@ -92,3 +97,38 @@ def test_a_categorical_head_that_nothing_would_train_is_refused(trained, tmp_pat
         UserError, match=r"nothing would train the categorical head's logits: set flow\.token_loss_weight=1"
     ):
         built(values, tmp_path)
+
+
+ENCODER_ERROR = 0.01
+"""Of the posterior means' root mean square error in bf16, over their deviation."""
+
+
+@pytest.mark.parametrize("target", ["mean", "sample"])
+def test_the_frozen_encoder_trains_in_bf16_and_compiled_once_a_micro_batch(
+    trained: Trained, tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(Block, "compile", lambda block, **options: compiled.append(block))
+    values = tiny_pipeline.dit_values(trained.data, trained.vae, tmp_path / "run", precision="bf16", compile=True)
+    values["flow"]["target"] = target
+    stage, batch = built(values, tmp_path)
+    exact_TZ = posterior(stage.vae, batch)[0]
+    error = (posterior(stage.encoder, batch)[0] - exact_TZ).square().mean().sqrt() / exact_TZ.std()
+    assert 0 < error < ENCODER_ERROR
+    weights = [p for name, p in stage.encoder.named_parameters() if name.startswith(ENCODER)]
+    assert {p.dtype for p in weights} == {torch.bfloat16}
+    assert set(stage.encoder.encoder.blocks) <= set(compiled)
+    assert not any(name.startswith("encoder") for name, _ in stage.named_parameters())  # DeepSpeed does not see it
+    calls: list[TextVAE] = []
+    encode = TextVAE.encode
+    monkeypatch.setattr(TextVAE, "encode", lambda vae, *given: (calls.append(vae), encode(vae, *given))[1])
+    stage.train()(batch, {"targets": 1})
+    assert calls == [stage.encoder]
+    # Evaluation and diagnosis keep to the weights as they are.
+    assert torch.equal(stage.eval().latents(batch), stage.vae.standardize(exact_TZ))
+
+
+def test_in_fp32_the_encoder_shares_the_vaes_weights(trained: Trained, tmp_path: Path) -> None:
+    stage, batch = built(tiny_pipeline.dit_values(trained.data, trained.vae, tmp_path / "run"), tmp_path)
+    assert stage.encoder.embedding.weight.data_ptr() == stage.vae.embedding.weight.data_ptr()
+    assert torch.equal(stage.train().latents(batch), stage.eval().latents(batch))

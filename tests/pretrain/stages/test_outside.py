@@ -83,9 +83,9 @@ def inputs(config):
     return {"model.smoothing": str(config.model.smoothing)}
 
 
-def measure(config, manifest, device):
+def measure(config, manifest, device, together):
     path = config.run_folder / "counts.json"
-    if not path.exists():
+    if together.rank == 0 and not path.exists():
         tokens = torch.cat([batch.tokens_T for batch in training_batches(config, 8)])
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(tokens.bincount(minlength=manifest.tokenizer.vocab_size).tolist()))
