@@ -1,241 +1,226 @@
-"""Everything that is measured on a GPU, in one go; with --dry a miniature on the CPU that proves the script runs.
+"""Everything that is measured on a GPU, by one command that takes twelve minutes; with --dry each part in miniature on the CPU.
 
-    python -m benchmarks.gpu --output figures.json
+    python -m benchmarks.gpu
     python -m benchmarks.gpu --dry
 
-`attention`: see attention.py, at segments of 4,096 tokens, where published figures are, and at 1,024, the longest window in training
-(`attention_of_windows`). `matmul_peak_tflops`: the fastest of some large bf16 products. `head`: see lm_head.py. Per model (dit_xl,
-vae_base), training in bf16 through the engine as a single ZeRO-1 rank, blocks compiled as configured, rows filled with windows of mixed
-lengths, their layout made anew for every step, and for a DiT the frozen VAE's encoder before it:
-`tokens_per_s`, `peak_memory_gb`, `step_s`; `mfu`, model FLOPs a second (attention by true segment lengths, no recomputation) over the
-measured peak, and `mfu_of_data_sheet` over 989 TFLOP/s; `split`: seconds of a step in attention, GEMM, head, optimizer and rest. The
-first three are timed alone on the step's own shapes, the optimizer within the step, rest is what remains. Left out against
-pretrain/train.py: the loader, metrics, and REPA (vae_base).
+What is measured: gpu_parts.py. Each part runs in a process of its own, which may fail, run out of memory or hang: what it had measured
+until then is kept, the rest of its rows say why they are not measured, and the next part starts. Parts come in order of importance;
+none runs beyond its own seconds, nor all of them together beyond --seconds. After each, the tables so far are written, with card, date
+and commit, above those of earlier days: into benchmarks/results/gpu_<card>.json and its page.
+
+--dry says of every row whether its code ran; no figure of a CPU stands in a table of a GPU. It writes what --output names, if anything.
 """
 
 import argparse
+import itertools
 import json
-import statistics
+import multiprocessing
+import os
+import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
 
-from benchmarks import attention
-from benchmarks.lm_head import Head
+from benchmarks import gpu_parts, results
 from benchmarks.measuring import print_figures, surroundings
-from benchmarks.train_step import Products
-from data_pipeline.core.errors import UserError, cli
-from modeling import flow, losses
-from modeling.attention import Segments
-from modeling.text_dit import TextDiT, TextDiTConfig
-from modeling.text_vae import TextVAE, TextVAEConfig
-from pretrain.config.load import load_config
-from pretrain.config.schema import RunConfig
-from pretrain.engine.engine import Engine, EngineSettings
-from pretrain.engine.optimizer_settings import AdamWSettings
-from pretrain.ranks.distributed import init_distributed, shutdown
-from pretrain.stages.base import StageOutput
-from pretrain.stages.build import prepare_blocks
-from pretrain.stages.dit_config import DiTRun
-from pretrain.stages.vae_config import VAERun
-from pretrain.telemetry.flops import transformer_flops
+from data_pipeline.core.errors import UserError, cli, reason
+from data_pipeline.core.storage import atomic_write
+from modeling.attention import IMPLEMENTATIONS
 
-DATA_SHEET_TFLOPS = 989.0
-ROW_LENGTHS = [1024, 700, 1024, 324, 500, 300, 200, 24]
-"""Windows of a row of 4,096 tokens."""
+NOT_MEASURED = "not measured"
+LEAST_SECONDS = 20.0
+"""With less left no part is begun."""
+DRY = "no GPU was there: in miniature, on a CPU, its code ran"
+COLUMNS = {
+    "card": ["what", "figure"],
+    "training": [
+        "configuration", "parameters trained", "tokens/s", "TFLOP/s", "MFU", "MFU of the measured peak", "step, ms",
+        "peak memory, GB", "first step, s",
+    ],
+    "split": [
+        "ms of a step", "attention", "matrix products", "optimizer", "compiled", "copies", "communication", "other", "idle", "all",
+        "largest of the others",
+    ],
+    "attention": ["kernel", "TFLOP/s", "ms", "largest relative error"],
+    "losses": ["loss", "ms", "peak GB"],
+    "encoder": ["frozen encoder", "tokens/s", "ms a micro-batch", "error over deviation"],
+    "loader": ["loader", "tokens/s"],
+}  # fmt: skip
+TITLES = {
+    "card": "Products and copies",
+    "training": "A training step, one GPU of the eight that a configuration is for",
+    "split": "Where its time goes",
+    "attention": "Attention, forward and backward, bf16",
+    "losses": "Losses over the vocabulary, forward and backward, 4,096 tokens",
+    "encoder": "Stage 2's frozen encoder, a micro-batch of dit_b",
+    "loader": "The loader, a rank of eight of dit_b",
+}
 
 
 @dataclass(frozen=True)
-class Size:
-    """Sizes of what is measured: the shipped ones, or a miniature."""
+class Part:
+    """One process: its table, the rows that are expected of it there, its time, and the function of gpu_parts.py."""
 
-    product: int = 8192
-    lengths: tuple[int, ...] = tuple(ROW_LENGTHS)
-    attention_lengths: tuple[int, ...] = (4096,) * 4
-    window_lengths: tuple[int, ...] = (1024,) * 16
-    head: tuple[int, int, int] = (4096, 768, 151_936)
-    """Tokens, width, vocabulary."""
-    attention_width: int = 2048
-    steps: int = 10
-    shape: tuple[tuple[str, int], ...] = ()
-
-    @classmethod
-    def dry(cls) -> "Size":
-        """The miniature that --dry measures, in seconds on a CPU."""
-        return cls(64, (20, 12, 1), (16, 8), (8, 8, 8), (256, 32, 16_384), 256, 2, (("width", 128), ("num_layers", 2)))
+    name: str
+    table: str
+    seconds: float
+    expected: Sequence[str]
+    function: str
+    argument: str = ""
 
 
-class SyntheticDiT(nn.Module):
-    """Flow matching on a frozen VAE's latents of random tokens: a stage for the engine."""
-
-    def __init__(self, config: TextDiTConfig, vae: TextVAE):
-        super().__init__()
-        self.dit = TextDiT(config)
-        self._frozen = [vae.requires_grad_(False)]  # in a list it is no part of the stage
-        self.layers, self.width, self.head_dim, self.vocab_size = config.num_layers, config.width, config.head_dim, 0
-
-    def flops(self, lengths: list[int]) -> float:
-        weights = 12 * self.width**2 * self.layers + 2 * self.width * self.dit.config.latent_dim
-        vae = self._frozen[0].config
-        encoder = 12 * vae.width**2 * vae.num_encoder_layers
-        own = transformer_flops(weights, self.layers, self.width, lengths)
-        return own + transformer_flops(encoder, vae.num_encoder_layers, vae.width, lengths, passes=1)
-
-    def forward(self, segments: Segments, _: dict[str, int]) -> StageOutput:
-        vae = self._frozen[0]
-        tokens_T = torch.randint(vae.config.vocab_size, (segments.num_tokens,), device=segments.device)
-        with torch.no_grad(), torch.autocast(segments.device.type, torch.bfloat16):
-            data_TZ = vae.standardize(vae.encode(tokens_T, segments)[0])
-        noise_TZ = torch.randn_like(data_TZ)
-        time_T = torch.rand(len(segments.lengths), device=segments.device)[segments.ids_T]
-        is_target_T = segments.positions_T >= 8
-        noisy_TZ = flow.interpolate(data_TZ, noise_TZ, time_T[:, None])
-        velocity_TZ = self.dit(
-            torch.where(is_target_T[:, None], noisy_TZ, data_TZ), is_target_T, time_T, segments
-        ).velocity_TZ
-        error_T = losses.squared_error(velocity_TZ, flow.velocity(data_TZ, noise_TZ))
-        return StageOutput((error_T * is_target_T).sum() / is_target_T.sum(), {})
+def parts_of(models: Sequence[str]) -> list[Part]:
+    """In order of importance."""
+    kernels = itertools.product(IMPLEMENTATIONS, gpu_parts.HEAD_DIMS, gpu_parts.LAYOUTS)
+    first, *others = [
+        Part(name, "training", 210 if "xl" in name else 150, [name, gpu_parts.SPLIT + name], "training", name)
+        for name in models
+    ]
+    return [
+        Part("card", "card", 45, gpu_parts.PRODUCTS + gpu_parts.COPIES, "card"),
+        first,
+        *others[:1],
+        Part("attention", "attention", 75, [f"{a}, head dim {b}, {c}" for a, b, c in kernels], "attention_rows"),
+        Part("losses", "losses", 45, gpu_parts.LOSSES, "loss_rows"),
+        Part("encoder", "encoder", 75, gpu_parts.ENCODERS, "encoder_rows"),
+        Part("loader", "loader", 45, gpu_parts.LOADERS, "loader_rows"),
+        *others[1:],
+    ]
 
 
-class SyntheticVAE(nn.Module):
-    """Reconstruction of random tokens: a stage for the engine, without REPA."""
+def measure(part: Part, found: Path, is_dry: bool, seconds: float) -> None:
+    """The part, in this process: each row becomes a line of the file `found` as soon as it is there."""
+    until = time.monotonic() + seconds
 
-    def __init__(self, config: TextVAEConfig):
-        super().__init__()
-        self.vae = TextVAE(config)
-        self.layers, self.width = config.num_encoder_layers + config.num_decoder_layers, config.width
-        self.vocab_size, self.head_dim = config.vocab_size, config.head_dim
+    def write(**line: Any) -> None:
+        with found.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
-    def flops(self, lengths: list[int]) -> float:
-        shape = self.vae.config
-        weights = 12 * self.width**2 * self.layers + self.width * (3 * shape.latent_dim + shape.vocab_size)
-        return transformer_flops(weights, self.layers, self.width, lengths)
-
-    def forward(self, segments: Segments, _: dict[str, int]) -> StageOutput:
-        tokens_T = torch.randint(self.vocab_size, (segments.num_tokens,), device=segments.device)
-        mean_TZ, log_variance_TZ, _hidden_TD = self.vae.encode(tokens_T, segments)
-        latents_TZ = mean_TZ + (0.5 * log_variance_TZ).exp() * torch.randn_like(mean_TZ)
-        decoded_TD, ones_T = self.vae.decode(latents_TZ, segments), torch.ones(len(tokens_T), device=segments.device)
-        ce_sum, _ = losses.linear_cross_entropy(decoded_TD, self.vae.lm_head.weight, tokens_T, ones_T)
-        kl = losses.kl_to_standard_normal(mean_TZ, log_variance_TZ).sum()
-        return StageOutput((ce_sum + 1e-3 * kl) / len(tokens_T), {})
-
-
-def seconds(function: Callable[[], object], device: torch.device, repetitions: int) -> float:
-    """Median time of a call, after one that does not count."""
-    found = []
-    for _ in range(repetitions + 1):
-        _wait(device)
-        started = time.perf_counter()
-        function()
-        _wait(device)
-        found.append(time.perf_counter() - started)
-    return statistics.median(found[1:])
+    try:
+        device, size = torch.device("cuda", 0), gpu_parts.Size()
+        if is_dry:
+            device, size = torch.device("cpu"), gpu_parts.Size.dry()
+        write(card="no GPU" if is_dry else torch.cuda.get_device_name(device))
+        function: Callable[..., Any] = getattr(gpu_parts, part.function)
+        for row in (function(part.argument) if part.argument else function)(device, size):
+            write(**asdict(row))
+            if time.monotonic() > until:
+                write(error=f"the part's {seconds:.0f} s were over")
+                return
+    except BaseException as error:
+        traceback.print_exc()
+        write(error=reason(error)[:300])
+        sys.exit(1)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def run(part: Part, seconds: float, is_dry: bool) -> list[dict[str, Any]]:
+    """Lines that the part wrote in a process of its own, which ends after so many seconds at the latest."""
+    with TemporaryDirectory() as folder:
+        found = Path(folder) / "rows.jsonl"
+        found.touch()
+        # Forked: this process has imported everything and has not touched the GPU.
+        process = multiprocessing.get_context("fork").Process(target=measure, args=(part, found, is_dry, seconds))
+        process.start()
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        lines = [json.loads(line) for line in found.read_text(encoding="utf-8").splitlines()]
+        if process.exitcode and not any("error" in line for line in lines):
+            killed = process.exitcode == -signal.SIGKILL
+            how = f"ended after {seconds:.0f} s" if killed else f"its process ended with {process.exitcode}"
+            lines.append({"error": how})
+        return lines
 
 
-def matmul_peak(device: torch.device, size: Size) -> float:
-    """FLOP/s of the fastest of three square bf16 products."""
-    best = 0.0
-    for n in (size.product // 2, size.product, 2 * size.product):
-        left, right = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
-        best = max(best, 2.0 * n**3 / seconds(lambda a=left, b=right: a @ b, device, 10))
-    return best
+def rows_of(part: Part, lines: Sequence[dict[str, Any]], is_dry: bool) -> dict[str, list[list[Any]]]:
+    """Rows by table, one for each that was expected: its figures, or why there are none."""
+    error = next((line["error"] for line in lines if "error" in line), "its code gave no such row")
+    by_name = {line["name"]: line for line in lines if "name" in line}
+    assert by_name.keys() <= set(part.expected), f"{part.name} measures what it does not announce: {list(by_name)}"
+    tables: dict[str, list[list[Any]]] = {}
+    for name in part.expected:
+        table = "split" if name.startswith(gpu_parts.SPLIT) else part.table
+        line = by_name.get(name, {"why": error})
+        why = line.get("why", DRY if is_dry else None)
+        empty = [None] * (len(COLUMNS[table]) - 2)
+        cells = [NOT_MEASURED, *empty, why] if why else [*line["figures"], ""]
+        tables.setdefault(table, []).append([name.removeprefix(gpu_parts.SPLIT), *cells])
+    return tables
 
 
-def sized(name: str, size: Size) -> RunConfig:
-    """A shipped configuration as it is, or with --dry its miniature."""
-    config = load_config(name, [])
-    for key, value in size.shape:
-        keys = [key] if key != "num_layers" or config.stage == "dit" else ["num_encoder_layers", "num_decoder_layers"]
-        for one in keys:
-            setattr(config.model, one, value)  # type: ignore[attr-defined]
-    if size.shape and isinstance(config, VAERun):
-        config.model.vocab_size = 512
-    return config
+class Book:
+    """The tables so far, and the file that they are written into above those of earlier days."""
 
+    def __init__(self, args: argparse.Namespace, found: dict[str, Any]):
+        self.args, self.found, self.card = args, found, "no GPU"
+        self.tables: dict[str, list[list[Any]]] = {}
+        self._earlier: list[Any] | None = None
 
-def train_figures(name: str, peak: float, device: torch.device, size: Size) -> dict[str, Any]:
-    """Speed, memory and the step's split of one shipped configuration."""
-    config = sized(name, size)
-    config.train.compile = config.train.compile and device.type == "cuda"
-    stage: SyntheticDiT | SyntheticVAE
-    if isinstance(config, DiTRun):
-        vae = sized("vae_base", size)
-        assert isinstance(vae, VAERun)
-        vae.model.latent_dim = config.model.latent_dim
-        stage = SyntheticDiT(config.model.architecture(), TextVAE(vae.model.architecture()).to(device))
-    else:
-        assert isinstance(config, VAERun)
-        stage = SyntheticVAE(config.model.architecture())
-    prepare_blocks(stage.to(device), config.train)
-    lengths = list(size.lengths) * (config.data.micro_batch_rows if not size.shape else 1)
-    repetitions = size.steps
-    engine = Engine(stage, EngineSettings(zero_stage=1, precision="bf16"), AdamWSettings(lr=1e-4), init_distributed())
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    number = iter(range(1 << 30))
-    update_s: list[float] = []
+    def write(self, parts: Sequence[Part], lines_of: dict[str, list[dict[str, Any]]]) -> None:
+        """What all parts found until now."""
+        self.tables = {name: [] for name in COLUMNS}
+        for part in parts:
+            lines = lines_of[part.name]
+            self.card = next((line["card"] for line in lines if "card" in line), self.card)
+            for name, rows in rows_of(part, lines, self.args.dry).items():
+                self.tables[name] += rows
+        path = self.args.output
+        if path is None and not self.args.dry:
+            path = results.FOLDER / f"gpu_{file_name(self.card)}.json"
+        if path is None:
+            return
+        if self._earlier is None:
+            self._earlier = results.read(path)["tables"] if path.exists() else []
+        text = {"title": f"On a GPU: {self.card}", "tables": self.page() + self._earlier}
+        with atomic_write(path) as file:
+            file.write((json.dumps(text, indent=1) + "\n").encode())
+        if path.parent == results.FOLDER:
+            results.main([])
 
-    def step() -> None:
-        engine.forward_backward(Segments.from_lengths(lengths, device), {}, last=True)
-        engine.measure()  # waits for the device
-        started = time.perf_counter()
-        engine.step(next(number), 1e-4)
-        _wait(device)
-        update_s.append(time.perf_counter() - started)
+    def page(self) -> list[dict[str, Any]]:
+        """The tables as results.py reads them."""
+        commit = self.found["commit"]
+        common = {
+            "date": self.found["date"][:10],
+            "commit": commit and commit[:7] + commit[40:],
+            "machine": f"{self.card}; torch {self.found['versions']['torch']}",
+            "command": "python -m benchmarks.gpu" + " --dry" * self.args.dry,
+        }
+        return [
+            {"title": TITLES[name], **common, "columns": [*COLUMNS[name], "why not"], "rows": rows}
+            for name, rows in self.tables.items()
+        ]
 
-    step_s = seconds(step, device, repetitions)
-    memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
-    engine.close()
-    split = {"optimizer": statistics.median(update_s[1:])} | parts(stage, lengths, device, repetitions)
-    speed = stage.flops(lengths) / step_s
-    return {
-        "parameters": sum(p.numel() for p in stage.parameters()),
-        "tokens_per_s": sum(lengths) / step_s,
-        "tflops": speed / 1e12,
-        "mfu": speed / peak,
-        "mfu_of_data_sheet": speed / (DATA_SHEET_TFLOPS * 1e12),
-        "peak_memory_gb": memory,
-        "step_s": step_s,
-        "split": split | {"rest": step_s - sum(split.values())},
-    }
-
-
-def parts(
-    stage: SyntheticDiT | SyntheticVAE, lengths: list[int], device: torch.device, repetitions: int
-) -> dict[str, float]:
-    """Seconds that a step's attention, block GEMMs and LM head take alone, in bf16."""
-    tokens, bf16 = sum(lengths), torch.bfloat16
-    heads = stage.width // stage.head_dim
-    one_pass = attention.Pass("auto", lengths, heads, stage.head_dim, device, bf16)
-    products = Products(tokens, stage.width, stage.layers, device, bf16)
-    found = {"attention": stage.layers * seconds(one_pass, device, repetitions)}
-    found["gemm"] = seconds(products, device, repetitions)
-    if stage.vocab_size:
-        head = Head(tokens, stage.width, stage.vocab_size, device, bf16)
-        found["head"] = seconds(head.chunked, device, repetitions)
-    return found
+    def shown(self) -> str:
+        """The tables as Markdown."""
+        lines = []
+        for table in self.page():
+            lines += ["", table["title"], "", *results.table_of(table["columns"], table["rows"])]
+        return "\n".join([*lines, ""])
 
 
 def main_parser() -> argparse.ArgumentParser:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description="Attention, GEMM peak, training MFU on a GPU."
+        prog="python -m benchmarks.gpu", description="Everything that is measured on a GPU, in twelve minutes."
     )
-    parser.add_argument("--dry", action="store_true", help="a miniature on the CPU, which says nothing about speed")
-    parser.add_argument("--models", nargs="+", default=["dit_xl", "vae_base"], help="configurations (%(default)s)")
-    parser.add_argument("--output", type=Path, help="also write the figures there")
+    parser.add_argument("--dry", action="store_true", help="every part in miniature on the CPU: does its code run?")
+    parser.add_argument("--seconds", type=float, default=720, help="for all of it (%(default)s)")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["dit_b", "dit_xl", "vae_base", "dit_b_hd128"],
+        help="configurations (%(default)s)",
+    )
+    parser.add_argument("--output", type=Path, help="file (benchmarks/results/gpu_<card>.json; with --dry: none)")
     return parser
 
 
@@ -243,30 +228,33 @@ def main_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int | None:
     """Entry point."""
     args = main_parser().parse_args(argv)
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asks without touching the GPU, else no fork could
     if not args.dry and not torch.cuda.is_available():
-        raise UserError("no GPU is here; --dry runs a miniature on the CPU")
-    topology = init_distributed()
-    device, size = (torch.device("cpu"), Size.dry()) if args.dry else (topology.device, Size())
-    peak = matmul_peak(device, size)
-    heads, width = [64, 128], size.attention_width
-    figures: dict[str, Any] = {
-        "device": "cpu" if args.dry else torch.cuda.get_device_name(device),
-        "dry": args.dry,
-        "matmul_peak_tflops": peak / 1e12,
-        "attention": attention.measure(device, torch.bfloat16, heads, width, list(size.attention_lengths), size.steps),
-        "attention_of_windows": attention.measure(
-            device, torch.bfloat16, heads, width, list(size.window_lengths), size.steps
-        ),
-        "head": Head(*size.head, device, torch.bfloat16).figures(size.steps),
-    }
-    for name in args.models:
-        figures[name] = train_figures(name, peak, device, size)
-        print(json.dumps({name: figures[name]}), flush=True)
-    shutdown()
-    if args.output:
-        args.output.write_text(json.dumps({**figures, **surroundings()}, indent=2) + "\n")
+        raise UserError("torch sees no GPU here; --dry runs every part in miniature on the CPU")
+    began, parts, found = time.monotonic(), parts_of(args.models), surroundings()
+    lines_of = {part.name: [{"error": "its turn did not come"}] for part in parts}
+    book = Book(args, found)
+    for part in parts:
+        left = args.seconds - (time.monotonic() - began)
+        if left < min(LEAST_SECONDS, part.seconds):
+            lines_of[part.name] = [{"error": f"the {args.seconds:g} s were over"}]
+        else:
+            print(f"{part.name} ...", flush=True)
+            lines_of[part.name] = run(part, min(part.seconds, left), args.dry)
+        book.write(parts, lines_of)
+    print(book.shown())
+    failed = [f"{name}: {line['error']}" for name, lines in lines_of.items() for line in lines if "error" in line]
+    print("\n".join(failed))
+    rows = [row for rows in book.tables.values() for row in rows]
+    measured, seconds = sum(row[1] != NOT_MEASURED for row in rows), round(time.monotonic() - began, 1)
+    figures = {"card": book.card, "rows": len(rows), "measured": measured, "failed": failed, "seconds": seconds}
     print_figures(figures)
-    return 0
+    return 1 if failed else 0
+
+
+def file_name(card: str) -> str:
+    """A card's name as part of a file's."""
+    return "".join(letter if letter.isalnum() else "_" for letter in card.lower().removeprefix("nvidia ")).strip("_")
 
 
 if __name__ == "__main__":

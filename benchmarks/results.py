@@ -64,7 +64,7 @@ def render(folder: Path = FOLDER) -> str:
                 "",
                 _surroundings(table),
                 "",
-                *_table(table["columns"], table["rows"]),
+                *table_of(table["columns"], table["rows"]),
             ]
             if "notes" in table:
                 lines += ["", table["notes"]]
@@ -76,7 +76,7 @@ def _surroundings(table: dict[str, Any]) -> str:
     return "; ".join(part for part in parts if part) + (f": `{table['command']}`" if "command" in table else "")
 
 
-def _table(columns: list[str], rows: list[list[Any]]) -> list[str]:
+def table_of(columns: list[str], rows: list[list[Any]]) -> list[str]:
     cells = [columns, ["---"] * len(columns), *([_shown(cell) for cell in row] for row in rows)]
     return [f"| {' | '.join(row)} |" for row in cells]
 

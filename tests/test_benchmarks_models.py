@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import attention, gpu, lm_head, sampling, train_step
+from benchmarks import attention, lm_head, sampling, train_step
 from benchmarks.lm_head import peak_bytes
 from benchmarks.plain_dit import PlainDiT
 from data_pipeline.core.errors import UserError
@@ -126,23 +125,3 @@ def test_sampling_is_scored_against_its_reference(monkeypatch: pytest.MonkeyPatc
     assert (figures["evaluations_16"], figures["evaluations_euler50"]) == (16, 50)
     evaluations = {(row["solver"], row["steps"]): row["evaluations"] for row in figures["table"]}
     assert (evaluations["heun", 16], evaluations["multistep", 16]) == (31, 16)
-
-
-@pytest.mark.slow
-def test_the_gpu_script_runs_dry(tmp_path: Path) -> None:
-    """In a process of its own: it joins a process group of one."""
-    root = Path(gpu.__file__).resolve().parent.parent
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--output", str(tmp_path / "gpu.json")]
-    done = subprocess.run(command, cwd=root, check=False, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "gpu.json").read_text())
-    assert figures["matmul_peak_tflops"] > 0
-    for name in ("attention", "attention_of_windows"):
-        assert figures[name]["errors"]
-        assert figures[name]["tflops"]
-    assert figures["head"]["head_time_ratio"] > 0
-    for name, pieces in (("dit_xl", set()), ("vae_base", {"head"})):
-        model = figures[name]
-        assert {"tokens_per_s", "mfu", "mfu_of_data_sheet", "peak_memory_gb"} <= model.keys()
-        assert set(model["split"]) == {"attention", "gemm", "optimizer", "rest"} | pieces
-        assert sum(model["split"].values()) == pytest.approx(model["step_s"])
