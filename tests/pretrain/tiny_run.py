@@ -29,8 +29,9 @@ from pretrain.stages.base import Stage
 VOCABULARY, ROW_TOKENS, ROWS_PER_STEP = 64, 32, 8
 
 
-def write_data(folder: Path, seed: int = 0) -> Path:
+def write_data(folder: Path, seed: int = 0, vocabulary: int = VOCABULARY) -> Path:
     """A prepared folder of random tokens: four train shards, one held-out, rows of three windows and a filler tail."""
+    dtype = "uint16" if vocabulary <= 1 << 16 else "uint32"
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     splits: dict[str, list[ShardInfo]] = {"train": [], "heldout": []}
@@ -38,17 +39,17 @@ def write_data(folder: Path, seed: int = 0) -> Path:
         rows = []
         for _ in range(count):
             lengths = np.array([10, 12, 8], np.int32)
-            tokens = rng.integers(1, VOCABULARY, ROW_TOKENS).astype(np.uint16)
+            tokens = rng.integers(1, vocabulary, ROW_TOKENS).astype(dtype)
             tokens[30:] = 0
             rows.append((tokens, lengths))
-        written = write_shard(folder / shard_name(split, index), token_members(ROW_TOKENS, "uint16"), rows)
+        written = write_shard(folder / shard_name(split, index), token_members(ROW_TOKENS, dtype), rows)
         info = ShardInfo(name=shard_name(split, index), windows=3 * count, tokens=30 * count, **written._asdict())
         splits[split].append(info)
     tokenizer = TokenizerInfo(
-        name="x", revision=None, sha256="0" * 64, vocab_size=VOCABULARY, special_ids={}, eos_id=None
+        name="x", revision=None, sha256="0" * 64, vocab_size=vocabulary, special_ids={}, eos_id=None
     )
     manifest = Manifest.create(
-        row_tokens=ROW_TOKENS, token_dtype="uint16", min_window=4, max_window=32, seed=seed, heldout_fraction=0.1,
+        row_tokens=ROW_TOKENS, token_dtype=dtype, min_window=4, max_window=32, seed=seed, heldout_fraction=0.1,
         dedupe=False, tokenizer=tokenizer, splits=splits, source="random", statistics={},
     )  # fmt: skip
     (folder / "manifest.json").write_text(manifest.model_dump_json())

@@ -1,40 +1,17 @@
 """Supervised tuning: a trained model goes on with pairs of context and target, by the same command and loss, and learns what they ask."""
 
-import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from data_pipeline.prepare.__main__ import main as prepare
 from pretrain import train
 from pretrain.telemetry.sinks import read_metrics
 from tests.pretrain import tiny_pipeline, tiny_run
-from tests.pretrain.conftest import Trained
+from tests.pretrain.conftest import APART, KNOWN, Trained
 
-KNOWN, APART = 8, 20
 WITHOUT_CONTEXT = math.log(KNOWN) / 2
 """Nats a target token (a word and the end) of whoever knows the task but sees no context."""
-
-
-@pytest.fixture(scope="module")
-def pairs(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared pairs: the target is another word for the context's last one."""
-    folder, rng = tmp_path_factory.mktemp("pairs"), np.random.default_rng(0)
-    lines = []
-    for _ in range(400):
-        numbers = rng.integers(2, 2 + KNOWN, int(rng.integers(1, 5)))
-        prompt = " ".join(f"w{number}" for number in numbers)
-        lines.append(json.dumps({"prompt": prompt, "response": f"w{numbers[-1] + APART}"}))
-    (folder / "pairs.jsonl").write_text("\n".join(lines))
-    arguments = {
-        "--source": folder / "pairs.jsonl", "--tokenizer": trained.data / "tokenizer", "--output": folder / "out",
-        "--context-field": "prompt", "--target-field": "response", "--row-tokens": tiny_run.ROW_TOKENS,
-        "--max-document-length": 16, "--min-document-length": 3, "--heldout-fraction": 0.1, "--shards": 4, "--workers": 1,
-    }  # fmt: skip
-    assert not prepare([str(word) for item in arguments.items() for word in item])
-    return folder / "out"
 
 
 def ar_values(data: Path, run: Path, kind: str, **train_section: object) -> dict:
