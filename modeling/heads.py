@@ -124,7 +124,7 @@ class CategoricalHead(KeepsStatistics):
     ) -> Prediction:
         """Velocity, and given the true tokens their cross-entropies.
 
-        temperature: divides all logits; below 1, sampling is sharpened.
+        temperature: divides all logits; below 1, sampling is sharpened, and so are the probabilities that a student learns.
         """
         hidden_MD = hidden_TD[places_M]
         noisy_MZ, time_M1 = latents_TZ[places_M].float(), time_T1[places_M]
@@ -134,6 +134,7 @@ class CategoricalHead(KeepsStatistics):
         if tokens_M is None:
             mean_MZ = class_mean(scores, self.means.float(), temperature)
         else:
+            scores = scores.divided(temperature)
             loss, ce_M, mean_MZ = categorical_loss(scores, self.means.float(), tokens_M, self.through_mean)
         mean_MZ = mean_MZ + within_Z.sqrt() * self.to_shift(hidden_MD.to(self.to_shift.weight.dtype)).float()
         spread_MZ = signal_M1.square() * within_Z + time_M1.square()

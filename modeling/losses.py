@@ -216,6 +216,12 @@ class ClassScores(NamedTuple):
     known_ME: torch.Tensor
     known_VE: torch.Tensor
 
+    def divided(self, temperature: float) -> "ClassScores":
+        """All logits divided by a number."""
+        if temperature == 1:
+            return self
+        return self._replace(hidden_MD=self.hidden_MD / temperature, known_ME=self.known_ME / temperature)
+
 
 def categorical_loss(
     scores: ClassScores, values_VZ: torch.Tensor, targets_M: torch.Tensor, through_mean: bool = False, chunk: int = 0

@@ -62,7 +62,7 @@ class TextDiT(nn.Module):
             windows: which tokens see each other: context and target of one document.
             estimate_TZ: an earlier estimate of z at the targets, for self-conditioning.
             targets: the true tokens and where they stand. Without them a GPU is waited for, to find the targets' places.
-            token_temperature: of the tokens' probabilities in sampling; nothing to the velocity head.
+            token_temperature: of the tokens' probabilities; nothing to the velocity head.
         """
         places_M = is_target_T.nonzero()[:, 0] if targets is None else targets.places_M
         tokens_M = None if targets is None else targets.tokens_M

@@ -10,6 +10,7 @@ from pretrain.config.schema import RunConfig
 OWN = {
     "vae": "pretrain.stages.vae_config:KIND",
     "dit": "pretrain.stages.dit_config:KIND",
+    "distill": "pretrain.stages.distill_config:KIND",
     "ar": "pretrain.stages.token_config:AR",
     "mdlm": "pretrain.stages.token_config:MDLM",
 }

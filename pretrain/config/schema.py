@@ -47,6 +47,16 @@ class RunConfig(Section):
         self.data.cache_dir = None
         return self
 
+    @property
+    def first_weights(self) -> tuple[str, str] | None:
+        """Key and value that name the run whose EMA weights a new run starts from; None: from weights of its own."""
+        return ("train.init_from", self.train.init_from) if self.train.init_from else None
+
+    @property
+    def earlier_stages(self) -> tuple[str, ...]:
+        """Of which stages that run may be."""
+        return (self.stage,)
+
     def features_folder(self) -> str | None:
         """The feature cache that a run reads beside its tokens, if it has one."""
         return None

@@ -16,6 +16,7 @@ from modeling.token_statistics import log_frequencies
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.config.load import parse_config
+from pretrain.config.sections import Diagnose
 from pretrain.diagnose import model_checks, panels, text_checks
 from pretrain.diagnose.diagnosis import Diagnosis, heldout, phase, say, training
 from pretrain.diagnose.nats import draw_bound, nats_verdicts, unigram_figures
@@ -137,27 +138,33 @@ def likelihood_figures(stage: DiTStage, vae: VAERun, batches: Sequence[Batch]) -
 def text_figures(stage: DiTStage, device: torch.device) -> Figures:
     """Checks 7 to 9 on generated continuations of held-out contexts."""
     config, settings = stage.config, stage.config.diagnose
-    manifest = config.data.manifest()
+    path = EstimatePath()
+    figures = written_figures(stage, device, path)
+    if not figures:
+        return {}
+    few = prompts_of(heldout(config, device), settings.sample_tokens // 4)
+    with phase("text: guidance sweep", SWEEP_STEPS * len(settings.sweep_scales)) as tick:
+        figures["guidance_sweep"] = text_checks.guidance_sweep(stage, few, settings.sweep_scales, SWEEP_STEPS, tick)
+    return figures | {"even_times": path.even_times()}
+
+
+def written_figures(stage: DiTStage, device: torch.device, path: EstimatePath | None = None) -> Figures:
+    """Of continuations as the run samples them, checks 7 to 9; nothing where no held-out window has a context."""
+    config, settings = stage.config, stage.config.diagnose
     prompts = prompts_of(heldout(config, device), settings.sample_tokens)
     if not prompts:
         say("  no held-out window has a context: generated text is not measured")
         return {}
     scale, num_steps = settings.guidance_scale, settings.num_steps
-    path = EstimatePath()
     with phase(f"text: {num_steps} steps at guidance {scale:g}", num_steps) as tick:
         samples = sample(stage, prompts, scale, num_steps, settings.solver, tick=tick, path=path)
     generated = samples.tokens
-    truth = [prompt.target_T.tolist() for prompt in prompts]
     figures: Figures = {
         "guidance_scale": scale, "token_temperature": settings.token_temperature, "num_steps": num_steps, "solver": settings.solver,
         "generated_tokens": sum(map(len, generated)), "latent_rms": text_checks.rms(samples.latents_NZ),
-        "even_times": path.even_times(),
     }  # fmt: skip
-    figures |= variety_figures(generated, truth)
-    few = prompts_of(heldout(config, device), settings.sample_tokens // 4)
-    with phase("text: guidance sweep", SWEEP_STEPS * len(settings.sweep_scales)) as tick:
-        figures["guidance_sweep"] = text_checks.guidance_sweep(stage, few, settings.sweep_scales, SWEEP_STEPS, tick)
-    return figures | word_figures(stage.config, manifest, prompts, generated)
+    figures |= variety_figures(generated, [prompt.target_T.tolist() for prompt in prompts])
+    return figures | word_figures(config, config.data.manifest(), prompts, generated)
 
 
 def judge(figures: Figures, config: DiTRun) -> list[Verdict]:
@@ -190,23 +197,27 @@ def judge(figures: Figures, config: DiTRun) -> list[Verdict]:
             error=figures.get("generalisation_gap_error"),
         ),
     ]
-    if "latent_rms" not in figures:
-        return [*verdicts, Verdict(7, "generated text", "not measured")]
-    at_scale = f" at guidance {figures['guidance_scale']:g}"
-    verdicts += [
-        at_most(7, "rms of latents" + at_scale, figures["latent_rms"], limits.max_latent_rms, ".2f"),
-        *variety_verdicts(figures, limits),
-    ]
-    verdicts += [
+    verdicts += written_verdicts(figures, limits)
+    return verdicts + [
         Verdict(
             7,
             f"guidance {row['guidance_scale']:g}: rms, distinct-2",
             f"{row['latent_rms']:.2f}  {row['distinct_2']:.3f}",
         )
-        for row in figures["guidance_sweep"]
+        for row in figures.get("guidance_sweep", [])
     ]
-    verdicts += word_verdicts(figures, limits)
-    return verdicts
+
+
+def written_verdicts(figures: Figures, limits: Diagnose) -> list[Verdict]:
+    """Checks 7 to 9 of `written_figures`."""
+    if "latent_rms" not in figures:
+        return [Verdict(7, "generated text", "not measured")]
+    at_scale = f" at guidance {figures['guidance_scale']:g}"
+    return [
+        at_most(7, "rms of latents" + at_scale, figures["latent_rms"], limits.max_latent_rms, ".2f"),
+        *variety_verdicts(figures, limits),
+        *word_verdicts(figures, limits),
+    ]
 
 
 def page_panels(figures: Figures) -> list[Panel]:

@@ -35,6 +35,7 @@ from data_pipeline.core.storage import atomic_folder, is_url
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.text.tokenization import LoadedTokenizer, load_prepared_tokenizer
 from modeling.solvers import solver_names
+from modeling.textldm import TextLDMConfig
 from pretrain.checkpoint.find import checkpoint_at, checkpoint_of
 from pretrain.checkpoint.manifest import read_manifest, unaltered
 from pretrain.checkpoint.storage import Checkpoint
@@ -274,9 +275,10 @@ def main(argv: list[str] | None = None) -> None:
         overwrite=given.overwrite,
     )
     num_bytes = sum(path.stat().st_size for path in output.iterdir())
-    stage = json.loads((output / CONFIG).read_text(encoding="utf-8"))[STAGE]
-    print(f"{output}: {num_bytes / 1e6:,.1f} MB" + ("; try it:" if stage == "dit" else ""))
-    if stage == "dit":
+    export = json.loads((output / CONFIG).read_text(encoding="utf-8"))
+    continues = export["model_type"] == TextLDMConfig.model_type
+    print(f"{output}: {num_bytes / 1e6:,.1f} MB" + ("; try it:" if continues else ""))
+    if continues:
         print(f'textldm generate --model {output} --prompt "Once upon a time"')
     if given.push is not None:
         print(push(output, given.push))

@@ -12,6 +12,10 @@ HOUSEKEEPING = {"kind", "step", "time", "seconds", "stragglers", "skipped", "nat
 RUNNING = {"step_s", "tokens_per_s", "tokens_per_s_per_device", "wait_share", "peak_memory_gib", "goodput", "mfu"}
 """Measures of `running.py`."""
 NATS = {"nats", "nats_per_token", "unigram_nats"}
+NO_NATS = {
+    "vae": "Stage vae gives no probability to text; what of it is given back is under Losses.",
+    "distill": "Stage distill says where its teacher's steps lead, not what text is likely; how near it comes is under Losses.",
+}
 FEW = 40
 """Points below which a line is not smoothed."""
 
@@ -21,6 +25,8 @@ RATE = Axis("{:.2g}".format, log=False, zero=True)
 MEASURES: dict[str, tuple[str, str, Axis]] = {
     "loss": ("Training loss", "as it is minimised", Axis(log=False)),
     "flow": ("Flow loss", "per channel, over all t", Axis(log=False)),
+    "distill": ("Error of a step", "its teacher's guided steps being right", Axis(log=False)),
+    "distilled": ("Share gone of that error", "of the teacher's own unguided step's", SHARE),
     "token_ce": ("Cross-entropy of the token head", "nats, over all t", Axis(log=False)),
     "ce": ("Reconstruction", "cross-entropy, nats a token", Axis()),
     "token_accuracy": ("Tokens given back", "", SHARE),
@@ -142,8 +148,8 @@ def nats(run: Run, against: Run | None) -> Html:
     """Nats per token over the steps, over t0, and on one line with what it is measured against."""
     found, other = nats_of(run), nats_of(against) if against else {}
     if found["model"] is None:
-        if run.stage == "vae":
-            return missing("Stage vae gives no probability to text; what of it is given back is under Losses.")
+        if run.stage in NO_NATS:
+            return missing(NO_NATS[run.stage])
         how = f"textldm diagnose --run {run.folder} does it, and so does training every train.eval_every steps."
         own = lines_of(run.metrics, "nats_per_token", against.metrics if against else None)
         title, note = "On the training rows", "nats per token"

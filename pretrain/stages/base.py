@@ -70,6 +70,10 @@ class Stage(KeepsStatistics):
         """What an evaluation tells of the metrics' means over all its rows."""
         return means
 
+    def load_first(self, tensors: dict[str, Tensor], source: Checkpoint | Path) -> None:
+        """Start from an earlier run's parameters and buffers. Raises: UserError naming `source`."""
+        self.load_trained(tensors, source)
+
     def load_trained(self, tensors: dict[str, Tensor], source: Checkpoint | Path) -> None:
         """Take all parameters and buffers of a checkpoint or export, outside training. Raises: UserError naming `source`."""
         load_weights(self, tensors, source)

@@ -37,17 +37,17 @@ def build_stage(config: RunConfig, manifest: Manifest, device: torch.device) -> 
 
 
 def take_first_weights(stage: Any, config: RunConfig, manifest: Manifest) -> None:
-    """Put the weights of `train.init_from`, if there is one, in place of the first weights. Raises: UserError, if they do not fit.
+    """Put the weights that the configuration names, if any, in place of the first weights. Raises: UserError, if they do not fit.
 
     What an export lacks, because only training has it, keeps its first weights.
     """
-    if not config.train.init_from:
+    if config.first_weights is None:
         return
     tensors, source = earlier_weights(config, manifest)
     if isinstance(source, Path):
         first = {name: tensor for name, tensor in stage.state_dict().items() if name.startswith(TRAINING_ONLY)}
         tensors = first | tensors
-    stage.load_trained(tensors, source)
+    stage.load_first(tensors, source)
 
 
 def load_stage(config: RunConfig, path: Checkpoint, device: torch.device) -> Any:

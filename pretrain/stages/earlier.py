@@ -1,7 +1,6 @@
-"""The weights that a new run starts from (`train.init_from`): of another run, or of an exported folder, here or on the hub."""
+"""The weights that a new run starts from (`train.init_from`, `distill.teacher`): of another run, or of an export, here or on the hub."""
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -20,36 +19,46 @@ from pretrain.runs.inputs import find_inputs
 from pretrain.runs.record import RunRecord
 from pretrain.stages.exported import STAGE, export_config, exported_folder, weight_files
 
-KEY = "train.init_from"
-
 
 def earlier_weights(config: RunConfig, manifest: Manifest) -> tuple[dict[str, Tensor], Checkpoint | Path]:
-    """The tensors by the stage's names, and where they are from: EMA weights of a run, or what an export holds, which lacks what only
-    training has. Raises: UserError, if they are of another stage, tokenizer or VAE, or cannot be read.
+    """The tensors that `RunConfig.first_weights` names, by the stage's names, and where they are from: EMA weights of a run, or what an
+    export holds, which lacks what only training has. Raises: UserError, if they are of another stage, tokenizer or VAE, or cannot be read.
     """
-    source = config.train.init_from
-    folder = exported_folder(source, f"--set {KEY}=")
+    assert config.first_weights is not None
+    key, source = config.first_weights
+    folder = exported_folder(source, f"--set {key}=")
     if folder is None:
         checkpoint = earlier_checkpoint(config, manifest)
         return read_tensors(checkpoint, "ema"), checkpoint
     try:
         export = export_config(folder)
-        stage, own = export.get(STAGE), stage_kind(config.stage).from_export
-        if stage != config.stage or own is None:
-            what = f"the export of a run of stage {stage}" if stage else f"a model of type {export.get('model_type')}"
+        stage = export.get(STAGE)
+        if stage is None:
             raise UserError(
-                f"{KEY} {source} is {what}; expected a run or an export (textldm convert) of stage {config.stage}"
+                f"{key} {source} is a model of type {export.get('model_type')}; expected a run or an export (textldm convert) of stage"
+                f" {' or '.join(config.earlier_stages)}"
             )
-        _check_tokenizer(source, _tokenizer_of(folder), manifest)
+        _check_stage(config, stage, f"{key} {source} is the export of a run")
+        own = stage_kind(stage).from_export
+        if own is None:
+            raise UserError(f"{key} {source} is an export of stage {stage}, which no run starts from; expected its run")
+        _check_tokenizer(f"{key} {source}", _tokenizer_of(folder), manifest)
         with TensorFiles(weight_files(folder)) as files:
             found: dict[str, Tensor] = part(own)(config, export, files)
     except UserError:
         raise
     except UNREADABLE as error:
         raise UserError(
-            f"{KEY} {source} is not what textldm convert writes ({reason(error)}): export it again"
+            f"{key} {source} is not what textldm convert writes ({reason(error)}): export it again"
         ) from None
     return {name: tensor.float() for name, tensor in found.items()}, folder
+
+
+def _check_stage(config: RunConfig, stage: str, what: str) -> None:
+    if stage not in config.earlier_stages:
+        raise UserError(
+            f"{what} of stage {stage}; expected a run or an export (textldm convert) of stage {' or '.join(config.earlier_stages)}"
+        )
 
 
 def _tokenizer_of(folder: Path) -> str:
@@ -57,27 +66,27 @@ def _tokenizer_of(folder: Path) -> str:
         return tokenizer_hash(read_at_most(file))
 
 
-def _check_tokenizer(source: Any, found: str, manifest: Manifest) -> None:
+def _check_tokenizer(what: str, found: str, manifest: Manifest) -> None:
     if found != manifest.tokenizer.sha256:
         raise UserError(
-            f"{KEY} {source} was trained with tokenizer {found[:16]}, the data has {manifest.tokenizer.sha256[:16]}"
+            f"{what} was trained with tokenizer {found[:16]}, the data has {manifest.tokenizer.sha256[:16]}"
             f" ({manifest.tokenizer.name}): prepare the text with the tokenizer of that run's data"
         )
 
 
 def earlier_checkpoint(config: RunConfig, manifest: Manifest) -> Checkpoint:
-    """The checkpoint that `train.init_from` names. Raises: UserError, if it is of another stage, tokenizer or VAE."""
-    source = config.train.init_from
-    checkpoint = checkpoint_of(source, f"--set {KEY}=")
+    """The checkpoint that `RunConfig.first_weights` names. Raises: UserError, if it is of another stage, tokenizer or VAE."""
+    assert config.first_weights is not None
+    key, source = config.first_weights
+    checkpoint = checkpoint_of(source, f"--set {key}=")
     record = RunRecord.of_checkpoint(read_manifest(checkpoint))
-    if record.stage != config.stage:
-        raise UserError(f"{KEY} {source} is a run of stage {record.stage}; expected one of stage {config.stage}")
-    _check_tokenizer(source, record.tokenizer_sha256, manifest)
+    _check_stage(config, record.stage, f"{key} {source} is a run")
+    _check_tokenizer(f"{key} {source}", record.tokenizer_sha256, manifest)
     vae = "model.vae"
     before, now = record.inputs.get(vae), find_inputs(config).fingerprints.get(vae)
     if before != now:
         raise UserError(
-            f"{KEY} {source} was trained on the latents of a VAE of fingerprint {str(before)[:16]}, {vae} has {str(now)[:16]}:"
+            f"{key} {source} was trained on the latents of a VAE of fingerprint {str(before)[:16]}, {vae} has {str(now)[:16]}:"
             f" set {vae} to the VAE of that run"
         )
     return checkpoint

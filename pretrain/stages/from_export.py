@@ -22,6 +22,7 @@ def of_vae(config: RunConfig, export: Mapping[str, Any], tensors: Mapping[str, T
 def of_dit(config: RunConfig, export: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of a TextLDM. Raises: UserError, if `model.vae` is not the VAE in it: its DiT would go on in another latent space."""
     assert isinstance(config, DiTRun)
+    assert config.first_weights is not None
     with open_vae(config.model.vae) as vae:
         other = vae.shape != TextVAEConfig(**export["vae"])
         for name in () if other else vae.shapes():
@@ -29,7 +30,7 @@ def of_dit(config: RunConfig, export: Mapping[str, Any], tensors: Mapping[str, T
             other = other or (name not in STATISTICS and not theirs.equal(vae.read(name).to(theirs.dtype)))
     if other:
         raise UserError(
-            f"train.init_from {config.train.init_from} was trained on the latents of another VAE than model.vae {config.model.vae}: its"
+            f"{' '.join(config.first_weights)} was trained on the latents of another VAE than model.vae {config.model.vae}: its"
             " DiT knows no other latent space; set model.vae to the VAE of that run"
         )
     found = {name: tensor for name, tensor in tensors.items() if name.startswith("dit.")}

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 from data_pipeline.format.manifest import FeatureManifest
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.manifest import read_manifest
-from pretrain.stages.exported import export_fingerprint, exported_vae
+from pretrain.stages.exported import export_fingerprint, exported_folder, exported_vae
 
 if TYPE_CHECKING:
+    from pretrain.stages.distill_config import DistillRun
     from pretrain.stages.dit_config import DiTRun
     from pretrain.stages.vae_config import VAERun
 
-VAE_KEY, FEATURES_KEY = "model.vae", "repa.features"
+VAE_KEY, FEATURES_KEY, TEACHER_KEY = "model.vae", "repa.features", "distill.teacher"
 
 
 def of_vae(config: "VAERun") -> dict[str, str]:
@@ -24,6 +25,16 @@ def of_vae(config: "VAERun") -> dict[str, str]:
 def of_dit(config: "DiTRun") -> dict[str, str]:
     """The VAE's checkpoint. Raises: UserError."""
     return {VAE_KEY: vae_fingerprint(config.model.vae)}
+
+
+def of_distill(config: "DistillRun") -> dict[str, str]:
+    """The VAE's checkpoint and the teacher's. Raises: UserError."""
+    teacher, named_by = config.distill.teacher, f"--set {TEACHER_KEY}="
+    folder = exported_folder(teacher, named_by)
+    found = (
+        read_manifest(checkpoint_of(teacher, named_by)).fingerprint if folder is None else export_fingerprint(folder)
+    )
+    return of_dit(config) | {TEACHER_KEY: found}
 
 
 def vae_fingerprint(run: str | Path, named_by: str = f"--set {VAE_KEY}=") -> str:

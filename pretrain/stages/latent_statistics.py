@@ -147,7 +147,7 @@ def statistics_of(
     rows = training_batches(config, config.flow.statistics_rows)
     latents_MZ, tokens_M = target_latents(vae, rows, device, together)
     standardised_MZ = set_statistics(vae, latents_MZ)
-    if config.train.init_from:  # its DiT goes on in the latent space that it knows
+    if config.first_weights is not None:  # its DiT goes on in the latent space that it knows
         known, _ = earlier_weights(config, manifest)
         vae.latents_mean.copy_(known["latents_mean"])
         vae.latents_std.copy_(known["latents_std"])
@@ -176,7 +176,7 @@ def statistics_key(config: "DiTRun", manifest: Manifest) -> str:
         config.data.split.model_dump(),
         [config.train.seed, config.data.streams, config.data.rows_per_step, config.flow.statistics_rows],
         config.model.head == "categorical",
-        *([config.train.init_from] if config.train.init_from else []),
+        *([config.first_weights[1]] if config.first_weights is not None else []),
     ]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 

@@ -4,19 +4,20 @@ Shape letters: T packed tokens, M target tokens, D width, Z latent dim.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from modeling import flow, losses
 from modeling.attention import Segments
-from modeling.heads import TokenHead, TokenTargets, VelocityHead
+from modeling.heads import CategoricalHead, TokenHead, TokenTargets, VelocityHead
 from modeling.repa import RepaHead
 from modeling.shapes import TextVAEConfig
 from modeling.text_dit import TextDiT
 from modeling.text_vae import TextVAE
 from modeling.token_transformer import TokenTransformer, causal_inputs
+from pretrain.stages.distill_config import DistillRun
 from pretrain.stages.dit_config import DiTRun
 from pretrain.stages.frozen_vae import ENCODER
 from pretrain.stages.token_config import ARRun, TokenRun
@@ -116,7 +117,7 @@ def of_dit(config: DiTRun, device: torch.device, vocab_size: int = 0) -> Outline
     with device:
         dit = TextDiT(shape)
         vae = TextVAE(TextVAEConfig(vocab_size=shape.vocab_size, latent_dim=shape.latent_dim)).requires_grad_(False)
-        wants_head = config.flow.token_loss_weight and isinstance(dit.head, VelocityHead)
+        wants_head = config.flow.token_loss_weight and isinstance(dit.head, VelocityHead) and config.stage == "dit"
         head = TokenHead(shape.width, shape.vocab_size) if wants_head else None
     if not isinstance(dit.head, VelocityHead):
         dit.head.through_mean = config.flow.through_tokens
@@ -145,6 +146,24 @@ def of_dit(config: DiTRun, device: torch.device, vocab_size: int = 0) -> Outline
 
     copied = [vae.get_submodule(name.removesuffix(".")) for name in ENCODER]
     return Outline(trained, loss, flops, shape.vocab_size, frozen=[vae], copied=copied)
+
+
+def of_distill(config: DistillRun, device: torch.device, vocab_size: int = 0) -> Outline:
+    """A student, with its frozen teacher beside the VAE."""
+    student = of_dit(config, device, vocab_size)
+    dit = student.trained.get_submodule("dit")
+    assert isinstance(dit, TextDiT)
+    vae, shape, passes = student.frozen[0], dit.config, config.distill.teacher_passes
+    assert isinstance(vae, TextVAE)
+    if isinstance(dit.head, CategoricalHead):
+        dit.head.through_mean = True
+    with device:
+        teacher = TextDiT(shape).requires_grad_(False)
+
+    def flops(windows: Windows) -> float:
+        return dit_flops(shape, vae.config, windows.lengths, windows.halves, windows.num_targets, passes)
+
+    return replace(student, flops=flops, frozen=[vae, teacher])
 
 
 def of_ar(config: ARRun, device: torch.device, vocab_size: int = 0) -> Outline:

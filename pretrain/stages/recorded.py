@@ -10,15 +10,15 @@ from data_pipeline.format.manifest import FeatureManifest, Manifest
 from pretrain.checkpoint.find import stated_fingerprint
 from pretrain.config.schema import RunConfig
 from pretrain.runs.record import RunRecord
-from pretrain.stages.exported import export_fingerprint, exported_vae
-from pretrain.stages.inputs import FEATURES_KEY, VAE_KEY
+from pretrain.stages.exported import export_fingerprint, exported_folder, exported_vae
+from pretrain.stages.inputs import FEATURES_KEY, TEACHER_KEY, VAE_KEY
 
 DATA_KEY = "data.path"
 
 
 def check_recorded(config: RunConfig, record: RunRecord, given: Collection[str] = ()) -> None:
-    """The data, feature cache and VAE that the configuration names have the fingerprints that the run's checkpoint recorded. No more of
-    them than manifests is looked at, and no URL is asked.
+    """The data, feature cache, VAE and teacher that the configuration names have the fingerprints that the run's checkpoint recorded. No
+    more of them than manifests is looked at, and no URL is asked.
 
     Args:
         given: keys that the user has set to places of his own, which are not checked.
@@ -26,7 +26,8 @@ def check_recorded(config: RunConfig, record: RunRecord, given: Collection[str] 
     Raises: UserError.
     """
     features, vae = config.features_folder(), getattr(getattr(config, "model", None), "vae", None)
-    named = {DATA_KEY: config.data.path, FEATURES_KEY: features, VAE_KEY: vae}
+    teacher = getattr(getattr(config, "distill", None), "teacher", None)
+    named = {DATA_KEY: config.data.path, FEATURES_KEY: features, VAE_KEY: vae, TEACHER_KEY: teacher}
     recorded = record.inputs | {DATA_KEY: record.data_fingerprint}
     for key, place in named.items():
         if place is None or key in given or key not in recorded:
@@ -45,12 +46,12 @@ def check_recorded(config: RunConfig, record: RunRecord, given: Collection[str] 
 
 
 def _stated(key: str, place: str) -> str | None:
-    """The fingerprint that a folder states, or that an exported VAE has; of a folder without either None: whoever loads it says so.
+    """The fingerprint that a folder states, or that an export has; of a folder without either None: whoever loads it says so.
 
     Raises: UserError.
     """
-    if key == VAE_KEY:
-        folder = exported_vae(place, f"--set {key}=")
+    if key in (VAE_KEY, TEACHER_KEY):
+        folder = (exported_vae if key == VAE_KEY else exported_folder)(place, f"--set {key}=")
         return stated_fingerprint(place) if folder is None else export_fingerprint(folder)
     kind = Manifest if key == DATA_KEY else FeatureManifest
     return kind.load(place, f"--set {key}=").fingerprint

@@ -81,6 +81,16 @@ def continuations(session: "Session") -> list[dict[str, str]]:
     return written(session, lambda prompts: sample(stage, prompts, scale, NUM_STEPS, SOLVER).tokens)
 
 
+def student_continuations(session: "Session") -> list[dict[str, str]]:
+    """Of a distilled student, as it is made to be sampled. Collective."""
+    stage = session.stage
+    assert isinstance(stage, DiTStage)
+    own = stage.config.diagnose
+    return written(
+        session, lambda prompts: sample(stage, prompts, own.guidance_scale, own.num_steps, own.solver).tokens
+    )
+
+
 def token_continuations(session: "Session") -> list[dict[str, str]]:
     """Of the baselines over tokens. Collective."""
     stage = session.stage

@@ -49,13 +49,16 @@ def dit_flops(
     window_lengths: Sequence[int],
     segment_lengths: Sequence[int],
     num_targets: int,
+    teacher_passes: int = 0,
 ) -> float:
-    """Of a training step of stage 2 over windows, with the frozen VAE's encoder over their contexts and targets."""
+    """Of a training step of stage 2 over windows, with the frozen VAE's encoder over their contexts and targets, and in distillation so
+    many forward passes of a frozen DiT of the same shape."""
     weights = 12 * dit.width**2 * dit.num_layers + 2 * dit.width * dit.latent_dim
-    own = transformer_flops(weights, dit.num_layers, dit.width, window_lengths)
+    own = transformer_flops(weights, dit.num_layers, dit.width, window_lengths, passes=3 + teacher_passes)
     if dit.head == "categorical":
         # Learned logits forward and backward; forward alone the known ones and the mean latent, with the network and before it.
-        own += float(num_targets) * vae.vocab_size * (6 * dit.width + 2 * 2 * (3 * dit.latent_dim + 1))
+        known, learned = 2 * 2 * (3 * dit.latent_dim + 1), 2 * dit.width
+        own += float(num_targets) * vae.vocab_size * ((3 + teacher_passes) * learned + (1 + teacher_passes) * known)
     encoder = 12 * vae.width**2 * vae.num_encoder_layers
     return own + transformer_flops(encoder, vae.num_encoder_layers, vae.width, segment_lengths, passes=1)
 

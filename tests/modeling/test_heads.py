@@ -74,12 +74,11 @@ def test_velocity_and_cross_entropies_are_those_of_bayes_rule(time: float, tempe
     torch.testing.assert_close(found_MZ, estimate_MZ, rtol=1e-3, atol=2e-4)
     assert not sampled.velocity_TZ[0::3].any(), "contexts move"
     assert sampled.token_loss is None
-    if temperature == 1:
-        trained = head(**given, places_M=places_M, tokens_M=tokens_M)
-        torch.testing.assert_close(trained.velocity_TZ, sampled.velocity_TZ, rtol=1e-4, atol=1e-5)
-        expected_M = F.cross_entropy(logits_MV, tokens_M, reduction="none")
-        torch.testing.assert_close(trained.token_ce_M.double(), expected_M, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(trained.token_loss.detach(), trained.token_ce_M.sum())
+    trained = head(**given, places_M=places_M, tokens_M=tokens_M, temperature=temperature)
+    torch.testing.assert_close(trained.velocity_TZ, sampled.velocity_TZ, rtol=1e-4, atol=1e-5)
+    expected_M = F.cross_entropy(logits_MV / temperature, tokens_M, reduction="none")
+    torch.testing.assert_close(trained.token_ce_M.double(), expected_M, rtol=1e-3, atol=1e-3 / temperature)
+    torch.testing.assert_close(trained.token_loss.detach(), trained.token_ce_M.sum())
 
 
 @pytest.mark.parametrize("time", [0.05, 0.6])

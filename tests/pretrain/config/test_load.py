@@ -117,7 +117,7 @@ def test_big_configs_run_on_any_number_of_nodes_without_changes(name: str, ranks
         ("train.zero_stage=5", "expected 0, 1, 2 or 3"),
         (
             "flow={}",
-            "unknown key flow in vae_base.json (with --set); section flow belongs to stage dit: drop it, or change stage",
+            "unknown key flow in vae_base.json (with --set); section flow belongs to stage dit or distill: drop it, or change stage",
         ),
         ("stage=ae", 'stage is "ae" in vae_base.json (with --set); expected one of vae, dit'),
         ("train.steps.x=1", "steps is not a section"),

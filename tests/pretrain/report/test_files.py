@@ -70,8 +70,8 @@ def test_torn_lines_are_counted_and_left_out(tmp_path: Path) -> None:
     [
         ("config.json", "{", "config.json is damaged"),
         ("config.json", "[" * 5000, "config.json is damaged"),
-        ("config.json", "[]", "stage is None; expected one of vae, dit, ar, mdlm"),
-        ("config.json", '{"stage": "dti"}', "stage is 'dti'; expected one of vae, dit, ar, mdlm"),
+        ("config.json", "[]", "stage is None; expected one of vae, dit, distill, ar, mdlm"),
+        ("config.json", '{"stage": "dti"}', "stage is 'dti'; expected one of vae, dit, distill, ar, mdlm"),
         ("metrics.jsonl", "x\ny\n", "none of its lines is JSON"),
         ("metrics.jsonl", "[1]\n", "line 1 is not what training writes"),
         ("metrics.jsonl", '{"kind": "train", "step": 1}\n{"kind": "train", "step": "2"}\n', "line 2 is not what training writes"),

@@ -134,13 +134,14 @@ def test_nothing_but_the_pages_own_style_and_script_may_run(run: Path) -> None:
     assert "://" not in markup
 
 
-@pytest.mark.parametrize("stage", ["vae", "dit", "ar", "mdlm"])
+@pytest.mark.parametrize("stage", ["vae", "dit", "distill", "ar", "mdlm"])
 def test_what_is_not_there_yet_is_said_in_a_line_each(tmp_path: Path, stage: str) -> None:
     config = {"stage": stage, "data": {"path": "data/x"}, "model": {"vae": "runs/vae"} if stage == "dit" else {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     texts = Parsed(page(read_run(tmp_path))).texts
     said = {
-        "nats": "Stage vae gives no probability" if stage == "vae" else "textldm diagnose --run", "verdict": "Not diagnosed yet",
+        "nats": {"vae": "Stage vae gives no", "distill": "where its teacher's steps"}.get(stage, "textldm diagnose --run"),
+        "verdict": "Not diagnosed yet",
         "losses": "No step has been logged yet", "samples": "No texts", "denoising": "textldm generate", "evaluations": "textldm evaluate",
         "throughput": "No step has been logged yet", "data": "not on this machine: data.path is data/x",
     }  # fmt: skip

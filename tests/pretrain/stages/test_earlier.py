@@ -65,7 +65,7 @@ def test_its_first_weights_are_the_others_averaged_ones_and_it_stays_in_their_la
 
 def test_what_does_not_fit_is_one_line(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for source, said in (
-        (trained.vae, "is a run of stage vae; expected one of stage dit"),
+        (trained.vae, "is a run of stage vae; expected a run or an export (textldm convert) of stage dit"),
         (tmp_path / "absent", "neither a checkpoint"),
     ):
         folder = tmp_path / Path(source).name
