@@ -63,16 +63,22 @@ def _count(found: Counter[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["vae", "dit"])
+@pytest.mark.parametrize(("stage", "zero_stage"), [("vae", 1), ("dit", 1), ("dit", 3)])
 def test_a_step_waits_once_and_not_between_micro_batches(
-    stage: str, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, zero_stage: int, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if stage == "vae":
         values = tiny_run.config_values(trained.data, tmp_path / "run")
     else:
         values = tiny_pipeline.dit_values(trained.data, trained.vae, tmp_path / "run", {"self_conditioning": True})
         values["flow"] |= {"target": "sample", "token_loss_weight": 0.1}
-    values["train"] |= {"steps": 5, "precision": "bf16", "zero_stage": 1, "eval_every": 0, "spike_sigmas": 20.0}
+    values["train"] |= {
+        "steps": 5,
+        "precision": "bf16",
+        "zero_stage": zero_stage,
+        "eval_every": 0,
+        "spike_sigmas": 20.0,
+    }
     values["train"] |= {"checkpoint_every": 100, "log_every": 100}
     found: Counter[str] = Counter()
     loop = train.train

@@ -78,6 +78,17 @@ def two_ranks(folder: Path) -> dict[str, Result]:
             {"name": f"zero{stage}-skipped", "zero_stage": stage, "steps": (0, STEPS), "skip": (1,)},
             {"name": f"zero{stage}-poisoned", "zero_stage": stage, "steps": (0, STEPS), "poison": (1,)},
         ]
+    overlapping = {"zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 100}}
+    cases += [
+        {
+            "name": f"zero{stage}-overlapped",
+            "zero_stage": stage,
+            "accumulation": 3,
+            "steps": (0, STEPS),
+            "overrides": overlapping,
+        }
+        for stage in (1, 2)
+    ]
     for stage in (1, 2, 3):
         base = {"zero_stage": stage, "precision": "bf16"}
         saving = {"run": str(folder / f"bf16-zero{stage}"), "save": (SAVED_AT,), "evaluate": True}
@@ -197,6 +208,11 @@ def assert_same_bits(one: Result, other: Result) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_train_as_the_plain_loop(two_ranks, reference, stage, accumulation):
     assert_equal_to(reference, two_ranks[f"zero{stage}-accumulate{accumulation}"])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_overlapped_communication_of_small_buckets_gives_the_plain_loops_gradients(two_ranks, reference, stage):
+    assert_equal_to(reference, two_ranks[f"zero{stage}-overlapped"])
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
