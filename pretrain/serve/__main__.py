@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     name = given.name or str(given.model).rstrip("/").rpartition("/")[2]
     app = make_app(
         model, tokenizer, name, key=key, local=local, max_batch_tokens=given.max_batch_tokens, queue=given.queue,
-        limits=Limits(given.max_choices, given.max_steps), max_body_bytes=given.max_body_bytes,
+        limits=Limits(given.max_choices, given.max_steps, given.max_text_tokens), max_body_bytes=given.max_body_bytes,
     )  # fmt: skip
     server = uvicorn.Server(server_settings(app, given.drain_s))
     port = listening.getsockname()[1]

@@ -50,6 +50,7 @@ class _Job:
 class Batcher:
     """Fills packed calls with the texts that wait: the first, and all others of its settings that fit beside it.
 
+    A text beyond the window takes a place at the queue's end for each of its blocks, so that shorter ones do not wait for all of them.
     A text of a client that is gone leaves the queue at once, and a call whose clients are all gone ends at its next step.
     """
 
@@ -160,7 +161,11 @@ class Batcher:
                 texts = []
             for job, tokens in zip(jobs, texts):
                 if not job.done.done():
-                    job.done.set_result(tokens)
+                    job.draw, whole = job.draw.after(tokens)
+                    if whole:
+                        job.done.set_result(list(job.draw.found))
+                    else:
+                        self._waiting.append(job)
             self._call_s = 0.7 * self._call_s + 0.3 * (time.monotonic() - begun)
             self._metrics.calls.observe(len(jobs))
             self._running = []

@@ -44,6 +44,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-choices", type=int, default=64, help="texts of one request; default: %(default)s")
     parser.add_argument("--max-steps", type=int, default=250, help="solver steps of a request; default: %(default)s")
+    parser.add_argument(
+        "--max-text-tokens", type=int, help="of a prompt with what continues it; default: four of the model's windows"
+    )
     parser.add_argument("--max-body-bytes", type=int, default=1 << 20, help="of a request; default: %(default)s")
     parser.add_argument(
         "--drain-s",
@@ -62,6 +65,8 @@ def read(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(given, name)}; expected at least 1")
     if not 0 <= given.port < 1 << 16:
         raise UserError(f"--port is {given.port}; expected 0 to 65535")
+    if given.max_text_tokens is not None and given.max_text_tokens < 2:
+        raise UserError(f"--max-text-tokens is {given.max_text_tokens}; expected at least 2")
     if given.max_choices > given.queue:
         raise UserError(
             f"--max-choices {given.max_choices} is more than --queue {given.queue}: such a request could never wait"

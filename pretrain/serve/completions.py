@@ -22,10 +22,11 @@ from pretrain.serve.schema import ChatRequest, CompletionRequest, Sampling, Step
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one request: its texts, their solver's steps."""
+    """Of one request: its texts, their solver's steps, and tokens of a text with its prompt (None: four windows)."""
 
     max_choices: int
     max_steps: int
+    max_text_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Completions:
         self._vocab_size = model.vae.config.vocab_size
         self._times = TimeDistribution(**model.config.times)
         self._defaults = model.defaults()
+        self._most = limits.max_text_tokens or 4 * model.config.max_window
         self._created = int(time.time())
         self._text_thread = ThreadPoolExecutor(
             1, thread_name_prefix="tokenizer"
@@ -68,6 +70,7 @@ class Completions:
         defaults = {name: self._defaults[name] for name in ("num_steps", "guidance_scale", "solver", "grid")}
         return {
             "id": self.name, "object": "model", "created": self._created, "owned_by": "textldm", "max_window": self.config.max_window,
+            "max_text_tokens": self._most,
             "max_steps": self.limits.max_steps, "max_choices": self.limits.max_choices, "has_temperature": self._categorical,
             "solvers": solver_names(), "grids": [grid for grid in GRIDS if grid != "even" or self._times.path],
             "defaults": defaults | {"temperature": self._defaults["token_temperature"], "max_tokens": DEFAULT_NEW_TOKENS},
@@ -129,16 +132,18 @@ class Completions:
         draws = []
         for ids in prompts:
             left = self.config.max_window - len(ids)
-            num_new = max(1, min(DEFAULT_NEW_TOKENS, left)) if max_tokens is None else max_tokens
-            if num_new > left:
+            usual = min(DEFAULT_NEW_TOKENS, left if left > 0 else max(1, self.config.max_window // 2))
+            num_new = usual if max_tokens is None else max_tokens
+            if len(ids) + num_new > self._most:
                 raise ApiError(
                     400,
-                    f"a prompt of {len(ids)} tokens and {num_new} new ones are more than the {self.config.max_window} of this model's"
-                    " windows; shorten the prompt, or ask for fewer new tokens",
+                    f"a prompt of {len(ids)} tokens and {num_new} new ones are more than the {self._most} that a text may have here;"
+                    " shorten the prompt, or ask for fewer new tokens",
                     "max_tokens" if max_tokens and max_tokens > 1 else "prompt",
                     "context_length_exceeded",
                 )
-            draws += [Draw(ids, num_new, seed, choice, settings) for choice in range(num_choices)]
+            window, end_id = self.config.max_window, getattr(self.config, "eos_token_id", None)
+            draws += [Draw(ids, num_new, seed, choice, settings, window, end_id) for choice in range(num_choices)]
         stop = () if body.stop is None else (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
         echoes = tuple(self._decode(ids) if echo else "" for ids in prompts for _ in range(num_choices))
         return Asked(tuple(draws), tuple(prompts), echoes, stop, seed)

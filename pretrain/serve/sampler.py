@@ -4,10 +4,11 @@ Shape letters: N new tokens of all texts, Z latent dim.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from modeling.blocks import block_sizes, latest
 from modeling.continuation import decode_targets, sample_targets
 from modeling.textldm import TextLDM
 from modeling.times import TimeDistribution
@@ -27,18 +28,46 @@ class Settings:
 
 @dataclass(frozen=True)
 class Draw:
-    """A text to be drawn: choice `choice` of a prompt's continuations, of `num_new` tokens, from the noise of (seed, choice)."""
+    """The next block of a text: choice `choice` of a prompt's continuations, of `num_new` tokens, from the noise of (seed, choice).
+
+    One that fits into a window with its prompt is one block; else blocks follow one another as in `TextLDM.generate`, each in a call.
+
+    Attributes:
+        window: of the model, in tokens.
+        end_id: the token that ends a text.
+        found: tokens of the blocks before.
+    """
 
     prompt: tuple[int, ...]
     num_new: int
     seed: int
     choice: int
     settings: Settings
+    window: int
+    end_id: int | None = None
+    found: tuple[int, ...] = ()
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Number and tokens of the block."""
+        sizes, done = block_sizes(len(self.prompt), self.num_new, self.window), len(self.found)
+        number = next(number for number in range(len(sizes)) if sum(sizes[:number]) == done)
+        return number, sizes[number]
+
+    @property
+    def context(self) -> list[int]:
+        """The latest tokens before the block, as many as fill a window with it."""
+        return latest([*self.prompt, *self.found], self.place[1], self.window)
 
     @property
     def num_tokens(self) -> int:
         """Of the window that it is."""
-        return len(self.prompt) + self.num_new
+        return len(self.context) + self.place[1]
+
+    def after(self, tokens: Sequence[int]) -> "tuple[Draw, bool]":
+        """The text with these tokens of its block, and whether it is whole, of its length or ended."""
+        grown = replace(self, found=(*self.found, *tokens))
+        return grown, len(grown.found) == self.num_new or self.end_id in tokens
 
 
 class Abandoned(Exception):
@@ -46,7 +75,7 @@ class Abandoned(Exception):
 
 
 Watch = Callable[[int, float, list[int]], None]
-"""Called with (step, t, tokens as decoded from the one-step estimate)."""
+"""Called with (step, t, the text's new tokens, the block's as decoded from the one-step estimate)."""
 
 
 class Sampler:
@@ -62,7 +91,7 @@ class Sampler:
         watched: Sequence[Watch | None],
         abandoned: Callable[[], bool] = lambda: False,
     ) -> list[list[int]]:
-        """The new tokens of each, end-of-text not cut off.
+        """The tokens of each one's block, end-of-text not cut off.
 
         Args:
             draws: of the same settings.
@@ -73,7 +102,8 @@ class Sampler:
         """
         vae, settings = self.model.vae, draws[0].settings
         times = TimeDistribution(**self.model.config.times)
-        lengths = [one.num_new for one in draws]
+        blocks = [one.place for one in draws]
+        lengths = [size for _, size in blocks]
         places = [place for place, watch in enumerate(watched) if watch is not None]
 
         def report(step: int, t: float, estimate_NZ: torch.Tensor) -> None:
@@ -88,13 +118,13 @@ class Sampler:
             for place, ids in zip(places, tokens):
                 watch = watched[place]
                 assert watch is not None
-                watch(step, t, ids.tolist())
+                watch(step, t, [*draws[place].found, *ids.tolist()])
 
         latents_NZ = sample_targets(
             vae,
             self.model.dit,
-            [torch.tensor(one.prompt, dtype=torch.long) for one in draws],
-            [self.model.keyed_noise(one.seed, one.choice, one.num_new) for one in draws],
+            [torch.tensor(one.context, dtype=torch.long) for one in draws],
+            [self.model.keyed_noise(one.seed, one.choice, size, block) for one, (block, size) in zip(draws, blocks)],
             times.grid(settings.num_steps, settings.grid).tolist(),
             solver=settings.solver,
             guidance_scale=settings.guidance_scale,
@@ -102,7 +132,8 @@ class Sampler:
             token_temperature=settings.token_temperature,
             on_step=report,
             offsets=[
-                times.spread * self.model.keyed_noise(one.seed, -1 - one.choice, one.num_new)[:, 0] for one in draws
+                times.spread * self.model.keyed_noise(one.seed, -1 - one.choice, size, block)[:, 0]
+                for one, (block, size) in zip(draws, blocks)
             ]
             if times.spread
             else None,

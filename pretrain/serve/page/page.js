@@ -45,7 +45,7 @@ async function learn() {
   for (const name of ["max_tokens", "num_steps", "guidance_scale", "temperature"]) {
     at(name).placeholder = about.defaults[name];
   }
-  at("max_tokens").max = about.max_window;
+  at("max_tokens").max = about.max_text_tokens;
   at("max_tokens").placeholder = Math.min(about.defaults.max_tokens, about.max_window);
   at("num_steps").max = about.max_steps;
   at("temperature").disabled = !about.has_temperature;

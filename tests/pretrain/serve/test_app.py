@@ -14,6 +14,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from transformers import GenerationConfig
 
+from pretrain.serve.sampler import Draw, Settings
 from tests.pretrain.serve.running import EOS, NAME, Running, running, tiny_model, words
 
 NEW = 10
@@ -142,6 +143,7 @@ def test_chat_with_a_template() -> None:
 def test_models_are_listed(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.max_window, model.has_temperature) == (NAME, 32, True)
+    assert model.max_text_tokens == 4 * 32
     assert client.models.retrieve(NAME).id == NAME
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other/model")
@@ -168,6 +170,47 @@ def test_the_same_text_whatever_else_is_in_the_call(server: Running, client: ope
     assert max(server.gate.calls) > 2  # packed
     assert texts == [in_words(expected(prompt, new, seed)) for prompt, new, seed in asked]
     assert len(set(texts)) == 8
+
+
+def test_beyond_the_window_it_is_what_generate_makes_of_it_and_short_texts_pass(
+    server: Running, client: openai.OpenAI
+) -> None:
+    long = [3 + i % 40 for i in range(40)]
+    asked = [([3, 4, 5], 60), (long, 20), (long, None)]
+
+    def ask(prompt: list[int], new: int | None, seed: int = 5) -> Any:
+        given = {} if new is None else {"max_tokens": new}
+        return client.completions.create(model=NAME, prompt=[prompt], seed=seed, **given).choices[0]  # type: ignore[call-overload]
+
+    texts = [expected(prompt, new or 16) for prompt, new in asked]
+    assert len(texts[0]) > 32  # more than one block, as no end of text came early
+    server.gate.calls.clear()
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda one: ask(*one), asked))
+    assert [choice.text for choice in found] == [in_words(ids) for ids in texts]
+    assert sum(server.gate.calls) == 4 + 2 + 1  # a block each
+    # A short text that comes after a long one began is drawn between its blocks.
+    server.gate.open.clear()
+    order: list[str] = []
+    with ThreadPoolExecutor(2) as threads:
+        threads.submit(lambda: (ask([3, 4, 5], 60), order.append("long")))
+        server.eventually(0, 1)
+        threads.submit(lambda: (ask([9], 4), order.append("short")))
+        server.eventually(1, 1)
+        server.gate.open.set()
+    assert order == ["short", "long"]
+
+
+def test_a_text_is_whole_when_it_has_its_length_or_has_ended() -> None:
+    draw = Draw((3,) * 20, 40, 5, 0, Settings(4, 1.0, (0.0, 1.0), "euler", "training", 1.0), window=32, end_id=EOS)
+    assert (draw.place, draw.num_tokens, draw.context) == ((0, 16), 32, [3] * 16)
+    grown, whole = draw.after([4] * 16)
+    assert (grown.place, grown.context, whole) == ((1, 16), [4] * 16, False)
+    assert grown.after([EOS] * 16)[1]
+    last, whole = grown.after([5] * 16)
+    assert (last.place, last.context, whole) == ((2, 8), [4] * 8 + [5] * 16, False)
+    assert last.after([6] * 8)[1]
+    assert Draw((3,), 31, 5, 0, draw.settings, window=32).place == (0, 31)
 
 
 def connect(server: Running, body: dict[str, Any]) -> socket.socket:
@@ -246,8 +289,8 @@ GOOD = {"prompt": "w3", "max_tokens": 2}
 BAD: list[tuple[str, Any]] = [
     *(("/v1/completions", value) for value in (None, [], "text", 3, {}, {"prompt": None}, {"prompt": 3}, {"prompt": {}})),
     *(("/v1/completions", {"prompt": value}) for value in ([], [None], [1.5], [True], ["a", 3], [[3], "a"], [[[3]]], [60], [-1], [10**30])),
-    *(("/v1/completions", {"prompt": value}) for value in ("\ud800", "w3 " * 32, ["w3"] * 9, [[3]] * 9, "w3 " * 6000)),
-    *(("/v1/completions", GOOD | {"max_tokens": value}) for value in (0, -1, 1.5, "2", True, 32, 10**30)),
+    *(("/v1/completions", {"prompt": value}) for value in ("\ud800", "w3 " * 128, ["w3"] * 9, [[3]] * 9, "w3 " * 6000)),
+    *(("/v1/completions", GOOD | {"max_tokens": value}) for value in (0, -1, 1.5, "2", True, 128, 10**30)),
     *(("/v1/completions", GOOD | {"n": value}) for value in (0, -1, 9, 1.0, "1", 10**30)),
     *(("/v1/completions", GOOD | {"seed": value}) for value in (-1, 2**64, 1.5, "1", False)),
     *(("/v1/completions", GOOD | {"temperature": value}) for value in (0, -1, 2.1, "1", 10**400, [])),

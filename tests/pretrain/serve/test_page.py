@@ -80,6 +80,8 @@ def test_text_emerges_and_the_slider_goes_back(
 def test_a_mistake_is_said(server: Running, page: chromium.Page) -> None:
     page.look(server.url, 1000, 800, "light")
     page.until("document.getElementById('model').textContent === 'tiny'")
-    page.evaluate("document.getElementById('prompt').value = 'w3 '.repeat(40); document.getElementById('go').click()")
+    page.evaluate("document.getElementById('prompt').value = 'w3 '.repeat(200); document.getElementById('go').click()")
     page.until("document.getElementById('status').classList.contains('bad')")
-    assert "more than the 32 of this model's windows" in page.evaluate("document.getElementById('status').textContent")
+    assert "more than the 128 that a text may have here" in page.evaluate(
+        "document.getElementById('status').textContent"
+    )
