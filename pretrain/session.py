@@ -46,9 +46,9 @@ from pretrain.faults.signals import INTERRUPT, Signals
 from pretrain.faults.spikes import SpikeGuard
 from pretrain.faults.watchdog import Watchdog
 from pretrain.ranks.agreement import refuse_differences, versions
-from pretrain.ranks.distributed import Together, Topology, all_reduce_sum, any_rank, barrier
+from pretrain.ranks.distributed import Together, Topology, all_reduce_sum, any_rank, barrier, bytes_of_rank_0
 from pretrain.runs.folder import begun_anew, put_aside, remove_unstarted, write_config
-from pretrain.runs.inputs import Inputs, find_inputs
+from pretrain.runs.inputs import Inputs, find_inputs, read_once_a_host
 from pretrain.runs.owner import Ownership
 from pretrain.runs.record import RunRecord
 from pretrain.runs.resume import allowed_differences, refuse_lost_checkpoints
@@ -161,7 +161,7 @@ def open_session(
     With `fresh`, an existing run folder is put aside, once the inputs are known to be there.
     What must not survive an error (signal handlers, threads) is registered with `stack`. Raises: UserError.
     """
-    inputs = check(config)
+    inputs = check(config, topology)
     agree(topology, inputs)
     own(config, topology, stack, fresh)
     signals, watchdog = watch(config, topology, stack)
@@ -189,8 +189,10 @@ class Earlier:
     differences: list[Difference] = field(default_factory=list)
 
 
-def check(config: RunConfig) -> Inputs:
-    """What is wrong with the input is found before anything is built. Raises: UserError."""
+def check(config: RunConfig, topology: Topology) -> Inputs:
+    """What is wrong with the input is found before anything is built. Collective. Raises: UserError."""
+    if topology.world_size > 1:
+        read_once_a_host(config, topology.rank, topology.local_rank, bytes_of_rank_0)
     inputs = find_inputs(config)
     if config.train.eval_every and not inputs.manifest.splits["heldout"]:
         raise UserError(

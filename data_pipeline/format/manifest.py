@@ -1,9 +1,14 @@
 """The manifests of prepared folders: what the shards hold, their hashes, and the fingerprint that a resumed run
 compares.
+
+A process reads a manifest once, unless its file changes, and not at all where another process has given it the text: a thousand ranks
+share a disk.
 """
 
 import hashlib
 import json
+import os
+import time
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -24,6 +29,8 @@ from data_pipeline.core.outside import parse_json
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+SETTLED_S = 1.0
+"""A file that was written less long ago may change again without a sign: file systems' clocks tick slowly."""
 SPLITS = ("train", "heldout")
 
 MAX_SHARDS = 100_000  # of a split: five digits
@@ -257,11 +264,43 @@ def create_fingerprinted(kind: type[AnyManifest], **fields: Any) -> AnyManifest:
     return draft.model_copy(update={"fingerprint": fingerprint(draft.content())})
 
 
+_texts: dict[str, bytes] = {}
+"""What another process has read, by path."""
+_known: dict[tuple[type[BaseModel], str], tuple[tuple[int, ...] | None, Any]] = {}
+"""What this process has read, with its file's state then."""
+
+
+def give(folder: str, text: bytes) -> None:
+    """The manifest of this folder is what another process of this host has read."""
+    _texts[f"{folder}/{MANIFEST_NAME}"] = text
+
+
 def load_checked(kind: type[AnyManifest], folder: object, remedy: str, where: str) -> AnyManifest:
-    """Read a manifest, check every field, recompute its fingerprint; `remedy` for one that is damaged, `where` if it is not there."""
+    """A manifest, every field and its fingerprint checked; `remedy` for one that is damaged, `where` if it is not there."""
     path = f"{folder}/{MANIFEST_NAME}"
+    text, state = _texts.pop(path, None), _state(path)
+    if text is None and (kind, path) in _known and _known[kind, path][0] == state:
+        return _known[kind, path][1]
+    manifest = _checked(kind, folder, path, text, remedy, where)
+    if state is None or time.time() - state[0] / 1e9 > SETTLED_S:
+        _known[kind, path] = state, manifest
+    return manifest
+
+
+def _state(path: str) -> tuple[int, ...] | None:
+    """Of a local file, by which a change is seen; those behind URLs do not change while a process lives."""
     try:
-        text = storage.read_bytes(str(folder), MANIFEST_NAME)
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _checked(
+    kind: type[AnyManifest], folder: object, path: str, text: bytes | None, remedy: str, where: str
+) -> AnyManifest:
+    try:
+        text = storage.read_bytes(str(folder), MANIFEST_NAME) if text is None else text
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {folder} is no finished folder; {where}") from None
     except OSError as error:

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,7 @@ import numpy as np
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.storage import CACHE_GIGABYTES
-from data_pipeline.format.manifest import MANIFEST_NAME, FeatureManifest, Manifest
+from data_pipeline.format.manifest import FeatureManifest, Manifest
 from data_pipeline.reading.batch import Batch, RowBlock, RowId
 from data_pipeline.reading.order import Order, Span
 from data_pipeline.reading.settings import Split
@@ -261,7 +261,7 @@ def heldout_batches(
 
     Every rank gets the same number of batches of micro_batch_rows rows; places behind the last row are filler. `options`: of `TokenRows`.
     """
-    manifest, feature_manifest = _known_manifests(str(data), features and str(features), _changed(data, features))
+    manifest, feature_manifest = load_manifests(data, features)
     split.check_data(manifest, str(data))
     infos = manifest.splits["heldout"]
     if not infos:
@@ -292,20 +292,6 @@ def _heldout_spans(ends: np.ndarray, start: int, stop: int) -> Iterator[Span]:
         end = min(stop, int(ends[shard]))
         yield Span(0, shard, start - first, end - first)
         start = end
-
-
-@lru_cache(maxsize=4)
-def _known_manifests(
-    data: str, features: str | None, _changed: tuple[int, ...]
-) -> tuple[Manifest, FeatureManifest | None]:
-    """`load_manifests`, but for folders that have not changed: every rank evaluates again and again."""
-    return load_manifests(data, features)
-
-
-def _changed(*folders: str | Path | None) -> tuple[int, ...]:
-    """When the manifests of local folders were written; those behind URLs do not change while a process lives."""
-    files = [Path(folder) / MANIFEST_NAME for folder in folders if folder is not None]
-    return tuple(file.stat().st_mtime_ns for file in files if file.is_file())
 
 
 def load_manifests(data: str | Path, features: str | Path | None) -> tuple[Manifest, FeatureManifest | None]:

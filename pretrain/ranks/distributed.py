@@ -24,8 +24,6 @@ from pretrain.ranks.launcher import free_port
 from pretrain.ranks.meeting import meet
 from pretrain.ranks.peers import LINK_TIMEOUT_S, Hub, Spoke, watch_peers
 
-SHARED_TEXT_BYTES = 512
-
 _peers: Hub | Spoke | None = None
 """This process's part in the watch over the job's ranks."""
 _host_group: dist.ProcessGroup | None = None
@@ -159,10 +157,21 @@ def barrier() -> None:
     all_reduce_sum([0.0])
 
 
+def bytes_of_rank_0(own: bytes) -> bytes:
+    """Rank 0's bytes on every rank; those of other ranks are ignored. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return own
+    own = own if dist.get_rank() == 0 else b""
+    sent = torch.zeros(int(all_reduce_sum([len(own)])[0]), dtype=torch.uint8)
+    if own:
+        sent.copy_(torch.frombuffer(bytearray(own), dtype=torch.uint8))
+    if len(sent):
+        dist.broadcast(sent, src=0, group=_host_group)
+    return sent.numpy().tobytes()
+
+
 def _text_of_rank_0(text: str) -> str:
-    """Broadcast rank 0's text to every rank; other ranks' texts are ignored. Collective."""
-    own = text.encode().ljust(SHARED_TEXT_BYTES) if dist.get_rank() == 0 else bytes(SHARED_TEXT_BYTES)
-    return bytes(map(int, all_reduce_sum(own))).decode().rstrip()
+    return bytes_of_rank_0(text.encode()).decode()
 
 
 def goodbye(code: int, linger_s: float = 0.0) -> None:

@@ -14,7 +14,7 @@ from tests.pretrain.engine_launch import rank_environment
 WORKER = """
 import os, sys, time, torch.distributed as dist
 from pathlib import Path
-from pretrain.ranks.distributed import all_reduce_sum, any_rank, barrier, init_distributed, shutdown
+from pretrain.ranks.distributed import all_reduce_sum, any_rank, barrier, bytes_of_rank_0, init_distributed, shutdown
 folder = Path(sys.argv[1])
 (folder / os.environ["RANK"]).touch()
 while len(list(folder.iterdir())) < 2:  # imports may take longer than the timeout
@@ -22,6 +22,9 @@ while len(list(folder.iterdir())) < 2:  # imports may take longer than the timeo
 topology = init_distributed(timeout_s=3)
 assert all_reduce_sum([topology.rank, 0.1]) == [1.0, 0.2]
 assert any_rank(topology.rank == 1) and not any_rank(False)
+told = bytes(range(256)) * 9
+assert bytes_of_rank_0(told if topology.rank == 0 else b"mine") == told
+assert bytes_of_rank_0(b"" if topology.rank == 0 else b"mine") == b""
 group = dist.new_group([0, 1])
 barrier()
 if topology.rank == 1:
