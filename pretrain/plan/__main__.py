@@ -54,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--restart", type=float, default=300.0, metavar="S", help="failure to training (%(default)s)")
     parser.add_argument("--storage", type=float, default=5.0, metavar="GB/s", help="shared storage (%(default)s)")
     parser.add_argument("--price", type=float, default=0.0, help="of a GPU hour")
-    parser.add_argument("--row-tokens", type=int, help="of a row (the data's, else 4096)")
+    parser.add_argument("--row-tokens", type=int, help="of a row (the data's, else what textldm prepare makes)")
     parser.add_argument("--window-tokens", type=int, help="of a mean window (the data's, else 512)")
     parser.add_argument("--tokens", type=float, help="of the prepared text (the data's)")
     parser.add_argument("--vocab-size", type=int, default=0, help="where the configuration does not say (151936)")
@@ -97,6 +97,10 @@ def hardware_of(arguments: argparse.Namespace) -> Hardware:
     if arguments.tflops is not None and arguments.tflops <= 0:
         raise UserError(
             f"--tflops is {arguments.tflops}; expected a number above 0, measured by python -m benchmarks.gpu"
+        )
+    if arguments.mtbf_node_days < 0:
+        raise UserError(
+            f"--mtbf-node-days is {arguments.mtbf_node_days}; expected days, or 0 for nodes that never fail"
         )
     peak = peak_flops(arguments.gpu, "bf16")
     if peak is None and arguments.tflops is None:

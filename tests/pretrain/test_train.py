@@ -542,6 +542,7 @@ def test_a_frozen_rank_is_named_by_the_others_which_end(tmp_path: Path, data: Pa
         forked_ranks.kill([alive, frozen])
     output = output_of(config)
     assert alive.exitcode == EXIT_HUNG, output
+    print(f"a frozen rank: ended after {took_s:.1f} s, train.watchdog_s being {watchdog_s:.0f}")
     assert watchdog_s <= took_s <= watchdog_s + 30
     assert "in phase compute of step 2; rank 1 on" in output
     assert "is silent for" in output

@@ -107,13 +107,20 @@ def assert_as_on_one_host(runs: Runs, name: str, steps: int | None = None) -> No
 
 def await_step(runs: Runs, name: str, step: int, process: subprocess.Popen, log: Path) -> None:
     """Until this step is logged."""
-    run = Path(json.loads(runs.configs[name].read_text())["train"]["run"])
 
     def reached() -> bool:
-        assert process.poll() is None, log.read_text()[-6000:]
-        return (run / "metrics.jsonl").exists() and any(line["step"] >= step for line in read_metrics(run))
+        there = last_step(runs, name) >= step
+        assert there or process.poll() is None, log.read_text()[-6000:]
+        return there
 
     wait_for(reached, LAUNCH_S, f"step {step} of {name} was not reached: {log}")
+
+
+def last_step(runs: Runs, name: str) -> int:
+    """That is logged; 0 before the first."""
+    run = Path(json.loads(runs.configs[name].read_text())["train"]["run"])
+    lines = read_metrics(run) if (run / "metrics.jsonl").exists() else []
+    return max((line["step"] for line in lines), default=0)
 
 
 def await_end(cluster: Network, process: subprocess.Popen, log: Path) -> None:
@@ -169,8 +176,12 @@ def test_a_killed_rank_ends_the_job_and_the_supervisor_brings_it_through(cluster
     process, log = start(cluster, runs.configs[name], [sys.executable, "-m", "pretrain", "supervise", *arguments])
     await_step(runs, name, LOST_AFTER, process, log)
     first_start = of_job(cluster)
+    trained, began = last_step(runs, name), time.monotonic()
     kill(only_rank(cluster.hosts[1]))
     wait_for(lambda: not first_start & of_job(cluster), DOWN_S, "the job was not down", poll_s=0.25)
+    print(f"a killed rank: down on both hosts after {time.monotonic() - began:.1f} s")
+    await_step(runs, name, trained + 1, process, log)
+    print(f"training again after {time.monotonic() - began:.1f} s")
     finish(process, log)
     said = log.read_text()
     assert "rank 1 on host2 is gone without a word" in said

@@ -56,12 +56,24 @@ def test_what_does_not_fit_is_said_with_a_remedy(capsys: pytest.CaptureFixture[s
         (["--nodes", "0"], "--nodes is 0"),
         (["--gpu", "Abacus"], "name one of A100"),
         (["--tflops", "-3"], "--tflops is -3"),
+        (["--mtbf-node-days", "-1"], "--mtbf-node-days is -1"),
         (["--window-tokens", "9999"], "fit into a row"),
     ],
 )
 def test_mistakes_name_the_option(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", "dit_b", *arguments]) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_the_mean_time_between_failures_sets_the_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two nodes that fail every so many days; by Young's square root where both are long against a save."""
+    told = {}
+    for days in (1000, 10):
+        assert main(["--config", "dit_b", *SMALL, "--nodes", "2", "--mtbf-node-days", str(days), "--json"]) == 0
+        told[days] = json.loads(capsys.readouterr().out)
+        assert told[days]["hours_between_failures"] == pytest.approx(24 * days / 2)
+    assert told[1000]["checkpoint_interval_s"] / told[10]["checkpoint_interval_s"] == pytest.approx(10, rel=0.02)
+    assert told[10]["goodput"] < told[1000]["goodput"] < 1
 
 
 def test_simulate_tells_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
