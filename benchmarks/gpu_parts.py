@@ -77,7 +77,7 @@ class Size:
 
     product: int = 8192
     copied_bytes: int = 1 << 28
-    row_tokens: int = 4096
+    row_tokens: int = 2048
     shape: tuple[tuple[str, int], ...] = ()
     """Keys of section model, instead of the shipped values."""
     attention: tuple[tuple[int, ...], ...] = ((4096,) * 4, (1024,) * 16)

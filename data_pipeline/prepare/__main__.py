@@ -66,7 +66,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--follow-links", action="store_true", help="of a folder, also read what links in it lead to elsewhere"
     )
-    parser.add_argument("--row-tokens", type=int, default=4096, help="tokens of a row (%(default)s)")
+    parser.add_argument(
+        "--row-tokens", type=int, default=PrepareOptions.row_tokens, help="tokens of a row (%(default)s)"
+    )
     parser.add_argument(
         "--max-document-length", type=int, default=1024, help="tokens of the longest window (%(default)s)"
     )

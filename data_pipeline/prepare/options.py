@@ -24,7 +24,7 @@ class PrepareOptions:
     target_field: str | None = None
     split: str | None = None
     tokenizer_revision: str | None = None
-    row_tokens: int = 4096
+    row_tokens: int = 2048
     max_document_length: int = 1024
     min_document_length: int = 8
     shards: int | None = None

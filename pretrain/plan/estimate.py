@@ -14,6 +14,7 @@ import torch
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest
+from data_pipeline.prepare.options import PrepareOptions
 from data_pipeline.reading.streams import idle_share, largest_micro_batch
 from pretrain.config.registry import part, stage_kind
 from pretrain.config.schema import RunConfig
@@ -75,7 +76,7 @@ class Hardware:
 class Text:
     """What is read: tokens of a row, of a mean window, and in all (0: not known)."""
 
-    row_tokens: int = 4096
+    row_tokens: int = PrepareOptions.row_tokens
     window_tokens: int = 512
     tokens: int = 0
 

@@ -93,7 +93,7 @@ def test_vae_size() -> None:
 @pytest.mark.parametrize("name", [name for name in SHIPPED if not name.startswith("quickstart")])
 @pytest.mark.parametrize("ranks", [1, 8, 16, 24, 32, 40, 128, 256, 384, 512, 1024])
 def test_big_configs_run_on_any_number_of_nodes_without_changes(name: str, ranks: int) -> None:
-    rows = 48 if name == "sft" else 192
+    rows = 96 if name == "sft" else 384
     assert load_config(name).data.rank_rows(ranks) == -(-rows // ranks)
 
 
@@ -123,7 +123,7 @@ def test_big_configs_run_on_any_number_of_nodes_without_changes(name: str, ranks
         ("train.steps.x=1", "steps is not a section"),
         ("nonsense", "expected key=value"),
         ("model.width=700", "the nearest width is 704"),
-        ("data.streams=5", "make rows_per_step a multiple, e.g. 195"),
+        ("data.streams=5", "make rows_per_step a multiple, e.g. 385"),
         ("data.split.kind=context", "stage vae takes truncate or none"),
         ("optimizer.betas=[0.9,1.5]", "each must lie in [0, 1)"),
         ("optimizer.ema_decay=1", "keeps the first weights for ever"),

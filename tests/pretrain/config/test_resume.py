@@ -48,7 +48,7 @@ def test_a_cosine_may_not_be_prolonged_unasked(kind: str, expected: OnResume | N
     assert [d.on_resume for d in resume_differences(old, new)] == [expected]
 
 
-@pytest.mark.parametrize("change", ["train.seed=1", "data.rows_per_step=384", "data.streams=96"])
+@pytest.mark.parametrize("change", ["train.seed=1", "data.rows_per_step=768", "data.streams=96"])
 def test_what_orders_the_data_never_changes(change: str) -> None:
     old, new = load_config("dit_b"), load_config("dit_b", [change])
     key = change.partition("=")[0]

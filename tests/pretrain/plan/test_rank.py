@@ -18,7 +18,7 @@ TEXT = Text(512, 128)
 SMALL = ("model.width=128", "model.num_layers=2", "train.activation_checkpointing=1")
 
 
-@pytest.mark.parametrize(("nodes", "micro_batch"), [(64, 6), (1, 24)])
+@pytest.mark.parametrize(("nodes", "micro_batch"), [(64, 6), (1, 48)])
 @pytest.mark.parametrize(
     ("config", "overrides"),
     [
