@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -120,13 +119,14 @@ def measure(part: Part, found: Path, is_dry: bool, seconds: float) -> None:
         sys.exit(1)
 
 
-def run(part: Part, seconds: float, is_dry: bool) -> list[dict[str, Any]]:
+def run(part: Part, seconds: float, is_dry: bool, method: str = "fork") -> list[dict[str, Any]]:
     """Lines that the part wrote in a process of its own, which ends after so many seconds at the latest."""
     with TemporaryDirectory() as folder:
         found = Path(folder) / "rows.jsonl"
         found.touch()
-        # Forked: this process has imported everything and has not touched the GPU.
-        process = multiprocessing.get_context("fork").Process(target=measure, args=(part, found, is_dry, seconds))
+        # Forked, it starts at once: this process has imported everything, and has not touched the GPU.
+        context: Any = multiprocessing.get_context(method)
+        process = context.Process(target=measure, args=(part, found, is_dry, seconds))
         process.start()
         process.join(seconds)
         if process.is_alive():
@@ -154,6 +154,26 @@ def rows_of(part: Part, lines: Sequence[dict[str, Any]], is_dry: bool) -> dict[s
         cells = [NOT_MEASURED, *empty, why] if why else [*line["figures"], ""]
         tables.setdefault(table, []).append([name.removeprefix(gpu_parts.SPLIT), *cells])
     return tables
+
+
+def start_method() -> str | None:
+    """How parts are started on a GPU: forked, unless something imported here has touched it already; None where torch sees none."""
+    if torch.backends.cuda.is_built():
+        for method in ("fork", "spawn"):
+            process: Any = multiprocessing.get_context(method).Process(target=touch_gpu)  # type: ignore[attr-defined]
+            process.start()
+            process.join()
+            if process.exitcode == 0:
+                return method
+    return None
+
+
+def touch_gpu() -> None:
+    """Ends the process with 0 where it can compute on a GPU."""
+    try:
+        torch.ones(1, device="cuda").item()
+    except (AssertionError, RuntimeError):
+        sys.exit(1)
 
 
 class Book:
@@ -228,8 +248,8 @@ def main_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int | None:
     """Entry point."""
     args = main_parser().parse_args(argv)
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asks without touching the GPU, else no fork could
-    if not args.dry and not torch.cuda.is_available():
+    method = "fork" if args.dry else start_method()
+    if method is None:
         raise UserError("torch sees no GPU here; --dry runs every part in miniature on the CPU")
     began, parts, found = time.monotonic(), parts_of(args.models), surroundings()
     lines_of = {part.name: [{"error": "its turn did not come"}] for part in parts}
@@ -240,7 +260,7 @@ def main(argv: list[str] | None = None) -> int | None:
             lines_of[part.name] = [{"error": f"the {args.seconds:g} s were over"}]
         else:
             print(f"{part.name} ...", flush=True)
-            lines_of[part.name] = run(part, min(part.seconds, left), args.dry)
+            lines_of[part.name] = run(part, min(part.seconds, left), args.dry, method)
         book.write(parts, lines_of)
     print(book.shown())
     failed = [f"{name}: {line['error']}" for name, lines in lines_of.items() for line in lines if "error" in line]

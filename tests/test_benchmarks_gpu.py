@@ -96,7 +96,7 @@ def test_tables_are_written_after_each_part_above_those_of_earlier_days(tmp_path
 def test_the_time_is_that_of_all_parts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now, asked = [0.0], []
 
-    def run(part: gpu.Part, seconds: float, is_dry: bool) -> list[dict]:
+    def run(part: gpu.Part, seconds: float, is_dry: bool, method: str) -> list[dict]:
         asked.append((part.name, seconds))
         now[0] += seconds
         return [{"error": f"ended after {seconds:.0f} s"}]
@@ -111,8 +111,19 @@ def test_the_time_is_that_of_all_parts(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert sum(part.seconds for part in gpu.parts_of(["dit_b", "dit_xl", "vae_base"])) <= 800
 
 
+@pytest.mark.parametrize("touches", [["fork"], ["spawn"], []])
+def test_parts_are_forked_where_that_can_compute_on_a_gpu(touches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def context(method: str) -> SimpleNamespace:
+        process = SimpleNamespace(start=lambda: None, join=lambda: None, exitcode=int(method not in touches))
+        return SimpleNamespace(Process=lambda target: process)
+
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(gpu.multiprocessing, "get_context", context)
+    assert gpu.start_method() == (touches[0] if touches else None)
+
+
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu, "start_method", lambda: None)
     assert gpu.main([]) == 2
     assert "torch sees no GPU here; --dry runs" in capsys.readouterr().err
 
