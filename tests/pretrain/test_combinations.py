@@ -84,7 +84,7 @@ class Places(SimpleNamespace):
         if shipped["stage"] == "vae":
             values["data"]["path"] = str(self.vocabulary)
             values["repa"] = {"features": str(self.vocabulary / "features")}
-        elif shipped["stage"] == "dit":
+        elif shipped["stage"] in ("dit", "distill"):
             values["model"]["vae"] = str(self.vae)
         else:
             values["model"]["vocab_size"] = 0
@@ -94,6 +94,9 @@ class Places(SimpleNamespace):
             values["data"]["split.min_tokens"] = 2
         if earlier := shipped["train"]["init_from"]:
             values["train"]["init_from"] = str(self.trained(Path(earlier).name))
+        if shipped["stage"] == "distill":
+            base = json.loads((CONFIGS / f"{name}.json").read_text())["base"]
+            values["distill"] = {"teacher": str(self.trained(base))}
         known = {section: keys for section, keys in values.items() if section in shipped}
         return [
             f"{section}.{key}={value if isinstance(value, str) else json.dumps(value)}"
