@@ -57,13 +57,5 @@ def export(source: Source) -> Exported:
         found = {name.removeprefix("model."): shape for name, shape in tensors.shapes.items()}
         check_shapes(TokenTransformer(shape), found, checkpoint)
         model = GPTNeoXForCausalLM(stock_config(shape, start_id, manifest.max_window))
-    card = CARD.format(
-        name=source.name,
-        license_id=source.license_id,
-        millions=sum(p.numel() for p in model.parameters()) / 1e6,
-        step=source.saved.step,
-        fingerprint=manifest.fingerprint,
-        max_window=manifest.max_window,
-        settings=source.told_settings(),
-    )
+    card = source.card(CARD, model, max_window=manifest.max_window)
     return Exported(model, lambda name: stock_weight(name, shape, lambda ours: tensors[f"model.{ours}"]), card)

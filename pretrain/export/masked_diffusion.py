@@ -73,15 +73,7 @@ def export(source: Source) -> Exported:
     assert model.generation_config is not None
     new_tokens = min(DEFAULT_NEW_TOKENS, max(1, manifest.max_window // 2))
     model.generation_config.update(max_new_tokens=new_tokens, pad_token_id=model_config.eos_token_id)
-    card = CARD.format(
-        name=source.name,
-        license_id=source.license_id,
-        millions=sum(p.numel() for p in model.parameters()) / 1e6,
-        new_tokens=new_tokens,
-        num_steps=model_config.num_steps,
-        max_window=manifest.max_window,
-        step=source.saved.step,
-        fingerprint=manifest.fingerprint,
-        settings=source.told_settings(),
+    card = source.card(
+        CARD, model, new_tokens=new_tokens, num_steps=model_config.num_steps, max_window=manifest.max_window
     )
     return Exported(model, tensors.__getitem__, card, modeling_files("textmdlm.py"))

@@ -79,11 +79,25 @@ class Source:
                 f"{self.run} is a run of stage {self.config.stage}, whose export has {has_not}: drop --vae and the defaults of generate"
             )
 
-    def told_settings(self) -> str:
+    def _told_settings(self) -> str:
         """Model and optimizer as the configuration has them, for a card."""
         sections: Any = self.config
         told = {"model": dataclasses.asdict(sections.model), "optimizer": sections.optimizer.model_dump(mode="json")}
         return tellable(json.dumps(told, indent=1))
+
+    def card(self, template: str, model: PreTrainedModel, **more: object) -> str:
+        """A card of a template that names `name`, `license_id`, `millions` of parameters, `step`, `fingerprint`, `settings` and what is
+        given besides.
+        """
+        return template.format(
+            name=self.name,
+            license_id=self.license_id,
+            millions=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+            step=self.saved.step,
+            fingerprint=self.manifest.fingerprint,
+            settings=self._told_settings(),
+            **more,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,13 +61,5 @@ def export(source: Source) -> Exported:
         model = TextVAEModel(model_config)
     found = {name: shape for name, shape in tensors.shapes.items() if name.startswith("vae.")}
     check_shapes(model, found, source.saved.checkpoint)
-    card = CARD.format(
-        name=source.name,
-        license_id=source.license_id,
-        millions=sum(p.numel() for p in model.parameters()) / 1e6,
-        latent_dim=shape.latent_dim,
-        step=source.saved.step,
-        fingerprint=source.manifest.fingerprint,
-        settings=source.told_settings(),
-    )
+    card = source.card(CARD, model, latent_dim=shape.latent_dim)
     return Exported(model, tensors.__getitem__, card, modeling_files("textvae.py"))
