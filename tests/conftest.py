@@ -1,6 +1,7 @@
 """Fixtures shared by the whole suite, and what lets its files run side by side."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -34,13 +35,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def own_environment() -> Iterator[None]:
-    """Give back the environment as a file's tests found it.
+    """Give back the environment as a file's tests found it, and denormal numbers.
 
     A job of one process in the tests' own process leaves its rendezvous there, on whose port it still listens: the jobs that
     the next file starts would try to as well.
     """
     with mock.patch.dict(os.environ):
         yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,7 @@ def desk(trained: Trained, exported: Path, tmp_path_factory: pytest.TempPathFact
     for name in ("data/owt2", "data/mine"):
         (folder / name).symlink_to(trained.data)
     (folder / "tokenizer").symlink_to(trained.data / "tokenizer")
-    for name in ("runs/dit_xl", "runs/my_dit"):
+    for name in ("runs/dit_xl", "runs/my_dit", "runs/my_student"):
         (folder / name).symlink_to(trained.dit)
     for name in ("runs/vae_base", "runs/my_vae"):
         (folder / name).symlink_to(trained.vae)

@@ -15,6 +15,8 @@ from tests.pretrain import forked_ranks, tiny_run
 
 def test_a_host_opens_the_manifest_once(tmp_path: Path) -> None:
     data = tiny_run.write_data(tmp_path / "data")
+    hour_ago = time.time() - 3600  # what was just written may still change unnoticed, and is read again
+    os.utime(data / "manifest.json", (hour_ago, hour_ago))
     config = tiny_run.write_config(tmp_path / "run.json", tiny_run.config_values(data, tmp_path / "run", eval_every=2))
     noted = {"COUNTED": str(data), "COUNTED_IN": f"{tmp_path}/opens-"}
     ranks = forked_ranks.start(config, module="tests.pretrain.counted_opens", **noted)
