@@ -72,7 +72,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def export_fingerprint(folder: Path) -> str:
-    """Hash of a VAE's weights and shape. Raises: OSError, ValueError."""
+    """Hash of an export's weights and of its VAE's shape. Raises: OSError, ValueError."""
     found = []
     for path in weight_files(folder):
         with path.open("rb") as file:

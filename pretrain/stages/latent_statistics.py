@@ -30,9 +30,10 @@ from modeling.text_vae import TextVAE
 from modeling.token_statistics import log_frequencies, token_statistics
 from pretrain.checkpoint.find import saved_steps
 from pretrain.ranks.distributed import ALONE, Together
+from pretrain.runs.inputs import find_inputs
 from pretrain.stages.earlier import earlier_weights
 from pretrain.stages.frozen_vae import encoded, load_vae, posterior_mean
-from pretrain.stages.inputs import vae_fingerprint
+from pretrain.stages.inputs import VAE_KEY
 from pretrain.stages.rows import training_batches
 
 if TYPE_CHECKING:
@@ -169,14 +170,16 @@ def statistics_of(
 
 
 def statistics_key(config: "DiTRun", manifest: Manifest) -> str:
-    """What the statistics depend on, as a hash: the VAE's checkpoint, the data, and how the rows are drawn."""
+    """What the statistics depend on, as a hash: the VAE's checkpoint, the data, how the rows are drawn, and whose latent space is kept."""
+    fingerprints = dict(find_inputs(config).fingerprints)
     parts = [
-        vae_fingerprint(config.model.vae),
+        fingerprints.pop(VAE_KEY),
         manifest.fingerprint,
         config.data.split.model_dump(),
         [config.train.seed, config.data.streams, config.data.rows_per_step, config.flow.statistics_rows],
         config.model.head == "categorical",
-        *([config.first_weights[1]] if config.first_weights is not None else []),
+        *([config.train.init_from] if config.train.init_from else []),
+        *fingerprints.values(),  # of a student's teacher, wherever it lies now
     ]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 

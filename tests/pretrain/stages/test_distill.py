@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from pretrain.stages.base import row_noise
 from pretrain.stages.build import build_stage, measure, take_first_weights
 from pretrain.stages.distill import DistillStage
 from pretrain.stages.dit import TIME_NOISE
+from pretrain.stages.latent_statistics import statistics_key
 from pretrain.stages.outline import Windows, of_distill
 from pretrain.stages.rows import heldout_rows
 from tests.pretrain import tiny_pipeline, tiny_run
@@ -250,6 +252,20 @@ def test_a_teacher_may_be_an_export_and_is_the_same_teacher(
     assert of_run.keys() == of_export.keys()
     assert all(torch.equal(of_run[name], of_export[name]) for name in of_run)
     assert torch.equal(loss, loss_of_export)
+
+
+def test_its_latent_space_is_that_of_its_teacher_and_not_of_one_before(
+    trained: Trained, teachers: Teachers, tmp_path: Path
+) -> None:
+    """The statistics in a run's folder that never saved are measured anew for another teacher, and stay for one that was moved."""
+    copy = tmp_path / "moved"
+    shutil.copytree(teachers.categorical, copy)
+    keys = []
+    for name, teacher in (("a", teachers.categorical), ("b", copy), ("c", trained.dit)):
+        values = student_values(trained, teachers, tmp_path / "run", teacher=str(teacher))
+        config = load_config(tiny_run.write_config(tmp_path / f"{name}.json", values), [])
+        keys.append(statistics_key(config, Manifest.load(config.data.path)))
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_it_is_exported_as_any_textldm_and_takes_one_evaluation_a_step(
