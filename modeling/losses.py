@@ -251,14 +251,12 @@ def _without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
 @torch.no_grad()
 def class_mean(scores: ClassScores, values_VZ: torch.Tensor, temperature: float = 1.0, chunk: int = 0) -> torch.Tensor:
     """Mean [M, Z] of a value a class under softmax(logits / temperature), without gradients."""
-    parts = []
+    parts, scores = [], scores.divided(temperature)
     chunk = chunk or CLASS_CHUNK
     with _without_autocast(values_VZ):
         weight_VD = scores.weight_VD.to(scores.hidden_MD.dtype)
         for hidden_CD, known_CE in zip(scores.hidden_MD.split(chunk), scores.known_ME.split(chunk)):
             logits_CV = _logits(hidden_CD, weight_VD, known_CE, scores.known_VE)
-            if temperature != 1:
-                logits_CV.div_(temperature)
             torch.softmax(logits_CV, -1, out=logits_CV)
             parts.append(logits_CV @ values_VZ)
     return torch.cat(parts)

@@ -52,6 +52,7 @@ class TextDiT(nn.Module):
         estimate_TZ: torch.Tensor | None = None,
         targets: TokenTargets | None = None,
         token_temperature: float = 1.0,
+        places_M: torch.Tensor | None = None,
     ) -> Prediction:
         """The velocity, and with the categorical head the cross-entropies of the true tokens.
 
@@ -61,16 +62,20 @@ class TextDiT(nn.Module):
             time_T: t of each token's window, [T]; the velocity head without time conditioning does not read it.
             windows: which tokens see each other: context and target of one document.
             estimate_TZ: an earlier estimate of z at the targets, for self-conditioning.
-            targets: the true tokens and where they stand. Without them a GPU is waited for, to find the targets' places.
+            targets: the true tokens and where they stand.
             token_temperature: of the tokens' probabilities; nothing to the velocity head.
+            places_M: where targets stand, without their tokens. With neither a GPU is waited for, to find the places.
         """
-        places_M = is_target_T.nonzero()[:, 0] if targets is None else targets.places_M
+        if targets is not None:
+            places_M = targets.places_M
+        elif places_M is None:
+            places_M = is_target_T.nonzero()[:, 0]
         tokens_M = None if targets is None else targets.tokens_M
         # fmt: off
         time_T1 = (time_T * is_target_T)[:, None].float()                    # [T, 1], a context's own time is 0
-        alone_TZ = self.head.alone(latents_TZ, time_T1, places_M)            # [T, Z], what z_t tells by itself, or None
-        given_TZ = alone_TZ if estimate_TZ is None else estimate_TZ          # [T, Z]
-        x_TD = self._embedded(latents_TZ, given_TZ, is_target_T)             # [T, Z] or [T, 2 Z] -> [T, D]
+        if estimate_TZ is None:
+            estimate_TZ = self.head.alone(latents_TZ, time_T1, places_M)     # [T, Z], what z_t tells by itself, or None
+        x_TD = self._embedded(latents_TZ, estimate_TZ, is_target_T)          # [T, Z] or [T, 2 Z] -> [T, D]
         x_TD, condition_TD = self._conditioned(x_TD, time_T1)                # [T, D], [T, D] or None
         hidden_TD = self.transformer(x_TD, windows, condition_TD)            # [T, D], after the final norm
         return self.head(hidden_TD, latents_TZ, time_T1, places_M, tokens_M, token_temperature)  # [T, D] -> [T, Z]

@@ -1,4 +1,7 @@
-"""Texts of several requests drawn in one packed call; each is a function of its own prompt, seed and settings.
+"""Texts of several requests drawn in one call; each is a function of its own prompt, seed and settings.
+
+On CPUs a call's texts are divided among the cores: each draws its part, packed, with one thread, where a single text's operations would be
+too small to be shared by all. A call of one text has all cores.
 
 Shape letters: N new tokens of all texts, Z latent dim.
 """
@@ -8,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from data_pipeline.core.threads import in_order
 from modeling.blocks import block_sizes, latest
 from modeling.continuation import decode_targets, sample_targets
 from modeling.textldm import TextLDM
@@ -78,13 +82,23 @@ Watch = Callable[[int, float, list[int]], None]
 """Called with (step, t, the text's new tokens, the block's as decoded from the one-step estimate)."""
 
 
+def parts_of(draws: Sequence[Draw], num: int) -> list[list[int]]:
+    """Places of the texts, dealt out to at most `num` parts of nearly as many tokens each: the longest first, each to the lightest part."""
+    parts: list[list[int]] = [[] for _ in range(min(num, len(draws)))]
+    tokens = [0] * len(parts)
+    for place in sorted(range(len(draws)), key=lambda place: -draws[place].num_tokens):
+        lightest = tokens.index(min(tokens))
+        parts[lightest].append(place)
+        tokens[lightest] += draws[place].num_tokens
+    return [sorted(part) for part in parts]
+
+
 class Sampler:
-    """Packed calls of one model, from one thread."""
+    """Calls of one model, one at a time."""
 
     def __init__(self, model: TextLDM):
         self.model = model
 
-    @torch.inference_mode()
     def draw(
         self,
         draws: Sequence[Draw],
@@ -95,11 +109,26 @@ class Sampler:
 
         Args:
             draws: of the same settings.
-            watched: by whom each text is watched on its way from noise.
+            watched: by whom each text is watched on its way from noise; in several threads.
             abandoned: asked in every step.
 
         Raises: Abandoned.
         """
+        device = self.model.vae.latents_mean.device
+        places = parts_of(draws, torch.get_num_threads() if device.type == "cpu" else 1)
+        parts = ([[given[place] for place in part] for part in places] for given in (draws, watched))
+        found: dict[int, list[int]] = {}
+        for part, texts in zip(
+            places, in_order(self._packed, *parts, [abandoned] * len(places), device=device), strict=True
+        ):
+            found |= zip(part, texts)
+        return [found[place] for place in range(len(draws))]
+
+    @torch.inference_mode()
+    def _packed(
+        self, draws: Sequence[Draw], watched: Sequence[Watch | None], abandoned: Callable[[], bool]
+    ) -> list[list[int]]:
+        """The same of one part."""
         vae, settings = self.model.vae, draws[0].settings
         times = TimeDistribution(**self.model.config.times)
         blocks = [one.place for one in draws]

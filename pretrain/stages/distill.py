@@ -101,7 +101,7 @@ class DistillStage(DiTStage):
         if self.training:
             uniform_W = batch.window_uniforms_W2[:, 0]
             steps = self.steps_of(batch, latents_TZ, (uniform_W * num_steps).long().clamp(0, num_steps - 1))
-            error_T, weights_T = self.errors(self.dit, batch, steps, self.wanted_velocity(steps)), steps.weights_T
+            error_T, weights_T = self.errors(self.dit, batch, steps, self.wanted_velocity(batch, steps)), steps.weights_T
             return StageOutput(
                 (error_T * weights_T).sum() / counts["targets"], {"distill": weighted(error_T, weights_T)}
             )
@@ -109,7 +109,7 @@ class DistillStage(DiTStage):
         for step in range(num_steps):
             step_W = torch.full_like(batch.window_uniforms_W2[:, 0], step, dtype=torch.int64)
             steps = self.steps_of(batch, latents_TZ, step_W)
-            wanted_TZ = self.wanted_velocity(steps)
+            wanted_TZ = self.wanted_velocity(batch, steps)
             for name, dit in zip(found, (self.dit, self.teacher.dit)):
                 found[name].append(weighted(self.errors(dit, batch, steps, wanted_TZ), steps.weights_T))
         metrics = {name: torch.stack(pairs).sum(0) for name, pairs in found.items()}
@@ -145,7 +145,7 @@ class DistillStage(DiTStage):
         return Steps(inputs_TZ, is_target_T, windows, path)
 
     @torch.no_grad()
-    def wanted_velocity(self, steps: Steps) -> Tensor:
+    def wanted_velocity(self, batch: Batch, steps: Steps) -> Tensor:
         """The velocity that leads in one step where the teacher's guided steps lead, fp32 [T, Z]; zero at the contexts."""
         settings = self.config.distill
         velocity = GuidedVelocity(
@@ -156,6 +156,7 @@ class DistillStage(DiTStage):
             settings.guidance_scale,
             settings.guidance_interval,
             settings.token_temperature,
+            batch.places(SUFFIX),
         )
         begin_TZ = steps.inputs_TZ * steps.is_target_T[:, None]
 
