@@ -11,7 +11,7 @@ import ast
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +36,16 @@ class RawConfig(NamedTuple):
     name: str
 
 
+Inherited = Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]]
+"""Called with the values of a base and those that are put over them; what is taken of the base."""
+
+
 def read_config(
-    path_or_name: str | Path, overrides: Sequence[str] = (), not_inherited: Sequence[str] = (), whole: bool = False
+    path_or_name: str | Path,
+    overrides: Sequence[str] = (),
+    not_inherited: Sequence[str] = (),
+    whole: bool = False,
+    inherited: Inherited = lambda below, above: below,
 ) -> RawConfig:
     """Read a file and its bases and apply overrides.
 
@@ -46,15 +54,20 @@ def read_config(
         overrides: `key=value` with dotted keys; values are JSON, else strings: `train.steps=1000`, `data.path=data/x`.
         not_inherited: dotted keys that belong to one file alone, and are not taken from a base.
         whole: refuse a base, which names another file: this one is a program's, or somebody else's.
+        inherited: what is taken of a base, and of a file under its overrides, where that depends on what is put over it.
 
     Raises: UserError.
     """
     path = find_config(path_or_name)
-    values, bases = (_parse(path), []) if whole else _with_bases(path, not_inherited, ())
+    values, bases = (_parse(path), []) if whole else _with_bases(path, not_inherited, inherited, ())
     if BASE in values:
         raise UserError(
             f"{_shown(path)} has a {BASE!r}, which a run's own configuration never has: put the run's own file back"
         )
+    given: dict[str, Any] = {}
+    for override in overrides:
+        _set(given, override)
+    values = inherited(values, given)
     for override in overrides:
         _set(values, override)
     notes = [f"based on {', '.join(bases)}"] * bool(bases) + ["with --set"] * bool(overrides)
@@ -90,7 +103,9 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return {**base, **over, **{key: merged(base[key], over[key]) for key in both}}
 
 
-def _with_bases(path: Path, not_inherited: Sequence[str], above: tuple[Path, ...]) -> tuple[dict[str, Any], list[str]]:
+def _with_bases(
+    path: Path, not_inherited: Sequence[str], inherited: Inherited, above: tuple[Path, ...]
+) -> tuple[dict[str, Any], list[str]]:
     """The values of a file over those of its base, and the names of its bases, nearest first."""
     if any(path.samefile(other) for other in above):
         circle = " -> ".join(_shown(file) for file in (*above, path))
@@ -103,7 +118,7 @@ def _with_bases(path: Path, not_inherited: Sequence[str], above: tuple[Path, ...
         raise UserError(
             f"{BASE} in {_shown(path)} is {json.dumps(base)}; expected the name or path of another configuration"
         )
-    below, names = _with_bases(found := find_config(base, beside=path), not_inherited, (*above, path))
+    below, names = _with_bases(found := find_config(base, beside=path), not_inherited, inherited, (*above, path))
     for key in not_inherited:
         *sections, leaf = key.split(".")
         section: Any = below
@@ -111,7 +126,7 @@ def _with_bases(path: Path, not_inherited: Sequence[str], above: tuple[Path, ...
             section = section.get(name) if isinstance(section, dict) else None
         if isinstance(section, dict):
             section.pop(leaf, None)
-    return merged(below, values), [_shown(found), *names]
+    return merged(inherited(below, values), values), [_shown(found), *names]
 
 
 def _parse(path: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def load_config(path_or_name: str | Path, overrides: Sequence[str] = (), whole: 
     Returns: an instance of the stage's class, train.run filled in.
     Raises: UserError naming the key, what was found and what to do.
     """
-    raw = read_config(path_or_name, overrides, NOT_INHERITED, whole)
+    raw = read_config(path_or_name, overrides, NOT_INHERITED, whole, _inherited)
     return parse_config(raw.values, raw.source, default_name=raw.name)
 
 
@@ -51,10 +51,26 @@ def parse_config(values: Mapping[str, Any], source: str, default_name: str = "ru
     return config
 
 
+def _inherited(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """A base without the keys that its optimizer alone knows, where another one is named above it."""
+    section, over = below.get("optimizer"), above.get("optimizer")
+    if not isinstance(section, dict) or not isinstance(over, Mapping) or "kind" not in over:
+        return below
+    kinds = _optimizer_name(below), _optimizer_name(above)
+    if not all(name in optimizer_names() for name in kinds):
+        return below  # which is told of the whole
+    known, wanted = (optimizer_settings(name).__pydantic_fields__.keys() for name in kinds)
+    return below | {"optimizer": {key: value for key, value in section.items() if key not in known - wanted}}
+
+
+def _optimizer_name(values: Mapping[str, Any]) -> Any:
+    section = values.get("optimizer")
+    return section.get("kind", "adamw") if isinstance(section, Mapping) else "adamw"
+
+
 def _optimizer_settings(values: Mapping[str, Any], source: str) -> type[OptimizerSettings]:
     """The section of the optimizer that `optimizer.kind` names. Raises: UserError."""
-    section = values.get("optimizer")
-    name = section.get("kind", "adamw") if isinstance(section, dict) else "adamw"
+    name = _optimizer_name(values)
     if name not in optimizer_names():
         raise UserError(
             f"optimizer.kind in {source} is {json.dumps(name)}; expected one of {', '.join(optimizer_names())}"

@@ -185,6 +185,26 @@ def test_a_run_is_not_its_bases(tmp_path: Path) -> None:
     assert mine.model_dump(exclude=unlike) == base.model_dump(exclude=unlike)
 
 
+def test_another_optimizer_leaves_behind_what_its_bases_alone_knows(tmp_path: Path) -> None:
+    assert load_config("quickstart_dit").optimizer.kind == "muon"
+    adamw = load_config("quickstart_dit", ["optimizer.kind=adamw"]).optimizer
+    assert (adamw.kind, hasattr(adamw, "matrix_lr")) == ("adamw", False)
+    assert adamw.lr == load_config("quickstart_dit").optimizer.lr  # what both know is inherited
+    path, above = tmp_path / "mine.json", tmp_path / "again.json"
+    path.write_text(json.dumps({"base": "quickstart_dit", "optimizer": {"kind": "adamw"}}))
+    above.write_text(json.dumps({"base": "mine", "optimizer": {"kind": "muon", "momentum": 0.9}}))
+    assert load_config(path).optimizer == adamw
+    assert load_config(above).optimizer.matrix_lr == 0.02  # muon's own default
+    for own in ({"kind": "adamw", "matrix_lr": 0.1}, {"kind": "adamw", "matrix_rl": 0.1}):
+        path.write_text(json.dumps({"base": "quickstart_dit", "optimizer": own}))
+        with pytest.raises(UserError, match="unknown key optimizer.matrix_"):
+            load_config(path)
+    with pytest.raises(UserError, match="unknown key optimizer.matrix_lr"):
+        load_config("quickstart_dit", ["optimizer.kind=adamw", "optimizer.matrix_lr=0.1"])
+    with pytest.raises(UserError, match='optimizer.kind in .* is "sgd"'):
+        load_config("quickstart_dit", ["optimizer.kind=sgd"])
+
+
 @pytest.mark.parametrize(("name", "most"), [("dit_l", 6), ("dit_xl", 7), ("dit_2b", 12), ("dit_7b", 14)])
 def test_the_ladder_is_dit_b_and_few_differences(name: str, most: int) -> None:
     written = json.loads((CONFIG_FOLDER / f"{name}.json").read_text())
