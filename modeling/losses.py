@@ -126,9 +126,10 @@ class _ChunkedCategorical(torch.autograd.Function):
         mean_MZ = values_VZ.new_empty(num, values_VZ.shape[1])
         grad_hidden = torch.empty_like(hidden_MD) if at_once else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if at_once else None
+        room_CV = _room(min(num, chunk), known_VE)
         for start in range(0, num, chunk):
             part = slice(start, start + chunk)
-            share_CV = _logits(hidden_MD[part], compute_VD, known_ME[part], known_VE)
+            share_CV = _logits(hidden_MD[part], compute_VD, known_ME[part], known_VE, room_CV)
             true_M = share_CV.gather(1, targets_M[part][:, None])[:, 0]
             loss_M[part] = _softmax_(share_CV) - true_M
             torch.mm(share_CV, values_VZ, out=mean_MZ[part])
@@ -156,9 +157,10 @@ class _ChunkedCategorical(torch.autograd.Function):
         hidden_MD, weight_VD, known_ME, known_VE, values_VZ, targets_M, mean_MZ = ctx.saved_tensors
         compute_VD, own_M = weight_VD.to(hidden_MD.dtype), (grad_MZ * mean_MZ).sum(-1)
         grad_hidden, grad_weight = torch.empty_like(hidden_MD), torch.zeros_like(weight_VD, dtype=torch.float32)
+        room_CV = _room(min(len(hidden_MD), ctx.chunk), known_VE)
         for start in range(0, len(hidden_MD), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            share_CV = _logits(hidden_MD[part], compute_VD, known_ME[part], known_VE)
+            share_CV = _logits(hidden_MD[part], compute_VD, known_ME[part], known_VE, room_CV)
             torch.softmax(share_CV, -1, out=share_CV)
             # d mean / d logit_k = p_k (value_k - mean), and of the cross-entropy p_k less 1 at the true class.
             slopes_CV = torch.addmm((grad_loss - own_M[part])[:, None], grad_MZ[part], values_VZ.t())
@@ -169,13 +171,27 @@ class _ChunkedCategorical(torch.autograd.Function):
         return grad_hidden, grad_weight.to(ctx.weight_dtype), *[None] * 6
 
 
+def _room(tokens: int, known_VE: torch.Tensor) -> torch.Tensor:
+    """For the logits of a chunk, fp32 [C, V]: new memory for each chunk would cost a CPU half as long as what is written there."""
+    return known_VE.new_empty(tokens, len(known_VE))
+
+
 def _logits(
-    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, known_CE: torch.Tensor, known_VE: torch.Tensor
+    hidden_CD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    known_CE: torch.Tensor,
+    known_VE: torch.Tensor,
+    room_CV: torch.Tensor,
 ) -> torch.Tensor:
-    """fp32 [C, V], its known part computed in fp32."""
+    """fp32 [C, V] in that room, its known part computed in fp32."""
+    logits_CV = room_CV[: len(hidden_CD)]
     if not hidden_CD.shape[1]:
-        return known_CE @ known_VE.t()
-    return (hidden_CD @ weight_VD.t()).float().addmm_(known_CE, known_VE.t())
+        return torch.mm(known_CE, known_VE.t(), out=logits_CV)
+    if hidden_CD.dtype == logits_CV.dtype:
+        torch.mm(hidden_CD, weight_VD.t(), out=logits_CV)
+    else:
+        logits_CV.copy_(hidden_CD @ weight_VD.t())
+    return logits_CV.addmm_(known_CE, known_VE.t())
 
 
 def _softmax_(logits_CV: torch.Tensor) -> torch.Tensor:
@@ -255,8 +271,9 @@ def class_mean(scores: ClassScores, values_VZ: torch.Tensor, temperature: float 
     chunk = chunk or CLASS_CHUNK
     with _without_autocast(values_VZ):
         weight_VD = scores.weight_VD.to(scores.hidden_MD.dtype)
+        room_CV = _room(min(len(scores.known_ME), chunk), scores.known_VE)
         for hidden_CD, known_CE in zip(scores.hidden_MD.split(chunk), scores.known_ME.split(chunk)):
-            logits_CV = _logits(hidden_CD, weight_VD, known_CE, scores.known_VE)
+            logits_CV = _logits(hidden_CD, weight_VD, known_CE, scores.known_VE, room_CV)
             torch.softmax(logits_CV, -1, out=logits_CV)
             parts.append(logits_CV @ values_VZ)
     return torch.cat(parts)
