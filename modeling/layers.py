@@ -4,7 +4,8 @@ Shape letters: T packed tokens, D width, H heads, K head dim, P = K/2 rotary pai
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Self
 
 import torch
@@ -200,6 +201,20 @@ class Transformer(nn.Module):
         return self.norm(x_TD)
 
 
+@contextmanager
+def whole(*parameters: torch.Tensor) -> Iterator[None]:
+    """Within, all values of these parameters are there to be read and written.
+
+    They always are, but where a rank holds a piece of each alone, which then says itself how it is made whole: by an attribute `whole`,
+    a function that gives a context manager (pretrain/engine/pieces.py). All ranks must come by, and what rank 0 has written is kept.
+    """
+    with ExitStack() as stack:
+        for p in parameters:
+            if hasattr(p, "whole"):
+                stack.enter_context(p.whole())
+        yield
+
+
 def initialize(module: nn.Module) -> None:
     """Set every weight below `module`; the only place where weights are initialised.
 
@@ -224,35 +239,50 @@ def initialize(module: nn.Module) -> None:
     if all(p.is_meta for p in module.parameters()):
         return
     for child in module.modules():
-        if isinstance(child, nn.Linear):
-            std = 0.0 if getattr(child, "zero_init", False) else linear_std(child)
-            nn.init.normal_(child.weight, std=std)
-            if child.bias is not None:
-                nn.init.zeros_(child.bias)
-        elif isinstance(child, nn.Embedding):
-            nn.init.normal_(child.weight, std=0.02)
-        elif isinstance(child, nn.LayerNorm):
-            if child.weight is not None:
-                nn.init.ones_(child.weight)
-            if child.bias is not None:
-                nn.init.zeros_(child.bias)
-        elif isinstance(child, Gain):
-            nn.init.zeros_(child.weight)
-        elif any(True for _ in child.parameters(recurse=False)):
-            raise TypeError(f"initialize() has no rule for the parameters of {type(child).__name__}")
+        with whole(*child.parameters(recurse=False)):
+            _initialize_own(child)
     for stack in module.modules():
         if isinstance(stack, Transformer):
             for block in stack.blocks:
                 assert isinstance(block, Block)
-                for last in (block.attention.out, block.mlp_out):
-                    nn.init.normal_(last.weight, std=linear_std(last) / math.sqrt(2 * len(stack.blocks)))
-                if block.modulation is not None:
-                    nn.init.zeros_(block.modulation.weight)
-                if stack.neighbour_heads:
-                    heads = block.attention.qkv.in_features // stack.head_dim
-                    share = max(1, heads // 4)
-                    look_at(block.attention, -1, range(share), stack.rope_theta)
-                    look_at(block.attention, 1, range(share, min(2 * share, heads)), stack.rope_theta)
+                _initialize_in_stack(block, stack)
+
+
+def _initialize_own(child: nn.Module) -> None:
+    """What is the same wherever a layer stands."""
+    if isinstance(child, nn.Linear):
+        std = 0.0 if getattr(child, "zero_init", False) else linear_std(child)
+        nn.init.normal_(child.weight, std=std)
+        if child.bias is not None:
+            nn.init.zeros_(child.bias)
+    elif isinstance(child, nn.Embedding):
+        nn.init.normal_(child.weight, std=0.02)
+    elif isinstance(child, nn.LayerNorm):
+        if child.weight is not None:
+            nn.init.ones_(child.weight)
+        if child.bias is not None:
+            nn.init.zeros_(child.bias)
+    elif isinstance(child, Gain):
+        nn.init.zeros_(child.weight)
+    elif any(True for _ in child.parameters(recurse=False)):
+        raise TypeError(f"initialize() has no rule for the parameters of {type(child).__name__}")
+
+
+def _initialize_in_stack(block: Block, stack: Transformer) -> None:
+    """What a block has otherwise, as one of a stack."""
+    for last in (block.attention.out, block.mlp_out):
+        with whole(last.weight):
+            nn.init.normal_(last.weight, std=linear_std(last) / math.sqrt(2 * len(stack.blocks)))
+    if block.modulation is not None:
+        with whole(block.modulation.weight):
+            nn.init.zeros_(block.modulation.weight)
+    if stack.neighbour_heads:
+        qkv = block.attention.qkv
+        heads = qkv.in_features // stack.head_dim
+        share = max(1, heads // 4)
+        with whole(qkv.weight, qkv.bias):
+            look_at(block.attention, -1, range(share), stack.rope_theta)
+            look_at(block.attention, 1, range(share, min(2 * share, heads)), stack.rope_theta)
 
 
 def linear_std(linear: nn.Linear) -> float:

@@ -38,7 +38,7 @@ from pretrain.checkpoint.write import CheckpointWriter
 from pretrain.config.registry import part, stage_kind
 from pretrain.config.resume import Difference
 from pretrain.config.schema import RunConfig
-from pretrain.engine.engine import Engine, EngineSettings
+from pretrain.engine.engine import Engine, EngineSettings, in_pieces
 from pretrain.engine.schedule import learning_rate
 from pretrain.faults.exit_codes import EXIT_INTERRUPTED
 from pretrain.faults.exits import leave
@@ -280,10 +280,12 @@ def build(config: RunConfig, topology: Topology, inputs: Inputs, new: bool) -> t
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(key(config.train.seed, "initial weights") % 2**63)  # every rank builds the same weights
-    stage = build_stage(config, inputs.manifest, topology.device)
+    settings = engine_settings(config, topology)
+    with in_pieces(settings):
+        stage = build_stage(config, inputs.manifest, topology.device)
     if new:
         take_first_weights(stage, config, inputs.manifest)
-    return stage, Engine(stage, engine_settings(config, topology), config.optimizer, topology)
+    return stage, Engine(stage, settings, config.optimizer, topology)
 
 
 def open_records(

@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -34,13 +35,14 @@ from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
 from pretrain.engine.matrices import whole_matrices
-from pretrain.engine.optim import build_optimizer
+from pretrain.engine.optim import build_optimizer, full_shape
 from pretrain.engine.optimizer_settings import OptimizerSettings
 from pretrain.engine.partition import Partition, partition_of
+from pretrain.engine.pieces import Pieces
 from pretrain.engine.settings import EngineSettings, deepspeed_config
 from pretrain.ranks.distributed import Topology
 
-__all__ = ["Engine", "EngineSettings", "Measured"]
+__all__ = ["Engine", "EngineSettings", "Measured", "in_pieces"]
 
 T = TypeVar("T")
 
@@ -104,12 +106,13 @@ class Engine:
         if settings.zero_stage == 3:
             _spare_stage_3_its_norm()
         self._torch_linear = torch.nn.functional.linear
+        numel = sum(math.prod(full_shape(p)) for p in names)
+        config = deepspeed_config(settings, numel, torch.cuda.is_available())
         with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints a dozen lines of memory figures
+            if settings.zero_stage == 3:
+                _cut_up(stage, config)
             self._deepspeed, wrapped, _, _ = deepspeed.initialize(
-                model=stage,
-                optimizer=base,
-                config=deepspeed_config(settings, sum(p.numel() for p in names), torch.cuda.is_available()),
-                dist_init_required=False,
+                model=stage, optimizer=base, config=config, dist_init_required=False
             )
         folder = Path(settings.offload_folder)
         files = folder if settings.offload_optimizer == "nvme" else None
@@ -282,6 +285,44 @@ def _load_deepspeed() -> Any:
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)
     return deepspeed
+
+
+@contextmanager
+def in_pieces(settings: EngineSettings) -> Iterator[None]:
+    """Within, a stage is built as the engine will hold it: at ZeRO 3 no rank has more of what it makes under `weights_on` (pieces.py)
+    than its own pieces, in fp32, and one module's parameters. Collective at ZeRO 3, nothing elsewhere.
+    """
+    if settings.zero_stage < 3:
+        yield
+        return
+    deepspeed = _load_deepspeed()
+    with redirect_stdout(io.StringIO()):
+        init = _zero_init(deepspeed_config(settings, 1))
+    pieces = Pieces(init._convert_to_zero_parameters, partial(deepspeed.zero.GatheredParameters, modifier_rank=0))
+    with pieces.taking():
+        yield
+
+
+def _cut_up(stage: nn.Module, config: dict[str, Any]) -> None:
+    """Cut the parameters that are whole yet, as `deepspeed.initialize` would; all pieces in the dtype that is computed in."""
+    _zero_init(config, stage)
+    if "bf16" in config:
+        for p in stage.parameters():
+            for part in (p, p.ds_tensor):  # type: ignore[attr-defined]
+                part.data = part.data.bfloat16()
+
+
+def _zero_init(config: dict[str, Any], module: nn.Module | None = None) -> Any:
+    """DeepSpeed's `zero.Init`, by which it cuts parameters: those of a module at once."""
+    deepspeed = _load_deepspeed()
+    accelerator = deepspeed.accelerator.get_accelerator()
+    deepspeed.init_distributed(accelerator.communication_backend_name(), dist_init_required=False, verbose=False)
+    groups = importlib.import_module("deepspeed.utils.groups")
+    return deepspeed.zero.Init(
+        module=module,
+        config_dict_or_path=config,
+        zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
+    )
 
 
 def _spare_stage_3_its_norm() -> None:

@@ -16,6 +16,7 @@ from modeling import losses
 from modeling.attention import Segments
 from modeling.stock_language_model import continuation, stock_language_model
 from modeling.token_transformer import TokenTransformer, causal_inputs
+from pretrain.engine.pieces import weights_on
 from pretrain.stages.base import StageOutput
 from pretrain.stages.token_config import ARRun
 from pretrain.stages.token_stage import TokenStage
@@ -42,7 +43,7 @@ class ARStage(TokenStage):
         self.max_window = manifest.max_window
         shape = config.model.architecture()
         shape.vocab_size = vocab_size_of(shape.vocab_size, manifest, config.data.path)
-        with device:
+        with weights_on(device):
             self.model = TokenTransformer(shape)
 
     def token_counts(self, batch: Batch) -> dict[str, int]:

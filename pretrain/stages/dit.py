@@ -23,6 +23,7 @@ from modeling.text_dit import TextDiT
 from modeling.text_vae import TextVAE
 from modeling.times import TimeDistribution, move_logit
 from pretrain.checkpoint.storage import Checkpoint
+from pretrain.engine.pieces import weights_on
 from pretrain.stages.base import Stage, StageOutput, row_noise, weighted
 from pretrain.stages.dit_config import DiTRun, Flow
 from pretrain.stages.frozen_vae import load_vae, posterior, training_encoder
@@ -104,14 +105,14 @@ class DiTStage(Stage):
         self.space = LatentSpace(vae, statistics.floors.to(device), statistics.log_frequencies_V.to(device))
         shape = config.model.architecture()
         shape.vocab_size = vae.config.vocab_size
-        with device:
+        with weights_on(device):
             self.dit = TextDiT(shape)
         if isinstance(self.dit.head, CategoricalHead):
             statistics.apply_tokens(self.dit.head)
             self.dit.head.through_mean = config.flow.through_tokens
         self.token_head: TokenHead | None = None
         if config.flow.token_loss_weight and isinstance(self.dit.head, VelocityHead):
-            with device:
+            with weights_on(device):
                 self.token_head = TokenHead(config.model.width, vae.config.vocab_size)
         # Part of the checkpoint, so that an export needs nothing but it.
         self.register_buffer("latents_mean", vae.latents_mean.clone())

@@ -15,6 +15,7 @@ from modeling import losses
 from modeling.attention import Segments
 from modeling.masked_diffusion import draw_masks, masked_inputs, sample_targets, window_nats
 from modeling.token_transformer import TokenTransformer
+from pretrain.engine.pieces import weights_on
 from pretrain.stages.base import StageOutput, row_noise
 from pretrain.stages.token_config import MDLMRun
 from pretrain.stages.token_stage import TokenStage
@@ -31,7 +32,7 @@ class MDLMStage(TokenStage):
         self.config = config
         shape = config.model.architecture()
         shape.vocab_size = vocab_size_of(shape.vocab_size, manifest, config.data.path)
-        with device:
+        with weights_on(device):
             self.model = TokenTransformer(shape, num_marks=1, with_roles=True)
 
     def token_counts(self, batch: Batch) -> dict[str, int]:

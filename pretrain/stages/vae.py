@@ -15,6 +15,7 @@ from modeling.attention import Segments
 from modeling.repa import RepaHead
 from modeling.text_vae import TextVAE
 from pretrain.checkpoint.storage import Checkpoint
+from pretrain.engine.pieces import weights_on
 from pretrain.stages.base import Stage, StageOutput, ramp, row_noise, weighted
 from pretrain.stages.repa_target import RepaTarget, repa_target
 from pretrain.stages.vae_config import VAERun
@@ -35,7 +36,7 @@ class VAEStage(Stage):
         shape = config.model.architecture()
         shape.vocab_size = vocab_size_of(shape.vocab_size, manifest, config.data.path)
         self.target: RepaTarget | None = repa_target(config, manifest, device)
-        with device:
+        with weights_on(device):
             self.vae = TextVAE(shape)
             self.repa = RepaHead(shape.width, self.target.feature_dim) if self.target else None
 
