@@ -77,22 +77,22 @@ def stock_weight(name: str, shape: TokenTransformerConfig, read: Callable[[str],
 
     Queries, keys and values of one head lie together in GPT-NeoX.
     """
-    ours = _our_name(name)
+    ours = our_name(name)
     tensor = read(ours)
     if ".qkv." not in ours:
         return tensor
     return tensor.view(3, -1, shape.head_dim, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
 
 
-def our_weight(name: str, head_dim: int, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
-    """The way back: name and weight of a TokenTransformer, of what GPT-NeoX calls `name`."""
-    ours = _our_name(name)
-    if ".qkv." in ours:
-        tensor = tensor.view(-1, 3, head_dim, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
-    return ours, tensor
+def our_weight(name: str, head_dim: int, tensor: torch.Tensor) -> torch.Tensor:
+    """The way back: the weight of a TokenTransformer, of that which GPT-NeoX calls `name`."""
+    if ".qkv." not in our_name(name):
+        return tensor
+    return tensor.view(-1, 3, head_dim, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
 
 
-def _our_name(name: str) -> str:
+def our_name(name: str) -> str:
+    """What a TokenTransformer calls the weight that GPT-NeoX calls `name`."""
     return functools.reduce(lambda found, pair: found.replace(*pair), _NAMES.items(), name)
 
 

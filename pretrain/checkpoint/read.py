@@ -5,14 +5,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from data_pipeline.core.errors import UserError
+from modeling.layers import whole
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.manifest import Manifest, check_sizes, read_manifest, unaltered
 from pretrain.checkpoint.slices import SliceReader
 from pretrain.checkpoint.storage import Checkpoint
+from pretrain.checkpoint.tensor_files import shapes_of
 from pretrain.engine.engine import Engine
+from pretrain.engine.optim import full_shape
 from pretrain.engine.partition import Partition
 from pretrain.ranks.distributed import barrier
 
@@ -117,15 +121,24 @@ class SavedTensors(Mapping[str, Tensor]):
         self._reader.__exit__()
 
 
-def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Checkpoint | Path) -> None:
-    """`load_state_dict` whose mismatches are one message. Raises: UserError."""
-    check_shapes(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
-    model.load_state_dict(tensors)
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: Checkpoint | Path) -> None:
+    """`load_state_dict`, one tensor after the other: each is asked for when its turn has come, and put where it belongs.
+
+    The model's own tensors among them stay what they are. Of what is held in pieces, one parameter at a time is whole, and rank 0's
+    values count: collective then. Raises: UserError, whose one message has all mismatches.
+    """
+    check_shapes(model, shapes_of(tensors), source)
+    with torch.no_grad():
+        for name, own in model.state_dict(keep_vars=True).items():
+            found = tensors[name]
+            if found is not own:
+                with whole(own):
+                    own.copy_(found)
 
 
 def check_shapes(model: nn.Module, found: Mapping[str, tuple[int, ...]], source: Checkpoint | Path) -> None:
-    """Raise UserError for weights that a model, which may be on the meta device, does not have or has in other shapes."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    """Raise UserError for weights that a model, which may be on the meta device or in pieces, does not have or has in other shapes."""
+    wanted = {name: full_shape(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     wrong = [
         f"{name} is {found.get(name, 'missing')}, expected {wanted.get(name, 'nothing')}"
         for name in sorted(wanted.keys() | found.keys())

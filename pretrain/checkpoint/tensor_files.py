@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +193,49 @@ class TensorFiles(Mapping[str, Tensor]):
         """Close the files; what was read stays."""
         for file in self._files:
             file.close()
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name, made or read when they are asked for.
+
+    Attributes:
+        shapes: of all of them.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> None:
+        self.shapes, self._read = shapes, read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def renamed(
+    tensors: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    change: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
+) -> LazyTensors:
+    """Some of these tensors by other names: `names` has theirs by the new ones.
+
+    change: makes the new tensor, of the same shape, out of their name and tensor.
+    """
+    shapes = shapes_of(tensors)
+    return LazyTensors(
+        {new: shapes[old] for new, old in names.items()}, lambda new: change(names[new], tensors[names[new]])
+    )
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
+    """Shapes by name, which mappings that read know without reading."""
+    known: Mapping[str, tuple[int, ...]] | None = getattr(tensors, "shapes", None)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()} if known is None else known
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

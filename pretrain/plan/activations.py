@@ -36,7 +36,7 @@ class Traced:
     moved_bytes: int
 
 
-class _Tracker(TorchDispatchMode):
+class StorageTracker(TorchDispatchMode):
     """Counts storages from their first tensor to their end, and what every operation reads and writes."""
 
     def __init__(self, known: list[Tensor]) -> None:
@@ -119,7 +119,7 @@ def trace(outline: Outline, windows: Windows, bf16: bool, checkpoint_every: int 
         p.grad = torch.empty_like(p)
     kept = [*parameters, *(p.grad for p in parameters if p.grad is not None), *model.buffers()]
     kept += [tensor for module in outline.frozen for tensor in (*module.parameters(), *module.buffers())]
-    tracker = _Tracker(kept)
+    tracker = StorageTracker(kept)
     with attention_kernel(copies_output=sdpa), tracker:
         outline.loss(windows).backward()
     return Traced(tracker.peak, tracker.moved)

@@ -10,6 +10,7 @@ in plain objects, not registered as submodules, so they are neither sharded nor 
 Shape letters: T packed tokens, B rows.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,11 +71,11 @@ class Stage(KeepsStatistics):
         """What an evaluation tells of the metrics' means over all its rows."""
         return means
 
-    def load_first(self, tensors: dict[str, Tensor], source: Checkpoint | Path) -> None:
-        """Start from an earlier run's parameters and buffers. Raises: UserError naming `source`."""
+    def load_first(self, tensors: Mapping[str, Tensor], source: Checkpoint | Path) -> None:
+        """Start from an earlier run's parameters and buffers, each read when it is asked for. Raises: UserError naming `source`."""
         self.load_trained(tensors, source)
 
-    def load_trained(self, tensors: dict[str, Tensor], source: Checkpoint | Path) -> None:
+    def load_trained(self, tensors: Mapping[str, Tensor], source: Checkpoint | Path) -> None:
         """Take all parameters and buffers of a checkpoint or export, outside training. Raises: UserError naming `source`."""
         load_weights(self, tensors, source)
 

@@ -1,15 +1,19 @@
 """Building the stage that a configuration names, with first weights or with those of a checkpoint."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data_pipeline.format.manifest import Manifest
 from pretrain.checkpoint.read import read_tensors
 from pretrain.checkpoint.storage import Checkpoint
+from pretrain.checkpoint.tensor_files import LazyTensors, shapes_of
 from pretrain.config.registry import part, stage_kind
 from pretrain.config.schema import RunConfig
+from pretrain.engine.optim import full_shape
 from pretrain.ranks.distributed import ALONE, Together
 from pretrain.stages.blocks import prepare_blocks
 from pretrain.stages.earlier import earlier_weights
@@ -43,11 +47,17 @@ def take_first_weights(stage: Any, config: RunConfig, manifest: Manifest) -> Non
     """
     if config.first_weights is None:
         return
-    tensors, source = earlier_weights(config, manifest)
-    if isinstance(source, Path):
-        first = {name: tensor for name, tensor in stage.state_dict().items() if name.startswith(TRAINING_ONLY)}
-        tensors = first | tensors
-    stage.load_first(tensors, source)
+    with earlier_weights(config, manifest) as (tensors, source):
+        if isinstance(source, Path):
+            tensors = _with_training_only(tensors, stage)
+        stage.load_first(tensors, source)
+
+
+def _with_training_only(tensors: Mapping[str, Tensor], stage: Any) -> Mapping[str, Tensor]:
+    every = stage.state_dict(keep_vars=True)
+    own = {name: p for name, p in every.items() if name.startswith(TRAINING_ONLY) and name not in tensors}
+    shapes = {name: full_shape(p) for name, p in own.items()}
+    return LazyTensors({**shapes_of(tensors), **shapes}, lambda name: own[name] if name in own else tensors[name])
 
 
 def load_stage(config: RunConfig, path: Checkpoint, device: torch.device) -> Any:

@@ -12,7 +12,7 @@ times may be spread, and the steps of one token weigh as much as they move the s
 Shape letters: T packed tokens, Z latent dim, W windows, k the teacher's steps to one of the student's.
 """
 
-import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from modeling.text_dit import TextDiT
 from modeling.times import move_logit
 from pretrain.checkpoint.read import load_weights
 from pretrain.checkpoint.storage import Checkpoint
+from pretrain.checkpoint.tensor_files import renamed
 from pretrain.stages.base import StageOutput, row_noise, weighted
 from pretrain.stages.distill_config import DistillRun
 from pretrain.stages.dit import TIME_NOISE, DiTStage
@@ -81,15 +82,19 @@ class DistillStage(DiTStage):
         self.token_head = None
         if isinstance(self.dit.head, CategoricalHead):
             self.dit.head.through_mean = True
-        teacher = copy.deepcopy(self.dit)
-        tensors, source = earlier_weights(config, manifest)
-        load_weights(teacher, _of_dit(tensors), source)
-        self.teacher = Teacher(teacher.to(device).eval().requires_grad_(False))
+        with torch.device("meta"):
+            teacher = TextDiT(self.dit.config)
+        teacher.to_empty(device=device)
+        if isinstance(teacher.head, CategoricalHead):
+            teacher.head.through_mean = True
+        with earlier_weights(config, manifest) as (tensors, source):
+            load_weights(teacher, _of_dit(tensors), source)
+        self.teacher = Teacher(teacher.eval().requires_grad_(False))
 
-    def load_first(self, tensors: dict[str, Tensor], source: Checkpoint | Path) -> None:
+    def load_first(self, tensors: Mapping[str, Tensor], source: Checkpoint | Path) -> None:
         """The DiT and its latent space, without what else the teacher's run trained."""
         wanted = self.state_dict().keys()
-        self.load_trained({name: tensor for name, tensor in tensors.items() if name in wanted}, source)
+        self.load_trained(renamed(tensors, {name: name for name in tensors if name in wanted}), source)
 
     def flops(self, batch: Batch) -> float:
         lengths = batch.window_lengths, batch.segment_lengths
@@ -169,5 +174,5 @@ class DistillStage(DiTStage):
         return ((begin_TZ - end_TZ) / steps.length_T1).float()
 
 
-def _of_dit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(DIT_PREFIX): x for name, x in tensors.items() if name.startswith(DIT_PREFIX)}
+def _of_dit(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return renamed(tensors, {name.removeprefix(DIT_PREFIX): name for name in tensors if name.startswith(DIT_PREFIX)})

@@ -3,7 +3,7 @@
 Shape letters: T packed tokens, D width, Z latent dim, W windows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -140,7 +140,7 @@ class DiTStage(Stage):
         """What predictors without language reach on this VAE's latents."""
         return self.space.floors
 
-    def load_trained(self, tensors: dict[str, Tensor], source: Checkpoint | Path) -> None:
+    def load_trained(self, tensors: Mapping[str, Tensor], source: Checkpoint | Path) -> None:
         """The VAE gets the statistics that the DiT was trained with, which are those of its checkpoint."""
         super().load_trained(tensors, source)
         self.vae.latents_mean.copy_(self.latents_mean)

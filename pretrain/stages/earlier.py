@@ -1,5 +1,7 @@
 """The weights that a new run starts from (`train.init_from`, `distill.teacher`): of another run, or of an export, here or on the hub."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -10,7 +12,7 @@ from data_pipeline.format.manifest import Manifest
 from data_pipeline.text.tokenization import TOKENIZER_FILES, tokenizer_hash
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.manifest import read_manifest
-from pretrain.checkpoint.read import read_tensors
+from pretrain.checkpoint.read import SavedTensors
 from pretrain.checkpoint.storage import Checkpoint
 from pretrain.checkpoint.tensor_files import UNREADABLE, TensorFiles
 from pretrain.config.registry import part, stage_kind
@@ -20,16 +22,27 @@ from pretrain.runs.record import RunRecord
 from pretrain.stages.exported import STAGE, export_config, exported_folder, weight_files
 
 
-def earlier_weights(config: RunConfig, manifest: Manifest) -> tuple[dict[str, Tensor], Checkpoint | Path]:
+@contextmanager
+def earlier_weights(config: RunConfig, manifest: Manifest) -> Iterator[tuple[Mapping[str, Tensor], Checkpoint | Path]]:
     """The tensors that `RunConfig.first_weights` names, by the stage's names, and where they are from: EMA weights of a run, or what an
-    export holds, which lacks what only training has. Raises: UserError, if they are of another stage, tokenizer or VAE, or cannot be read.
+    export holds, which lacks what only training has. Within, they are read one by one when they are asked for.
+
+    Raises: UserError, if they are of another stage, tokenizer or VAE, or cannot be read.
     """
     assert config.first_weights is not None
     key, source = config.first_weights
     folder = exported_folder(source, f"--set {key}=")
-    if folder is None:
-        checkpoint = earlier_checkpoint(config, manifest)
-        return read_tensors(checkpoint, "ema"), checkpoint
+    with ExitStack() as stack:
+        if folder is None:
+            checkpoint = earlier_checkpoint(config, manifest)
+            yield stack.enter_context(SavedTensors(read_manifest(checkpoint), "ema")), checkpoint
+        else:
+            yield _of_export(config, manifest, folder, stack), folder
+
+
+def _of_export(config: RunConfig, manifest: Manifest, folder: Path, stack: ExitStack) -> Mapping[str, Tensor]:
+    assert config.first_weights is not None
+    key, source = config.first_weights
     try:
         export = export_config(folder)
         stage = export.get(STAGE)
@@ -43,15 +56,14 @@ def earlier_weights(config: RunConfig, manifest: Manifest) -> tuple[dict[str, Te
         if own is None:
             raise UserError(f"{key} {source} is an export of stage {stage}, which no run starts from; expected its run")
         _check_tokenizer(f"{key} {source}", _tokenizer_of(folder), manifest)
-        with TensorFiles(weight_files(folder)) as files:
-            found: dict[str, Tensor] = part(own)(config, export, files)
+        found: Mapping[str, Tensor] = part(own)(config, export, stack.enter_context(TensorFiles(weight_files(folder))))
+        return found
     except UserError:
         raise
     except UNREADABLE as error:
         raise UserError(
             f"{key} {source} is not what textldm convert writes ({reason(error)}): export it again"
         ) from None
-    return {name: tensor.float() for name, tensor in found.items()}, folder
 
 
 def _check_stage(config: RunConfig, stage: str, what: str) -> None:

@@ -149,9 +149,9 @@ def statistics_of(
     latents_MZ, tokens_M = target_latents(vae, rows, device, together)
     standardised_MZ = set_statistics(vae, latents_MZ)
     if config.first_weights is not None:  # its DiT goes on in the latent space that it knows
-        known, _ = earlier_weights(config, manifest)
-        vae.latents_mean.copy_(known["latents_mean"])
-        vae.latents_std.copy_(known["latents_std"])
+        with earlier_weights(config, manifest) as (known, _):
+            vae.latents_mean.copy_(known["latents_mean"])
+            vae.latents_std.copy_(known["latents_std"])
         standardised_MZ = standardised(vae, latents_MZ)
     own = token_counts(
         config.data.path, manifest, max_rows=COUNTED_TOKENS // manifest.row_tokens, rank=together.rank,

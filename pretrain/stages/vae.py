@@ -3,6 +3,7 @@
 Shape letters: T packed tokens, D width, Z latent dim, F teacher features.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from modeling.attention import Segments
 from modeling.repa import RepaHead
 from modeling.text_vae import TextVAE
 from pretrain.checkpoint.storage import Checkpoint
+from pretrain.checkpoint.tensor_files import renamed
 from pretrain.engine.pieces import weights_on
 from pretrain.stages.base import Stage, StageOutput, ramp, row_noise, weighted
 from pretrain.stages.repa_target import RepaTarget, repa_target
@@ -40,10 +42,10 @@ class VAEStage(Stage):
             self.vae = TextVAE(shape)
             self.repa = RepaHead(shape.width, self.target.feature_dim) if self.target else None
 
-    def load_trained(self, tensors: dict[str, Tensor], source: Checkpoint | Path) -> None:
+    def load_trained(self, tensors: Mapping[str, Tensor], source: Checkpoint | Path) -> None:
         """Without the REPA projection if the teacher that it was trained with is not at hand now."""
         if self.repa is None:
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("repa.")}
+            tensors = renamed(tensors, {name: name for name in tensors if not name.startswith("repa.")})
         super().load_trained(tensors, source)
 
     def token_counts(self, batch: Batch) -> dict[str, int]:
