@@ -6,7 +6,7 @@
     watch          signals and hangs are noticed from here on
     find           the newest complete checkpoint; what differs from its run is allowed
     measure_once   what the stage must know before it is built goes into the run folder: by all ranks together
-    build          the stage, with the same first weights on every rank, and its engine
+    build          the stage, with the same first weights on every rank, at ZeRO 3 in pieces from the first, and its engine
     restore        weights, moments, EMA and buffers of the checkpoint
     open_records   telemetry, the guard against bad steps, the writer of checkpoints
     open_loader    this rank's rows from the next step on

@@ -27,7 +27,7 @@ class StageKind:
     Attributes:
         config: the class of its runs' configurations.
         stage: place of what gives, called with (config, manifest of the data, device), what the loop trains
-            (pretrain/stages/base.py). It builds: it neither measures nor writes nor waits for other ranks.
+            (pretrain/stages/base.py). It builds: it neither measures nor writes, and meets other ranks in `weights_on` alone.
         inputs: place of a function of (config) that gives the fingerprint of everything frozen that a run reads besides tokens, by
             the key that names it. A resumed run must find them unchanged. Raises UserError for what is not there.
         measure: place of a function of (config, manifest, device, together) that puts into the run folder what must be known before the
@@ -40,7 +40,8 @@ class StageKind:
             for `textldm plan`.
         export: place of a function of (`Source`) that gives an `Exported` (pretrain/export/parts.py), for `textldm convert`.
         from_export: place of a function of (config, config.json of an export, its tensors by name) that gives them by the stage's names,
-            for `train.init_from` (pretrain/stages/from_export.py). Raises UserError for what does not fit.
+            for `train.init_from` (pretrain/stages/from_export.py); they are read when they are asked for, of which `renamed`
+            (pretrain/checkpoint/tensor_files.py) makes the same. Raises UserError for what does not fit.
     """
 
     config: type[RunConfig]

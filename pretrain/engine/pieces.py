@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 _taking: "Pieces | None" = None
 """What `weights_on` hands parameters to; None where they stay whole."""
@@ -54,7 +55,8 @@ class Pieces:
         global _taking
         _taking = self
         try:
-            yield
+            with _NothingLost():
+                yield
         finally:
             _taking = None
 
@@ -82,3 +84,18 @@ class Pieces:
         for p in new:
             self._cut([p])
             p.whole = partial(self._gathered, [p])  # type: ignore[attr-defined]
+
+
+class _NothingLost(TorchFunctionMode):
+    """Refuses what would write into a cut parameter that is not whole: it has no elements, so nobody would notice."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        target = args[0] if args else kwargs.get("tensor")
+        writes = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        if writes and hasattr(target, "whole") and not target.numel():
+            raise RuntimeError(
+                f"{name} on a parameter of shape {list(target.ds_shape)} of which this rank holds a piece (ZeRO 3): write into it"
+                " while its module is made, or within `whole` of modeling/layers.py"
+            )
+        return func(*args, **kwargs)

@@ -4,6 +4,7 @@ Its only argument is the file of its job: {"configs": {name: configuration}, "ex
 """
 
 import json
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,15 @@ class Tied(nn.Module):
         self.head.weight = self.embedding.weight
         self.last = nn.Linear(11, 3)
         initialize(self)
+
+
+class Late(nn.Module):
+    """Writes into its weight when the next module's has been made."""
+
+    def __init__(self, write: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 5), nn.Linear(5, 3)
+        write(self.first.weight)
 
 
 def models() -> dict[str, list[nn.Module]]:
@@ -109,9 +119,35 @@ def drawn(topology: Topology) -> dict[str, bool]:
     return notes
 
 
-def measured(build: Any) -> tuple[Any, int]:
-    """What `build` gives, and the most bytes alive meanwhile."""
-    with StorageTracker([]) as tracker:
+def refused() -> dict[str, str]:
+    """What is said of writing into a parameter that is cut already."""
+    writes = {
+        "method": lambda p: p.requires_grad_(False).zero_(),
+        "init": nn.init.normal_,
+        "function": nn.init.uniform_,
+    }
+    notes = {}
+    for name, write in writes.items():
+        try:
+            with in_pieces(EngineSettings(zero_stage=3)), weights_on(CPU):
+                Late(write)
+            notes[name] = "accepted"
+        except RuntimeError as error:
+            notes[name] = str(error)
+    return notes
+
+
+class Bytes(StorageTracker):
+    """Of tensors that have values."""
+
+    def _meet(self, tensor: Tensor) -> None:
+        if not tensor.is_meta:
+            super()._meet(tensor)
+
+
+def measured(build: Any, known: Sequence[Tensor] = ()) -> tuple[Any, int]:
+    """What `build` gives, and the most bytes alive meanwhile beside what is known."""
+    with Bytes(list(known)) as tracker:
         found = build()
     return found, tracker.peak
 
@@ -170,7 +206,8 @@ def started(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
         torch.manual_seed(0)
         with in_pieces(EngineSettings(zero_stage=3)):
             stage = build_stage(config, manifest, CPU)
-        _, peak = measured(lambda: take_first_weights(stage, config, manifest))  # noqa: B023
+        pieces = [p.ds_tensor for p in stage.parameters()]
+        _, peak = measured(lambda: take_first_weights(stage, config, manifest), pieces)  # noqa: B023
         found, expected = values_of(stage), load_file(job["expected"][name])
         notes[name] = {
             "same": all(torch.equal(found[key], tensor) for key, tensor in expected.items() if key in found),
@@ -188,5 +225,6 @@ def main(argv: list[str]) -> int:
     path = Path(argv[0])
     job, topology = json.loads(path.read_text()), init_distributed(timeout_s=60)
     notes = {"peaks": peaks(topology), "drawn": drawn(topology), "trained": trained(topology), "started": started(job)}
+    notes["refused"] = refused()
     path.with_name(f"found-{topology.rank}.json").write_text(json.dumps(notes))
     return 0

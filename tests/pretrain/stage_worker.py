@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import Batch
 from data_pipeline.reading.loader import TrainLoader
+from modeling.layers import whole
 from modeling.repa import RepaHead
 from pretrain.checkpoint.write import CheckpointWriter
 from pretrain.config.load import parse_config
 from pretrain.config.schema import RunConfig
-from pretrain.engine.engine import Engine, EngineSettings
+from pretrain.engine.engine import Engine, EngineSettings, in_pieces
 from pretrain.engine.muon import hidden_matrices
 from pretrain.engine.optim import parameter_groups
 from pretrain.engine.optimizer_settings import AdamWSettings, MuonSettings
+from pretrain.engine.pieces import weights_on
 from pretrain.ranks.distributed import Topology, init_distributed
 from pretrain.runs.record import RunRecord
 from pretrain.stages.base import Stage
@@ -51,18 +53,23 @@ class TableTarget:
         return nn.functional.normalize(self.table_VF[batch.tokens_T], dim=-1)
 
 
-def make_stage(config: RunConfig) -> Stage:
-    """The configured stage, with random weights everywhere (zero ones hide errors) and, for the VAE, a REPA target."""
+def make_stage(config: RunConfig, settings: EngineSettings) -> Stage:
+    """The configured stage, with random weights everywhere (zero ones hide errors) and, for the VAE, a REPA target; at ZeRO 3 in pieces
+    from the first.
+    """
     torch.manual_seed(0)
     manifest = Manifest.load(config.data.path)
     measure(config, manifest, torch.device("cpu"))
-    stage = build_stage(config, manifest, torch.device("cpu"))
-    if config.stage == "vae":
-        table_VF = torch.randn(stage.vae.config.vocab_size, FEATURE_DIM, generator=torch.Generator().manual_seed(1))
-        stage.target = TableTarget(table_VF)
-        stage.repa = RepaHead(stage.vae.config.width, FEATURE_DIM)
-    with torch.no_grad():
-        for p in stage.parameters():
+    device = torch.device("cpu")
+    with in_pieces(settings):
+        stage = build_stage(config, manifest, device)
+        if config.stage == "vae":
+            table_VF = torch.randn(stage.vae.config.vocab_size, FEATURE_DIM, generator=torch.Generator().manual_seed(1))
+            stage.target = TableTarget(table_VF)
+            with weights_on(device):
+                stage.repa = RepaHead(stage.vae.config.width, FEATURE_DIM)
+    for p in stage.parameters():
+        with torch.no_grad(), whole(p):
             if not p.any():
                 p.normal_(std=0.05)
     return stage
@@ -96,7 +103,8 @@ def plain_optimizer(stage: Stage, settings: AdamWSettings) -> torch.optim.Optimi
 
 def train_plain(job: dict[str, Any], config: RunConfig) -> dict[str, Tensor]:
     """The whole global batch at once, in one process: torch's clipping, the EMA by hand."""
-    stage, settings, num_steps = make_stage(config), OPTIMIZERS[job.get("optimizer", "adamw")], job["steps"]
+    stage, num_steps = make_stage(config, EngineSettings(zero_stage=0)), job["steps"]
+    settings = OPTIMIZERS[job.get("optimizer", "adamw")]
     optimizer = plain_optimizer(stage, settings)
     ema = {name: p.detach().clone() for name, p in stage.named_parameters()}
     for step, batches in enumerate(steps_of(config, 0, 1, config.data.rows_per_step, num_steps)):
@@ -117,11 +125,9 @@ def train_plain(job: dict[str, Any], config: RunConfig) -> dict[str, Tensor]:
 
 def train_sharded(job: dict[str, Any], config: RunConfig, topology: Topology) -> dict[str, Tensor]:
     """The same through the engine; an evaluation in between must leave no trace."""
-    stage, num_steps, accumulation = make_stage(config), job["steps"], job["accumulation"]
-    sharding, optimizer = (
-        EngineSettings(zero_stage=job["zero_stage"], accumulation_steps=accumulation),
-        OPTIMIZERS[job.get("optimizer", "adamw")],
-    )
+    num_steps, accumulation, optimizer = job["steps"], job["accumulation"], OPTIMIZERS[job.get("optimizer", "adamw")]
+    sharding = EngineSettings(zero_stage=job["zero_stage"], accumulation_steps=accumulation)
+    stage = make_stage(config, sharding)
     engine = Engine(stage, sharding, optimizer, topology)
     rows = config.data.rows_per_step
     micro_batch_rows = rows // topology.world_size // accumulation
