@@ -4,6 +4,7 @@ Its only argument is the file of its job: {"configs": {name: configuration}, "ex
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -145,6 +146,11 @@ class Bytes(StorageTracker):
             super()._meet(tensor)
 
 
+def bytes_of(module: nn.Module) -> int:
+    """Of its parameters, in fp32."""
+    return sum(4 * math.prod(full_shape(p)) for p in module.parameters())
+
+
 def measured(build: Any, known: Sequence[Tensor] = ()) -> tuple[Any, int]:
     """What `build` gives, and the most bytes alive meanwhile beside what is known."""
     with Bytes(list(known)) as tracker:
@@ -163,11 +169,8 @@ def peaks(topology: Topology) -> dict[str, int]:
     notes = {}
     for name, zero_stage in (("whole", 1), ("pieces", 3)):
         model, notes[name] = measured(lambda zero_stage=zero_stage: build(zero_stage))
-    modules = [[full_shape(p) for p in module.parameters(recurse=False)] for module in model.modules()]
-    sizes = [[4 * torch.Size(shape).numel() for shape in shapes] for shapes in modules]
-    notes["share"] = sum(-(-size // topology.world_size) for own in sizes for size in own)
-    notes["module"] = max(sum(own) for own in sizes)
-    notes["model"] = sum(map(sum, sizes))
+    notes["model"], notes["block"] = bytes_of(model), bytes_of(model.transformer.blocks[0])
+    notes["share"] = sum(4 * p.ds_tensor.numel() for p in model.parameters())
     return notes
 
 
@@ -214,8 +217,7 @@ def started(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
             "kept": sorted(found.keys() - expected.keys()),
             "cut": is_cut(stage),
             "peak": peak,
-            "largest": 4 * max(tensor.numel() for tensor in found.values()),
-            "model": 4 * sum(tensor.numel() for tensor in found.values()),
+            "model": bytes_of(stage),
         }
     return notes
 

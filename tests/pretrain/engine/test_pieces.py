@@ -47,8 +47,10 @@ def found(trained: Trained, exported: Path, tmp_path_factory: pytest.TempPathFac
 def test_no_rank_holds_more_than_its_share_and_a_module_while_a_stage_is_built(found: list[dict[str, Any]]) -> None:
     for rank in found:
         peaks = rank["peaks"]
-        assert peaks["model"] > 20 * peaks["module"]
-        assert peaks["pieces"] <= peaks["share"] + 2 * peaks["module"]
+        assert (
+            peaks["pieces"] <= peaks["share"] + 2 * peaks["block"]
+        )  # gloo's threads let go of a tensor when they come to it
+        assert peaks["share"] + 2 * peaks["block"] < 0.6 * peaks["model"]
         assert peaks["whole"] >= peaks["model"]
 
 
@@ -73,7 +75,7 @@ def test_another_runs_weights_are_read_one_by_one_into_pieces(
         assert notes["same"]
         assert notes["cut"]
         assert notes["kept"] == kept
-        assert notes["peak"] <= 3 * notes["largest"] < notes["model"] / 2
+        assert notes["peak"] <= 0.75 * notes["model"]  # of few tensors; all at once would be 1.16
 
 
 @pytest.mark.parametrize("way", ["method", "init", "function"])
