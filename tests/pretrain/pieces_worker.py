@@ -38,6 +38,7 @@ LAYERS, WIDTH = 40, 32
 TRAININGS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"precision": "bf16"},
+    "never whole": {"overrides": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}},
     "muon": {"optimizer": toy.MUON},
     "offloaded": {"offload_parameters": "cpu", "offload_optimizer": "cpu"},
 }
