@@ -12,6 +12,7 @@ What is promised, and how it is kept:
 - Gradient norm, clipping and skipping are our own, so that they mean the same at every ZeRO stage (DeepSpeed's norm is
   None at stage 0 in fp32, and its overflow rules differ between stages). DeepSpeed's clipping is off.
 - Gradients are accumulated, reduced and applied in fp32, whatever the model computes in.
+- At ZeRO 3 a stage that was built within `in_pieces` is never whole on any rank.
 """
 
 import importlib
@@ -110,7 +111,7 @@ class Engine:
         config = deepspeed_config(settings, numel, torch.cuda.is_available())
         with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints a dozen lines of memory figures
             if settings.zero_stage == 3:
-                _cut_up(stage, config)
+                _cut_up(stage, config, topology.device)
             self._deepspeed, wrapped, _, _ = deepspeed.initialize(
                 model=stage, optimizer=base, config=config, dist_init_required=False
             )
@@ -303,9 +304,13 @@ def in_pieces(settings: EngineSettings) -> Iterator[None]:
         yield
 
 
-def _cut_up(stage: nn.Module, config: dict[str, Any]) -> None:
-    """Cut the parameters that are whole yet, as `deepspeed.initialize` would; all pieces in the dtype that is computed in."""
+def _cut_up(stage: nn.Module, config: dict[str, Any], device: torch.device) -> None:
+    """Cut the parameters that are whole yet, as `deepspeed.initialize` would; all pieces in the dtype that is computed in.
+
+    With what is in pieces DeepSpeed does neither that nor see to the buffers' device.
+    """
     _zero_init(config, stage)
+    stage.to(device)
     if "bf16" in config:
         for p in stage.parameters():
             for part in (p, p.ds_tensor):  # type: ignore[attr-defined]

@@ -4,8 +4,9 @@ A stage owns its models and turns a batch into a loss. Its loss for a micro-batc
 counts over all micro-batches and ranks (`token_counts`), so that gradients add up to the same whatever the number of ranks, rows or
 accumulation steps. What is random in it is drawn from the rows' keys (`row_noise`), never from a generator's history.
 
-Its parameters are what is trained, sharded and saved; its buffers are saved with them. Frozen models hide from DeepSpeed: they are held
-in plain objects, not registered as submodules, so they are neither sharded nor optimised nor saved.
+Its parameters are what is trained, sharded and saved, made within `weights_on` (pretrain/engine/pieces.py); its buffers are saved with
+them. Frozen models hide from DeepSpeed: they are held in plain objects, not registered as submodules, so they are neither sharded nor
+optimised nor saved.
 
 Shape letters: T packed tokens, B rows.
 """
