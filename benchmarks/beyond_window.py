@@ -2,10 +2,12 @@
 
     python -m benchmarks.beyond_window --run runs/quickstart/dit --model runs/quickstart/export --teacher runs/quickstart/teacher
 
-`later_minus_first`: the bound in nats a token of true text in later blocks minus that in the first, within held-out documents of four
-windows and more (`--seen`: of the training split), each block half a window long behind half a window of true text; with its standard
-error over documents, and the bound of every block. What the position in a document does to any model is in it:
-`teacher_later_minus_first` is the same difference of the teacher's nats.
+`later_minus_first`: the bound in nats a token of true text in later blocks minus that in the first, within held-out documents of
+`--windows` windows and more (`--seen`: of the training split), of which the first four are read, each block half a window long behind half
+a window of true text; with its standard error over documents, and the bound of every block. How hard the text itself is, which other parts
+of a document need not be as the first, is in it: `teacher_later_minus_first` is the same difference of the teacher's nats for the same
+places, `beside_teacher` ours minus the teacher's, document by document. `later_minus_as_first`: the later blocks of a long target, as `nll`
+measures it whole, minus the same text, each block the first behind the same latest tokens, with other noise: what being later costs.
 
 `patience`: of texts drawn with the model's own settings, the share of evaluations that a text does without when it ends where its
 estimates have decoded to the same tokens in so many steps running, and the share of its tokens that differ from those of all steps.
@@ -40,6 +42,9 @@ from pretrain.stages.rows import heldout_rows
 HEAD = 16
 """Tokens by which a document is recognised."""
 WINDOWS = 4
+"""Of a document, at most."""
+SEEDS_APART = 1 << 32
+"""Between those of whole documents and those of single blocks."""
 PATIENCES = (2, 3, 4, 6, 8)
 CHOICES = (1, 2, 4)
 BATCH = 16
@@ -55,14 +60,14 @@ def heldout_windows(config: RunConfig) -> list[list[int]]:
 
 
 def long_documents(
-    source: str, tokenizer: Any, windows: Sequence[Sequence[int]], tokens: int, seen: bool
+    source: str, tokenizer: Any, windows: Sequence[Sequence[int]], tokens: int, most: int, seen: bool
 ) -> Iterator[list[int]]:
-    """Tokens of the source's documents of at least `tokens` whose beginning is that of a held-out window; or, if `seen`, is not."""
+    """The first `most` tokens of the source's documents of at least `tokens` that begin as a held-out window; or, if `seen`, as none."""
     known = {tuple(window[:HEAD]) for window in windows}
     for text in open_source(source):
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         if len(ids) >= tokens and (tuple(ids[:HEAD]) in known) != seen:
-            yield ids[:tokens]
+            yield ids[:most]
 
 
 def error(values: Sequence[float]) -> float:
@@ -71,25 +76,34 @@ def error(values: Sequence[float]) -> float:
 
 
 def by_block(model: TextLDM, teacher: Any, documents: Sequence[list[int]]) -> dict[str, Any]:
-    """Nats a token of every block of true text behind half a window of it, by document."""
+    """Nats a token of every block of true text behind half a window of it, and of the later ones as `nll` measures long texts."""
     half = model.config.max_window // 2
-    starts = range(half, WINDOWS * 2 * half, half)
-    ours, theirs = [], []
-    for start in tqdm(starts, desc="blocks", dynamic_ncols=True):
-        contexts = [ids[start - half : start] for ids in documents]
-        targets = [ids[start : start + half] for ids in documents]
-        bounds = [
-            model.nll(contexts[i : i + BATCH], targets[i : i + BATCH], seed=range(i, min(i + BATCH, len(documents))))
-            for i in range(0, len(documents), BATCH)
-        ]
-        ours.append([float(value) / half for value in torch.cat(bounds)])
+    ours, theirs, chained = [], [], []
+    for number, ids in enumerate(tqdm(documents, desc="documents", dynamic_ncols=True)):
+        starts = range(half, len(ids) - half + 1, half)
+        contexts = [ids[start - half : start] for start in starts]
+        targets = [ids[start : start + half] for start in starts]
+        seeds = [2 * number, *(SEEDS_APART + number * WINDOWS * 2 + i for i in range(1, len(starts)))]
+        nats = [float(value) / half for value in model.nll(contexts, targets, seed=seeds)]
+        whole = model.nll(contexts[:1], [ids[half : half + half * len(starts)]], seed=seeds[:1], block_size=half)
+        ours.append(nats)
+        chained.append((float(whole[0]) / half - nats[0]) / (len(starts) - 1))
         theirs.append([value / half for value in teacher.nats(contexts, targets, [0] * len(targets))])
-    found: dict[str, Any] = {"documents": len(documents), "blocks": len(ours), "block_tokens": half}
-    for name, nats in (("", ours), ("teacher_", theirs)):
-        differences = [statistics.fmean(later) - first for first, *later in zip(*nats, strict=True)]
-        found |= {f"{name}nats_by_block": [round(statistics.fmean(block), 4) for block in nats]}
-        found |= {f"{name}later_minus_first": statistics.fmean(differences), f"{name}error": error(differences)}
-    return found
+    found: dict[str, Any] = {
+        "documents": len(documents),
+        "block_tokens": half,
+        "later_blocks": sum(map(len, ours)) - len(ours),
+    }
+    gaps = {}
+    for name, nats_of in (("", ours), ("teacher_", theirs)):
+        blocks = [[nats[i] for nats in nats_of if len(nats) > i] for i in range(max(map(len, nats_of)))]
+        gaps[name] = [statistics.fmean(later) - first for first, *later in nats_of]
+        found |= {f"{name}nats_by_block": [round(statistics.fmean(block), 4) for block in blocks]}
+        found |= {f"{name}later_minus_first": statistics.fmean(gaps[name]), f"{name}error": error(gaps[name])}
+    beside = [own - other for own, other in zip(*gaps.values(), strict=True)]
+    found |= {"beside_teacher": statistics.fmean(beside), "beside_teacher_error": error(beside)}
+    as_first = [later - statistics.fmean(nats[1:]) for later, nats in zip(chained, ours, strict=True)]
+    return found | {"later_minus_as_first": statistics.fmean(as_first), "as_first_error": error(as_first)}
 
 
 def ending_early(model: TextLDM, prompts: Sequence[list[int]], new: int) -> list[dict[str, float]]:
@@ -169,10 +183,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", help="the prepared data folder, if it moved since training")
     parser.add_argument("--source", help="where the data's documents are (as the data's manifest says)")
     parser.add_argument("--documents", type=int, default=64, help="long ones, at most (%(default)s)")
+    parser.add_argument("--windows", type=int, default=2, help="that a long one has at least, 2 to 4 (%(default)s)")
     parser.add_argument(
         "--seen", action="store_true", help="long documents of the training split, where few are held out"
     )
-    parser.add_argument("--prompts", type=int, default=64, help="of short continuations (%(default)s)")
+    parser.add_argument(
+        "--prompts", type=int, default=64, help="of short continuations; 0: long texts alone (%(default)s)"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=16, help="(%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=24, help="(%(default)s)")
     parser.add_argument("--num-steps", type=int, default=16, help="of the texts that are chosen among (%(default)s)")
@@ -183,16 +200,21 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_exported(given.model)
     teacher = causal_subject(given.teacher, Sampling(), torch.device("cpu"))
     windows = heldout_windows(config)
-    long = WINDOWS * model.config.max_window
+    if not 2 <= given.windows <= WINDOWS:
+        raise UserError(f"--windows is {given.windows}; expected 2 to {WINDOWS}")
+    long, most = (count * model.config.max_window for count in (given.windows, WINDOWS))
     source = given.source or config.data.manifest().source
-    documents = list(islice(long_documents(source, tokenizer, windows, long, given.seen), given.documents))
+    documents = list(islice(long_documents(source, tokenizer, windows, long, most, given.seen), given.documents))
     short = given.prompt_tokens + given.new_tokens
     prompts = [window[: given.prompt_tokens] for window in windows if len(window) >= short][: given.prompts]
-    if len(documents) < 2 or len(prompts) < 2:
+    if len(documents) < 2 or (given.prompts and len(prompts) < 2):
         raise UserError(
             f"{source} has {len(documents)} held-out documents of {long} tokens and {len(prompts)} windows of {short}; expected two of each"
         )
     figures = {"seen": given.seen} | by_block(model, teacher, documents)
+    if not prompts:
+        print_figures(figures)
+        return
     print(figures, flush=True)
     print(best := choosing(model, teacher, prompts, given.new_tokens, given.num_steps), flush=True)
     patience = ending_early(model, prompts, given.new_tokens)

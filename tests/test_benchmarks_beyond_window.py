@@ -63,17 +63,35 @@ def test_documents_are_held_out_if_a_heldout_window_begins_as_they_do(monkeypatc
 
     windows = [[1] * 30, [3] * 30, [9] * 30]
     for seen, expected in ((False, [1, 3]), (True, [0, 2])):
-        found = list(beyond_window.long_documents("x", tokenizer, windows, 32, seen))
-        assert found == [[i] * 32 for i in expected]
+        found = list(beyond_window.long_documents("x", tokenizer, windows, 32, 36, seen))
+        assert found == [[i] * 36 for i in expected]
 
 
 def test_later_blocks_are_set_against_the_first_of_the_same_document() -> None:
-    """Bounds and nats are functions of the first token of a block: 4, 8, ... in a document that counts its tokens."""
-    documents = [list(range(32)), list(range(32))]
+    """Bounds and nats are functions of a block's first token, 4, 8, ...; a block more in a whole costs 0.4 a token."""
+    documents = [list(range(32)), list(range(19))]
     model, teacher = Known(), Teacher()
-    model.nll = lambda _, targets, seed: torch.tensor([float(t[0]) ** 2 for t in targets])  # type: ignore[method-assign, assignment]
+    asked = []
+
+    def nll(prompts: Any, targets: Any, seed: Any, block_size: int = 4) -> torch.Tensor:
+        asked.extend(zip(prompts, targets, seed, strict=True))
+        blocks = [[ids[i] ** 2 for i in range(0, len(ids), block_size)] for ids in targets]
+        return torch.tensor([sum(values) + 1.6 * (len(values) - 1) for values in blocks], dtype=torch.float64)
+
+    model.nll = nll  # type: ignore[method-assign, assignment]
     found = beyond_window.by_block(model, teacher, documents)  # type: ignore[arg-type]
     starts = [4, 8, 12, 16, 20, 24, 28]
     assert found["nats_by_block"] == [start**2 / 4 for start in starts]
-    assert found["teacher_later_minus_first"] == pytest.approx((sum(starts[1:]) / 6 - 4) / 4)
-    assert (found["documents"], found["blocks"], found["error"]) == (2, 7, 0)
+    ours = [(sum(s**2 for s in own[1:]) / (len(own) - 1) - 16) / 4 for own in (starts, starts[:3])]
+    theirs = [(sum(own[1:]) / (len(own) - 1) - 4) / 4 for own in (starts, starts[:3])]
+    assert found["later_minus_first"] == pytest.approx(sum(ours) / 2)
+    assert found["teacher_later_minus_first"] == pytest.approx(sum(theirs) / 2)
+    assert found["beside_teacher"] == pytest.approx(sum(ours) / 2 - sum(theirs) / 2)
+    assert found["beside_teacher_error"] == pytest.approx(abs(ours[0] - theirs[0] - ours[1] + theirs[1]) / 2)
+    assert found["later_minus_as_first"] == pytest.approx(0.4)
+    assert (found["documents"], found["later_blocks"]) == (2, 6 + 2)
+    assert all(len(prompt) == 4 for prompt, _, _ in asked)
+    wholes = [(targets, seed) for _, targets, seed in asked if len(targets) > 4]
+    assert [len(targets) for targets, _ in wholes] == [28, 12]  # whole blocks
+    # The noise of a whole is that of its first block by itself, and of no other block.
+    assert [sum(seed == own for _, _, own in asked) for _, seed in wholes] == [2, 2]

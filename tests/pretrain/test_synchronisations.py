@@ -20,6 +20,7 @@ from tests.pretrain import tiny_pipeline, tiny_run
 
 READS = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "unique", "synchronize", "__array__"}
 OPERATORS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero"}
+DISTILL = {"num_steps": 3, "teacher_steps": 2, "guidance_scale": 3.0, "guidance_interval": [0.2, 0.8]}
 OF_THE_HOST = {"row_noise"}
 """Reads the rows' keys, which never leave the host."""
 
@@ -63,12 +64,15 @@ def _count(found: Counter[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "zero_stage"), [("vae", 1), ("dit", 1), ("dit", 3)])
+@pytest.mark.parametrize(("stage", "zero_stage"), [("vae", 1), ("dit", 1), ("dit", 3), ("distill", 1)])
 def test_a_step_waits_once_and_not_between_micro_batches(
     stage: str, zero_stage: int, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if stage == "vae":
         values = tiny_run.config_values(trained.data, tmp_path / "run")
+    elif stage == "distill":
+        values = tiny_pipeline.dit_values(trained.data, trained.vae, tmp_path / "run")
+        values |= {"stage": "distill", "distill": {"teacher": str(trained.dit)} | DISTILL}
     else:
         values = tiny_pipeline.dit_values(trained.data, trained.vae, tmp_path / "run", {"self_conditioning": True})
         values["flow"] |= {"target": "sample", "token_loss_weight": 0.1}
