@@ -197,7 +197,7 @@ def _logits(
 def _softmax_(logits_CV: torch.Tensor) -> torch.Tensor:
     """The logits become their softmax; returns the logarithms [C] of the sums of their exponentials.
 
-    By torch's own softmax: of logits that lie more than 87 below the largest, as sharp ones mostly do, `exp` on CPUs takes 20 times as long.
+    By torch's own softmax: of logits more than 87 below the largest, as sharp ones mostly are, `exp` on CPUs takes 20 times as long.
     """
     largest_C = logits_CV.amax(-1)
     torch.softmax(logits_CV, -1, out=logits_CV)

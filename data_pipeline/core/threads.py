@@ -15,8 +15,8 @@ def in_order(
     """What the function makes of the first of every column, of the second, and so on.
 
     On CPUs as many at once as an operation has threads, each with one thread: operations that take milliseconds are too small to be shared,
-    and results are as of one thread. On other devices, and of a single thing, one after the other with all threads. What torch keeps for each
-    thread (gradients, inference) is the function's own affair.
+    and results are as of one thread. On other devices, and of a single thing, one after the other with all threads. What torch keeps for
+    each thread (gradients, inference) is the function's own affair.
     """
     threads = torch.get_num_threads()
     if threads == 1 or len(columns[0]) < 2 or torch.device(device).type != "cpu":

@@ -106,7 +106,10 @@ class DistillStage(DiTStage):
         if self.training:
             uniform_W = batch.window_uniforms_W2[:, 0]
             steps = self.steps_of(batch, latents_TZ, (uniform_W * num_steps).long().clamp(0, num_steps - 1))
-            error_T, weights_T = self.errors(self.dit, batch, steps, self.wanted_velocity(batch, steps)), steps.weights_T
+            error_T, weights_T = (
+                self.errors(self.dit, batch, steps, self.wanted_velocity(batch, steps)),
+                steps.weights_T,
+            )
             return StageOutput(
                 (error_T * weights_T).sum() / counts["targets"], {"distill": weighted(error_T, weights_T)}
             )

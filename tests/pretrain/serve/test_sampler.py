@@ -49,7 +49,7 @@ def test_each_thread_draws_a_part_and_all_is_as_of_one_thread() -> None:
 
     found = sampler.draw(texts, [watch_of(place) for place in range(5)])
     assert [len(ids) for ids in found] == [9, 1, 5, 5, 3]
-    assert {place: lengths for place, lengths in seen.items()} == {i: [len(ids)] * 4 for i, ids in enumerate(found)}
+    assert dict(seen) == {i: [len(ids)] * 4 for i, ids in enumerate(found)}
     assert len(threads) == 2
     assert {number for _, number in threads} == {1}
     assert torch.get_num_threads() == 2

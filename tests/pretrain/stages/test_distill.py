@@ -19,6 +19,7 @@ from pretrain import train
 from pretrain.checkpoint.read import read_tensors
 from pretrain.config.load import load_config
 from pretrain.diagnose import __main__ as diagnose
+from pretrain.evaluate import __main__ as evaluate
 from pretrain.export.convert import convert
 from pretrain.export.generate import load_exported
 from pretrain.runs.folder import config_of
@@ -31,6 +32,8 @@ from pretrain.stages.outline import Windows, of_distill
 from pretrain.stages.rows import heldout_rows
 from tests.pretrain import tiny_pipeline, tiny_run
 from tests.pretrain.conftest import Trained
+from tests.pretrain.evaluate.token_runs import write_texts
+from tests.pretrain.serve.running import running
 
 CPU = torch.device("cpu")
 TOKENS: dict[str, Any] = {"head": "categorical", "time_conditioning": "additive", "role_embedding": True}
@@ -290,6 +293,33 @@ def test_it_is_exported_as_any_textldm_and_takes_one_evaluation_a_step(
     assert calls == [3 + 6 + 1 + 6] * 3  # no unconditional half beside it
     dit = {name: x for name, x in read_tensors(student, "ema").items() if name.startswith("dit.")}
     assert all(torch.equal(model.state_dict()[name], x) for name, x in dit.items())
+
+
+@pytest.mark.slow
+def test_its_export_is_served_and_evaluated_with_its_own_steps(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = convert(student, tmp_path / "student")
+    model, tokenizer = load_exported(folder)
+    calls = []
+    forward = model.dit.forward
+    monkeypatch.setattr(model.dit, "forward", lambda *given, **more: (calls.append(0), forward(*given, **more))[1])
+    ask = {"prompt": [3, 5, 7], "max_tokens": 6, "seed": 5}
+    with running(model=model, tokenizer=tokenizer) as server:
+        answer = server.http.post("/v1/completions", json=ask).json()
+        (about,) = server.http.get("/v1/models").json()["data"]
+    assert len(calls) == 3
+    assert about["defaults"]["num_steps"] == 3
+    tokens = model.generate([[3, 5, 7]], 6, seed=5)[0]
+    assert answer["choices"][0]["text"] == tokenizer.decode(tokens, skip_special_tokens=True)
+    texts, output = write_texts(tmp_path / "wikipedia.jsonl", 6), tmp_path / "figures.json"
+    few = ["--samples", "6", "--batch-size", "6"]
+    few += [part for name in ("judge", "mauve-model", "bertscore-model") for part in (f"--{name}", "./gone")]
+    assert evaluate.main(["--model", str(folder), "--benchmark", str(texts), "--output", str(output), *few]) == 0
+    found = json.loads(output.read_text())
+    assert {"rouge_2", "nats_per_token"} <= found["metrics"].keys()
+    assert found["protocol"]["sampling"]["num_steps"] == 3
+    assert "nats_per_token" in capsys.readouterr().out
 
 
 def test_its_diagnosis_says_how_near_it_is_to_its_teacher(student: Path, tmp_path: Path) -> None:
