@@ -22,9 +22,8 @@ def in_order(
     if threads == 1 or len(columns[0]) < 2 or torch.device(device).type != "cpu":
         yield from map(function, *columns)
         return
-    torch.set_num_threads(1)  # of this thread and of those that begin now
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield from pool.map(function, *columns)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads)  # which is also how many a thread has that begins later
