@@ -8,12 +8,21 @@ import functools
 import torch
 
 from .attention import Segments
+from .heads import Own
 from .text_dit import TextDiT
 
 
 def guide(conditional_TZ: torch.Tensor, unconditional_TZ: torch.Tensor, scale: float) -> torch.Tensor:
     """Classifier-free guidance (arXiv 2207.12598): scale 1 is the conditional velocity, 0 the unconditional one."""
     return unconditional_TZ + scale * (conditional_TZ - unconditional_TZ)
+
+
+def _with_and_without_contexts(own: Own, is_target_T1: torch.Tensor) -> Own:
+    """Of both branches' latents: the targets' are the same, and in the second one contexts are zeros."""
+    embedding_TD = own.embedding_TD
+    if embedding_TD is not None:
+        embedding_TD = torch.cat((embedding_TD, embedding_TD * is_target_T1.to(embedding_TD.device)))
+    return Own(own.estimate_TZ.repeat(2, 1), embedding_TD)
 
 
 class GuidedVelocity:
@@ -69,14 +78,14 @@ class GuidedVelocity:
         inside = (self._interval[0] <= t) & (t <= self._interval[1])
         guided = self._scale != 1.0 and self._any(inside)
         inputs_TZ, places_M, estimate_TZ = noisy_TZ + self._context_TZ, self._places_M, self._estimate_TZ
-        target_T, windows = self._is_target_T, self._windows
+        target_T, windows, own = self._is_target_T, self._windows, None
         if guided:
-            if estimate_TZ is None:  # both branches have the same noisy targets, and they alone tell it
-                estimate_TZ = self._dit.head.alone(noisy_TZ, time_T[:, None] * is_target_T1, places_M)
+            own = self._dit.alone(inputs_TZ, time_T[:, None] * is_target_T1, places_M)
+            own = None if own is None else _with_and_without_contexts(own, is_target_T1)
             estimate_TZ = None if estimate_TZ is None else estimate_TZ.repeat(2, 1)
             inputs_TZ, time_T = torch.cat((inputs_TZ, noisy_TZ)), time_T.repeat(2)
             target_T, places_M, windows = self._both
-        found = self._dit(inputs_TZ, target_T, time_T, windows, estimate_TZ, None, self._temperature, places_M)
+        found = self._dit(inputs_TZ, target_T, time_T, windows, estimate_TZ, None, self._temperature, places_M, own)
         velocity_TZ = found.velocity_TZ.to(z_TZ.device)
         if guided:
             conditional_TZ, unconditional_TZ = velocity_TZ.split(len(z_TZ))

@@ -1,7 +1,8 @@
 """Heads of the TextDiT: from the Transformer's output to a velocity, and where a head knows tokens, their cross-entropy.
 
 A head is a module with two methods. `alone` says what each noisy latent tells by itself, before the network has read any, or None;
-`forward` makes the prediction. Time t is [T, 1], fp32, and 0 at contexts. What costs V a token is done for targets alone.
+`forward` makes the prediction. Time t is [T, 1], fp32, and 0 at contexts. What costs V a token is done for targets alone, where the
+network reads no embedding of tokens.
 
 Shape letters: T packed tokens, M target tokens, D width, Z latent dim, V vocabulary, E = 2 Z + 1.
 """
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from .layers import KeepsStatistics, initialize
-from .losses import ClassScores, categorical_loss, class_mean
+from .losses import ClassScores, categorical_loss, class_mean, known_mean
 
 
 class TokenTargets(NamedTuple):
@@ -20,6 +21,19 @@ class TokenTargets(NamedTuple):
 
     places_M: torch.Tensor
     tokens_M: torch.Tensor
+
+
+class Own(NamedTuple):
+    """What each latent tells by itself.
+
+    Attributes:
+        estimate_TZ: E[z | z_t] of the target tokens, fp32, zero elsewhere.
+        embedding_TD: the learned embedding of each token, averaged over which it may be, fp32; zero where the latent is, as those of
+            dropped contexts are. None where the network reads none.
+    """
+
+    estimate_TZ: torch.Tensor
+    embedding_TD: torch.Tensor | None = None
 
 
 class Prediction(NamedTuple):
@@ -50,7 +64,13 @@ class VelocityHead(nn.Module):
         self.to_latent = nn.Linear(width, latent_dim)
         self.to_latent.zero_init = True  # type: ignore[assignment]
 
-    def alone(self, latents_TZ: torch.Tensor, time_T1: torch.Tensor, places_M: torch.Tensor) -> None:
+    def alone(
+        self,
+        latents_TZ: torch.Tensor,
+        time_T1: torch.Tensor,
+        places_M: torch.Tensor,
+        embedding_VD: torch.Tensor | None = None,
+    ) -> None:
         """Nothing: all that it knows is in the network."""
 
     def forward(
@@ -99,15 +119,40 @@ class CategoricalHead(KeepsStatistics):
         self.register_buffer("means", torch.zeros(vocab_size, latent_dim))
         self.register_buffer("within_variance", torch.ones(latent_dim))
 
-    @torch.no_grad()
-    def alone(self, latents_TZ: torch.Tensor, time_T1: torch.Tensor, places_M: torch.Tensor) -> torch.Tensor:
-        """E[z | z_t] of each target token by itself, fp32 [T, Z], zero elsewhere."""
+    def alone(
+        self,
+        latents_TZ: torch.Tensor,
+        time_T1: torch.Tensor,
+        places_M: torch.Tensor,
+        embedding_VD: torch.Tensor | None = None,
+    ) -> Own:
+        """What Bayes' rule says of each token by its own latent: its latent's mean, and of an embedding of tokens the mean of that.
+
+        Only the embedding gets a gradient.
+        """
         means_VZ = self.means.float()
-        noisy_MZ, time_M1 = latents_TZ[places_M].to(means_VZ), time_T1[places_M].to(means_VZ)
-        nothing = noisy_MZ.new_zeros(len(noisy_MZ), 0), means_VZ.new_zeros(len(means_VZ), 0)
-        mean_MZ = class_mean(ClassScores(*nothing, *self._known(noisy_MZ, time_M1)), means_VZ)
-        within_Z, signal_M1 = self.within_variance.float(), 1 - time_M1
-        gain_MZ = signal_M1 * within_Z / (signal_M1.square() * within_Z + time_M1.square())
+        if embedding_VD is None:
+            known_ME, known_VE = self._known(latents_TZ[places_M].to(means_VZ), time_T1[places_M].to(means_VZ))
+            nothing = known_ME.new_zeros(len(known_ME), 0), known_VE.new_zeros(len(known_VE), 0)
+            mean_MZ, embedding_TD = class_mean(ClassScores(*nothing, known_ME, known_VE), means_VZ), None
+        else:
+            known_TE, known_VE = self._known(latents_TZ.to(means_VZ), time_T1.to(means_VZ))
+            values_VX = torch.cat((means_VZ, embedding_VD.to(means_VZ)), -1)
+            mean_TZ, embedding_TD = known_mean(known_TE, known_VE, values_VX).split(
+                (means_VZ.shape[1], embedding_VD.shape[1]), -1
+            )
+            mean_MZ = mean_TZ.detach()[places_M]
+            embedding_TD = embedding_TD * (latents_TZ != 0).any(-1, keepdim=True).to(embedding_TD.device)
+        return Own(self._estimate(latents_TZ, time_T1, places_M, mean_MZ), embedding_TD)
+
+    @torch.no_grad()
+    def _estimate(
+        self, latents_TZ: torch.Tensor, time_T1: torch.Tensor, places_M: torch.Tensor, mean_MZ: torch.Tensor
+    ) -> torch.Tensor:
+        """E[z | z_t] fp32 [T, Z] at the targets, zero elsewhere, by the mean of which tokens they may be."""
+        noisy_MZ, signal_M1 = latents_TZ[places_M].to(mean_MZ), 1 - time_T1[places_M].to(mean_MZ)
+        within_Z = self.within_variance.float()
+        gain_MZ = signal_M1 * within_Z / (signal_M1.square() * within_Z + (1 - signal_M1).square())
         estimate_MZ = mean_MZ + gain_MZ * (noisy_MZ - signal_M1 * mean_MZ)
         return torch.zeros_like(latents_TZ, dtype=torch.float32).index_copy(
             0, places_M, estimate_MZ.to(latents_TZ.device)

@@ -279,6 +279,40 @@ def class_mean(scores: ClassScores, values_VZ: torch.Tensor, temperature: float 
     return torch.cat(parts)
 
 
+class _ChunkedKnownMean(torch.autograd.Function):
+    """Mean of `values` over classes under softmax(known @ known_weight.T), whose gradient reaches the values alone.
+
+    The backward pass makes the probabilities once more, a chunk of tokens at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, known_TE, known_VE, values_VX, chunk):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(known_TE, known_VE)
+        ctx.chunk = chunk
+        nothing = known_TE.new_zeros(len(known_TE), 0), known_VE.new_zeros(len(known_VE), 0)
+        return class_mean(ClassScores(*nothing, known_TE, known_VE), values_VX, chunk=chunk)
+
+    @staticmethod
+    def backward(ctx, grad_TX):  # type: ignore[no-untyped-def]
+        known_TE, known_VE = ctx.saved_tensors
+        grad_VX = grad_TX.new_zeros(len(known_VE), grad_TX.shape[1])
+        room_CV = _room(min(len(known_TE), ctx.chunk), known_VE)
+        for known_CE, grad_CX in zip(known_TE.split(ctx.chunk), grad_TX.split(ctx.chunk)):
+            share_CV = torch.mm(known_CE, known_VE.t(), out=room_CV[: len(known_CE)])
+            torch.softmax(share_CV, -1, out=share_CV)
+            grad_VX.addmm_(share_CV.t(), grad_CX)
+        return None, None, grad_VX, None
+
+
+def known_mean(known_TE: torch.Tensor, known_VE: torch.Tensor, values_VX: torch.Tensor, chunk: int = 0) -> torch.Tensor:
+    """Mean fp32 [T, X] of a learned value a class under softmax(known @ known_weight.T), with the values' gradient.
+
+    Memory is O(chunk * V), in the backward pass too. All fp32; only the values get a gradient.
+    """
+    with _without_autocast(known_TE):
+        return _ChunkedKnownMean.apply(known_TE, known_VE, values_VX, chunk or CLASS_CHUNK)
+
+
 def kl_to_standard_normal(mean_TZ: torch.Tensor, log_variance_TZ: torch.Tensor) -> torch.Tensor:
     """KL(N(mu, sigma^2) || N(0, 1)) in nats, fp32 [T, Z]."""
     return 0.5 * (mean_TZ.square() + log_variance_TZ.exp() - 1 - log_variance_TZ)

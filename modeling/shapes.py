@@ -53,7 +53,9 @@ class TextDiTConfig:
         head: what the Transformer's output becomes (heads.py): "velocity" (the paper), or "categorical", probabilities of tokens and the
             velocity that follows from them.
         self_conditioning: the network also reads its own earlier estimate of z (arXiv 2208.04202). When there is none: zeros, or with
-            the categorical head what z_t tells by itself, which it always reads.
+            the categorical head what z_t tells by itself, which it reads in place of z_t.
+        token_embedding: with the categorical head, the network also reads a learned embedding of tokens, averaged over which token each
+            latent may be, by itself (cf. CDCD, arXiv 2211.15089). It costs about as much as another LM head.
         neighbour_heads: an initialisation: some attention heads start by looking at the tokens beside their own (layers.look_at).
         vocab_size: V of the VAE; read only by the categorical head.
     """
@@ -68,6 +70,7 @@ class TextDiTConfig:
     role_embedding: bool = False
     head: str = "velocity"
     self_conditioning: bool = False
+    token_embedding: bool = False
     neighbour_heads: bool = False
     vocab_size: int = 0
 
@@ -81,6 +84,10 @@ class TextDiTConfig:
             )
         if self.head not in ("velocity", "categorical"):
             raise ValueError(f"head {self.head!r}: expected velocity or categorical")
+        if self.token_embedding and self.head != "categorical":
+            raise ValueError(
+                "token_embedding needs head=categorical, which knows what tokens a latent may be; this one knows none"
+            )
 
 
 @dataclass(kw_only=True)

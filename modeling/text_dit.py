@@ -8,7 +8,7 @@ from torch import nn
 
 from .attention import Segments
 from .flow import MIN_TIME, data_from_velocity
-from .heads import CategoricalHead, Prediction, TokenTargets, VelocityHead
+from .heads import CategoricalHead, Own, Prediction, TokenTargets, VelocityHead
 from .layers import Transformer, initialize, time_embedding
 from .shapes import TextDiTConfig
 
@@ -21,8 +21,8 @@ class TextDiT(nn.Module):
         self.config = config
         width, latent_dim = config.width, config.latent_dim
         categorical = config.head == "categorical"
-        self.reads_estimate = config.self_conditioning or categorical
-        self.from_latent = nn.Linear(latent_dim * (2 if self.reads_estimate else 1), width)
+        self.from_latent = nn.Linear(latent_dim * (2 if config.self_conditioning else 1), width)
+        self.embedding = nn.Embedding(config.vocab_size, width) if config.token_embedding else None
         self.role = nn.Embedding(2, width) if config.role_embedding else None
         self.time_mlp = None
         if config.time_conditioning != "none":
@@ -53,6 +53,7 @@ class TextDiT(nn.Module):
         targets: TokenTargets | None = None,
         token_temperature: float = 1.0,
         places_M: torch.Tensor | None = None,
+        own: Own | None = None,
     ) -> Prediction:
         """The velocity, and with the categorical head the cross-entropies of the true tokens.
 
@@ -65,6 +66,7 @@ class TextDiT(nn.Module):
             targets: the true tokens and where they stand.
             token_temperature: of the tokens' probabilities; nothing to the velocity head.
             places_M: where targets stand, without their tokens. With neither a GPU is waited for, to find the places.
+            own: what `alone` says of these latents, where it is known already.
         """
         if targets is not None:
             places_M = targets.places_M
@@ -73,22 +75,34 @@ class TextDiT(nn.Module):
         tokens_M = None if targets is None else targets.tokens_M
         # fmt: off
         time_T1 = (time_T * is_target_T)[:, None].float()                    # [T, 1], a context's own time is 0
-        if estimate_TZ is None:
-            estimate_TZ = self.head.alone(latents_TZ, time_T1, places_M)     # [T, Z], what z_t tells by itself, or None
-        x_TD = self._embedded(latents_TZ, estimate_TZ, is_target_T)          # [T, Z] or [T, 2 Z] -> [T, D]
+        if own is None:
+            own = self.alone(latents_TZ, time_T1, places_M)                  # [T, Z], what z_t tells by itself, or None
+        x_TD = self._embedded(latents_TZ, own, estimate_TZ, is_target_T)     # [T, Z] or [T, 2 Z] -> [T, D]
         x_TD, condition_TD = self._conditioned(x_TD, time_T1)                # [T, D], [T, D] or None
         hidden_TD = self.transformer(x_TD, windows, condition_TD)            # [T, D], after the final norm
         return self.head(hidden_TD, latents_TZ, time_T1, places_M, tokens_M, token_temperature)  # [T, D] -> [T, Z]
         # fmt: on
 
+    def alone(self, latents_TZ: torch.Tensor, time_T1: torch.Tensor, places_M: torch.Tensor) -> Own | None:
+        """What each latent tells by itself, where the head knows tokens; `time_T1` is 0 at contexts."""
+        return self.head.alone(latents_TZ, time_T1, places_M, None if self.embedding is None else self.embedding.weight)
+
     def _embedded(
-        self, latents_TZ: torch.Tensor, given_TZ: torch.Tensor | None, is_target_T: torch.Tensor
+        self, latents_TZ: torch.Tensor, own: Own | None, estimate_TZ: torch.Tensor | None, is_target_T: torch.Tensor
     ) -> torch.Tensor:
-        """Latents, and where it is read the estimate of z beside them; a context is its own estimate."""
-        if self.reads_estimate:
-            given_TZ = torch.zeros_like(latents_TZ) if given_TZ is None else given_TZ
-            latents_TZ = torch.cat((latents_TZ, torch.where(is_target_T[:, None], given_TZ, latents_TZ)), dim=-1)
-        x_TD = self.from_latent(latents_TZ.to(self.from_latent.weight.dtype))
+        """What the network reads, [T, D]. Of a target z_t, or where the head knows what that tells by itself, this in its place: without the
+        noise. With self-conditioning besides an earlier estimate of z; where there is none, the same again, or zeros. A context as it is.
+        """
+        told_TZ = latents_TZ if own is None else own.estimate_TZ
+        parts = [told_TZ]
+        if self.config.self_conditioning:
+            if estimate_TZ is None:
+                estimate_TZ = torch.zeros_like(latents_TZ) if own is None else told_TZ
+            parts.append(estimate_TZ)
+        x_TX = torch.cat([torch.where(is_target_T[:, None], part, latents_TZ) for part in parts], -1)
+        x_TD = self.from_latent(x_TX.to(self.from_latent.weight.dtype))
+        if own is not None and own.embedding_TD is not None:
+            x_TD = x_TD + own.embedding_TD.to(x_TD)
         return x_TD if self.role is None else x_TD + self.role(is_target_T.long()).to(x_TD.device)
 
     def _conditioned(self, x_TD: torch.Tensor, time_T1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

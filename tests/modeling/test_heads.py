@@ -84,10 +84,35 @@ def test_velocity_and_cross_entropies_are_those_of_bayes_rule(time: float, tempe
 @pytest.mark.parametrize("time", [0.05, 0.6])
 def test_alone_is_the_estimate_of_a_network_that_says_nothing(time: float) -> None:
     head, given = make_head(0.0), inputs(time)
-    alone_TZ = make_head().alone(given["latents_TZ"], given["time_T1"], given["places_M"])
+    own = make_head().alone(given["latents_TZ"], given["time_T1"], given["places_M"])
+    alone_TZ, embedding_TD = own
+    assert embedding_TD is None
     _, estimate_MZ = brute_force(head, given)
     torch.testing.assert_close(alone_TZ[given["places_M"]].double(), estimate_MZ, rtol=1e-3, atol=2e-4)
     assert not alone_TZ[0::3].any()
+
+
+@pytest.mark.parametrize("time", [0.05, 0.6])
+def test_an_embedding_is_averaged_over_what_each_latent_says_by_itself(time: float) -> None:
+    """Contexts are read at t = 0; zero latents have no embedding, and the gradient is that of the plain sum."""
+    head, given = make_head(0.0), inputs(time)
+    latents_TZ, time_T1, places_M = given["latents_TZ"], given["time_T1"], given["places_M"]
+    latents_TZ[3] = 0  # a dropped context
+    embedding_VD = torch.randn(VOCAB, 5, requires_grad=True)
+    own = head.alone(latents_TZ, time_T1, places_M, embedding_VD)
+    torch.testing.assert_close(own.estimate_TZ, head.alone(latents_TZ, time_T1, places_M).estimate_TZ)
+    plain_VD = embedding_VD.detach().double().requires_grad_()
+    signal_T1 = 1 - time_T1.double()
+    spread_TZ = signal_T1.square() * head.within_variance.double() + time_T1.double().square()
+    errors_TVZ = latents_TZ.double()[:, None] - signal_T1[..., None] * head.means.double()
+    logits_TV = head.log_frequencies.double() - 0.5 * (errors_TVZ.square() / spread_TZ[:, None]).sum(-1)
+    expected_TD = logits_TV.softmax(-1) @ plain_VD * (torch.arange(len(latents_TZ)) != 3)[:, None]
+    torch.testing.assert_close(own.embedding_TD.double(), expected_TD, rtol=1e-3, atol=1e-3)
+    weights_TD = torch.randn(expected_TD.shape)
+    (own.embedding_TD * weights_TD).sum().backward()
+    (expected_TD * weights_TD).sum().backward()
+    torch.testing.assert_close(embedding_VD.grad.double(), plain_VD.grad, rtol=1e-3, atol=1e-3)
+    assert not own.estimate_TZ.requires_grad
 
 
 def test_the_velocitys_loss_reaches_the_logits_only_through_the_mean() -> None:
@@ -102,10 +127,11 @@ def test_the_velocitys_loss_reaches_the_logits_only_through_the_mean() -> None:
 def test_all_of_it_is_the_same_under_autocast() -> None:
     """Its logits near t = 0 are differences of large numbers, of which bf16 would leave nothing."""
     head, given = make_head(0.0), inputs(0.03)
-    expected, alone_TZ = head(**given), head.alone(given["latents_TZ"], given["time_T1"], given["places_M"])
+    expected, own = head(**given), head.alone(given["latents_TZ"], given["time_T1"], given["places_M"])
     with torch.autocast("cpu", torch.bfloat16):
         found = head(**given)
-        torch.testing.assert_close(head.alone(given["latents_TZ"], given["time_T1"], given["places_M"]), alone_TZ)
+        again = head.alone(given["latents_TZ"], given["time_T1"], given["places_M"])
+        torch.testing.assert_close(again.estimate_TZ, own.estimate_TZ)
     torch.testing.assert_close(found.velocity_TZ, expected.velocity_TZ)
     torch.testing.assert_close(found.token_ce_M, expected.token_ce_M)
 

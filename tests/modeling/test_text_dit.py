@@ -5,7 +5,7 @@ import torch
 
 from modeling import flow
 from modeling.attention import Segments
-from modeling.heads import CategoricalHead, TokenTargets
+from modeling.heads import CategoricalHead, Own, TokenTargets
 from modeling.losses import squared_error
 from modeling.text_dit import TextDiT, TextDiTConfig
 
@@ -18,6 +18,7 @@ EVERY = [
     {"role_embedding": True, "qk_norm": True},
     {"self_conditioning": True},
     {"head": "categorical", "vocab_size": 7},
+    {"head": "categorical", "vocab_size": 7, "token_embedding": True},
     {"neighbour_heads": True},
 ]
 
@@ -87,15 +88,20 @@ def test_without_time_conditioning_the_time_is_not_read() -> None:
     assert torch.equal(before_TZ, timed(latents_TZ, is_target_T, context_T, windows).velocity_TZ)
 
 
-def test_a_categorical_head_reads_what_each_latent_tells_alone_where_no_earlier_estimate_is_given() -> None:
-    dit, (latents_TZ, is_target_T, time_T, windows) = make_dit(head="categorical", vocab_size=7), inputs()
-    places_M = is_target_T.nonzero()[:, 0]
-    own_TZ = dit.head.alone(latents_TZ, (time_T * is_target_T)[:, None], places_M)
-    found_TZ = dit(latents_TZ, is_target_T, time_T, windows).velocity_TZ
-    assert torch.equal(found_TZ, dit(latents_TZ, is_target_T, time_T, windows, own_TZ).velocity_TZ)
-    assert not torch.allclose(
-        found_TZ, dit(latents_TZ, is_target_T, time_T, windows, torch.zeros_like(own_TZ)).velocity_TZ
-    )
+@pytest.mark.parametrize("options", [{}, {"token_embedding": True}, {"self_conditioning": True}], ids=str)
+def test_a_categorical_head_reads_what_each_latent_tells_alone_and_no_noise(options: dict) -> None:
+    dit, (latents_TZ, is_target_T, time_T, windows) = make_dit(head="categorical", vocab_size=7, **options), inputs()
+    places_M, time_T1 = is_target_T.nonzero()[:, 0], (time_T * is_target_T)[:, None]
+    own = dit.alone(latents_TZ, time_T1, places_M)
+    found = dit(latents_TZ, is_target_T, time_T, windows)
+    assert torch.equal(found.velocity_TZ, dit(latents_TZ, is_target_T, time_T, windows, own=own).velocity_TZ)
+    other_TZ = latents_TZ + is_target_T[:, None]
+    assert torch.equal(found.hidden_TD, dit(other_TZ, is_target_T, time_T, windows, own=own).hidden_TD), "it read z_t"
+    nothing = Own(torch.zeros_like(own.estimate_TZ), own.embedding_TD)
+    assert not torch.allclose(found.hidden_TD, dit(latents_TZ, is_target_T, time_T, windows, own=nothing).hidden_TD)
+    if own.embedding_TD is not None:
+        dropped = Own(own.estimate_TZ, own.embedding_TD * is_target_T[:, None])
+        assert not torch.allclose(found.hidden_TD, dit(latents_TZ, is_target_T, time_T, windows, own=dropped).hidden_TD)
 
 
 def test_targets_that_are_named_are_those_that_the_mask_says() -> None:
