@@ -59,6 +59,10 @@ def dit_flops(
         # Learned logits forward and backward; forward alone the known ones and the mean latent, with the network and before it.
         known, learned = 2 * 2 * (3 * dit.latent_dim + 1), 2 * dit.width
         own += float(num_targets) * vae.vocab_size * ((3 + teacher_passes) * learned + (1 + teacher_passes) * known)
+    if dit.token_embedding:
+        # Before the network all tokens are asked, contexts too: known logits and the mean of the embedding, once more in the backward pass.
+        asked = 2 * (3 * dit.latent_dim + 1 + dit.width) * (2 + teacher_passes) * float(sum(window_lengths))
+        own += vae.vocab_size * (asked - (1 + teacher_passes) * num_targets * known / 2)
     encoder = 12 * vae.width**2 * vae.num_encoder_layers
     return own + transformer_flops(encoder, vae.num_encoder_layers, vae.width, segment_lengths, passes=1)
 

@@ -26,6 +26,8 @@ def make_dit(**options: object) -> TextDiT:
     dit = TextDiT(TextDiTConfig(latent_dim=3, width=16, num_layers=2, head_dim=8, **options)).eval()
     for p in dit.parameters():
         torch.nn.init.normal_(p, std=0.4)
+    if isinstance(dit.head, CategoricalHead):
+        torch.nn.init.normal_(dit.head.means)
     return dit.requires_grad_(False)
 
 
@@ -35,9 +37,18 @@ def packed() -> tuple[torch.Tensor, torch.Tensor, Segments]:
     return torch.randn(sum(LENGTHS), 3), is_target_T, Segments.from_lengths(LENGTHS)
 
 
-@pytest.mark.parametrize("time_conditioning", ["none", "adaln_zero"])
-def test_guidance_combines_with_and_without_context(time_conditioning: str) -> None:
-    dit, (context_TZ, is_target_T, windows), t = make_dit(time_conditioning=time_conditioning), packed(), 0.6
+TOKENS: dict[str, object] = {"head": "categorical", "vocab_size": 5}
+OPTIONS: list[dict[str, object]] = [
+    {},
+    {"time_conditioning": "adaln_zero"},
+    TOKENS,
+    TOKENS | {"token_embedding": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_guidance_combines_with_and_without_context(options: dict[str, object]) -> None:
+    dit, (context_TZ, is_target_T, windows), t = make_dit(**options), packed(), 0.6
     z_TZ, time_T = torch.randn_like(context_TZ), torch.full((sum(LENGTHS),), t)
     target_T1 = is_target_T[:, None]
     with_TZ = dit(torch.where(target_T1, z_TZ, context_TZ), is_target_T, time_T, windows).velocity_TZ * target_T1
@@ -84,7 +95,6 @@ def test_a_temperature_sharpens_the_tokens_probabilities() -> None:
     dit, (context_TZ, is_target_T, windows) = make_dit(head="categorical", vocab_size=5), packed()
     z_TZ, t = torch.randn_like(context_TZ), 0.6
     assert isinstance(dit.head, CategoricalHead)
-    dit.head.means.copy_(torch.randn(5, 3))
     dit.head.within_variance.fill_(1e-6)
     near, plain = (
         GuidedVelocity(dit, context_TZ, is_target_T, windows, token_temperature=x)(z_TZ, t)[is_target_T]

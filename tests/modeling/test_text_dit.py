@@ -193,3 +193,8 @@ def test_half_precision_runs_and_stays_near(options: dict) -> None:
 def test_unknown_options_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=r"expected (none, additive or adaln_zero|velocity or categorical)|choose one"):
         TextDiTConfig(**wrong)
+
+
+def test_a_token_embedding_without_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="token_embedding needs head=categorical"):
+        TextDiTConfig(token_embedding=True)
