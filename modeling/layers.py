@@ -231,6 +231,8 @@ def initialize(module: nn.Module) -> None:
     | Attention.qkv of a stack's neighbour heads      | `look_at`: a quarter of the heads (at least one) at  |
     |                                                 | offset -1, as many at +1                             |
     | Linear with attribute `zero_init`               | 0: the DiT's output head and the VAE's log-variance  |
+    | Linear with attribute `zero_inputs`, a number   | as any other, but 0 for so many first inputs: z_t    |
+    |                                                 | beside an estimate of z                              |
 
     Where all of them are on the meta device, which has no values, nothing is done: each draw there takes milliseconds.
 
@@ -253,6 +255,9 @@ def _initialize_own(child: nn.Module) -> None:
     if isinstance(child, nn.Linear):
         std = 0.0 if getattr(child, "zero_init", False) else linear_std(child)
         nn.init.normal_(child.weight, std=std)
+        if getattr(child, "zero_inputs", 0):
+            with torch.no_grad():
+                child.weight[:, : child.zero_inputs] = 0
         if child.bias is not None:
             nn.init.zeros_(child.bias)
     elif isinstance(child, nn.Embedding):

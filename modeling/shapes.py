@@ -53,7 +53,7 @@ class TextDiTConfig:
         head: what the Transformer's output becomes (heads.py): "velocity" (the paper), or "categorical", probabilities of tokens and the
             velocity that follows from them.
         self_conditioning: the network also reads its own earlier estimate of z (arXiv 2208.04202). When there is none: zeros, or with
-            the categorical head what z_t tells by itself, which it reads in place of z_t.
+            the categorical head what z_t tells by itself, which it always reads.
         token_embedding: with the categorical head, the network also reads a learned embedding of tokens, averaged over which token each
             latent may be, by itself (cf. CDCD, arXiv 2211.15089). It costs about as much as another LM head.
         neighbour_heads: an initialisation: some attention heads start by looking at the tokens beside their own (layers.look_at).

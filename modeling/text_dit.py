@@ -21,7 +21,10 @@ class TextDiT(nn.Module):
         self.config = config
         width, latent_dim = config.width, config.latent_dim
         categorical = config.head == "categorical"
-        self.from_latent = nn.Linear(latent_dim * (2 if config.self_conditioning else 1), width)
+        self.reads_estimate = config.self_conditioning or categorical
+        self.from_latent = nn.Linear(latent_dim * (2 if self.reads_estimate else 1), width)
+        if categorical:  # z_t, which is mostly noise, beside what it tells by itself
+            self.from_latent.zero_inputs = latent_dim  # type: ignore[assignment]
         self.embedding = nn.Embedding(config.vocab_size, width) if config.token_embedding else None
         self.role = nn.Embedding(2, width) if config.role_embedding else None
         self.time_mlp = None
@@ -75,7 +78,7 @@ class TextDiT(nn.Module):
         tokens_M = None if targets is None else targets.tokens_M
         # fmt: off
         time_T1 = (time_T * is_target_T)[:, None].float()                    # [T, 1], a context's own time is 0
-        if own is None:
+        if own is None and (estimate_TZ is None or self.embedding is not None):
             own = self.alone(latents_TZ, time_T1, places_M)                  # [T, Z], what z_t tells by itself, or None
         x_TD = self._embedded(latents_TZ, own, estimate_TZ, is_target_T)     # [T, Z] or [T, 2 Z] -> [T, D]
         x_TD, condition_TD = self._conditioned(x_TD, time_T1)                # [T, D], [T, D] or None
@@ -90,17 +93,14 @@ class TextDiT(nn.Module):
     def _embedded(
         self, latents_TZ: torch.Tensor, own: Own | None, estimate_TZ: torch.Tensor | None, is_target_T: torch.Tensor
     ) -> torch.Tensor:
-        """What the network reads, [T, D]. Of a target z_t, or where the head knows what that tells by itself, this in its place: without the
-        noise. With self-conditioning besides an earlier estimate of z; where there is none, the same again, or zeros. A context as it is.
+        """Latents, and where it is read an estimate of z beside them: an earlier one, else what z_t tells by itself, else zeros. A context
+        is its own estimate. An embedding of tokens is added.
         """
-        told_TZ = latents_TZ if own is None else own.estimate_TZ
-        parts = [told_TZ]
-        if self.config.self_conditioning:
+        if self.reads_estimate:
             if estimate_TZ is None:
-                estimate_TZ = torch.zeros_like(latents_TZ) if own is None else told_TZ
-            parts.append(estimate_TZ)
-        x_TX = torch.cat([torch.where(is_target_T[:, None], part, latents_TZ) for part in parts], -1)
-        x_TD = self.from_latent(x_TX.to(self.from_latent.weight.dtype))
+                estimate_TZ = torch.zeros_like(latents_TZ) if own is None else own.estimate_TZ
+            latents_TZ = torch.cat((latents_TZ, torch.where(is_target_T[:, None], estimate_TZ, latents_TZ)), dim=-1)
+        x_TD = self.from_latent(latents_TZ.to(self.from_latent.weight.dtype))
         if own is not None and own.embedding_TD is not None:
             x_TD = x_TD + own.embedding_TD.to(x_TD)
         return x_TD if self.role is None else x_TD + self.role(is_target_T.long()).to(x_TD.device)

@@ -14,6 +14,7 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import SUFFIX, Batch
 from modeling.attention import Segments
+from modeling.heads import Own
 from modeling.text_dit import TextDiT
 from pretrain import train
 from pretrain.checkpoint.read import read_tensors
@@ -101,7 +102,7 @@ def velocity_of(dit: TextDiT, z_TZ: Tensor, time_T: Tensor, is_target_T: Tensor,
     known_TV = known_TV + head.log_frequencies.double()
     alone_TZ = known_TV.softmax(-1) @ means_VZ
     alone_TZ = alone_TZ + (1 - t) * within_Z / spread * (z_TZ - (1 - t) * alone_TZ)
-    x_TD, condition_TD = dit._conditioned(dit._embedded(z_TZ, alone_TZ, is_target_T), t)
+    x_TD, condition_TD = dit._conditioned(dit._embedded(z_TZ, Own(alone_TZ), None, is_target_T), t)
     hidden_TD = dit.transformer(x_TD, windows, condition_TD)
     share_TV = ((hidden_TD @ head.to_logits.weight.T + known_TV) / temperature).softmax(-1)
     mean_TZ = share_TV @ means_VZ + within_Z.sqrt() * head.to_shift(hidden_TD)
