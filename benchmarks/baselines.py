@@ -39,7 +39,10 @@ from pretrain.stages.token_stage import TokenStage
 from pretrain.telemetry.sinks import read_metrics
 
 MODELS = {
-    "velocity": ("quickstart_dit", ["model.head=velocity", "diagnose.token_temperature=1.0"]),
+    "velocity": (
+        "quickstart_dit",
+        ["model.head=velocity", "model.token_embedding=false", "diagnose.token_temperature=1.0"],
+    ),
     "categorical": ("quickstart_dit", []),
     "mdlm": ("quickstart_mdlm", []),
     "ar": ("quickstart_ar", []),

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from torch._subclasses.fake_tensor import FakeTensor
 
 from benchmarks.measuring import print_figures
 from benchmarks.train_step import Products
@@ -68,11 +69,17 @@ class Whole(torch.nn.Module):
         return SimpleNamespace(loss=self._loss(windows), metrics={})
 
 
+def live_tensors() -> list[torch.Tensor]:
+    """All that the collector knows, without those of shapes alone that a compilation or a test left behind."""
+    every = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return [tensor for tensor in every if not isinstance(tensor, FakeTensor)]
+
+
 def live_bytes(known: set[int]) -> int:
     """Bytes of all storages that tensors hold, without those whose addresses are known."""
     gc.collect()
     found: dict[int, int] = {}
-    for tensor in [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]:
+    for tensor in live_tensors():
         for one in (tensor, tensor.grad if tensor.is_leaf else None):
             if one is not None and one.device.type == "cpu":
                 storage = one.untyped_storage()
@@ -91,7 +98,7 @@ def measure_states(rank: int, port: int, cases: list[tuple[str, int]], file: str
     topology, found, kept = init_distributed(300), [], []
     for precision, stage in cases:
         # What an earlier case left stays alive, so that no new storage has its address.
-        kept += [thing.detach() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+        kept += [tensor.detach() for tensor in live_tensors()]
         known = {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.device.type == "cpu"}
         model = outline(*MODELS["ar"][:2], "cpu")
         engine = Engine(

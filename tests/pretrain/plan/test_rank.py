@@ -4,9 +4,8 @@ import gc
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks.plan import MODELS, Whole, live_bytes, outline, planned_states
+from benchmarks.plan import MODELS, Whole, live_bytes, live_tensors, outline, planned_states
 from pretrain.config.load import load_config
 from pretrain.plan.estimate import GIB, Hardware, Text, make_plan
 from pretrain.plan.rank import ACTIVATIONS, plan_rank, report
@@ -57,7 +56,7 @@ def test_one_rank_holds_what_a_real_engine_does(precision: str, stage: int) -> N
 
     topology = init_distributed(300)
     gc.collect()
-    kept = [one.detach() for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]  # no address comes again
+    kept = [tensor.detach() for tensor in live_tensors()]  # no address comes again
     known = {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.device.type == "cpu"}
     model = Whole(outline(*MODELS["ar"][:2], "cpu"))
     engine = Engine(model, EngineSettings(zero_stage=stage, precision=precision), AdamWSettings(lr=1e-3), topology)
