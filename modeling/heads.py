@@ -133,8 +133,7 @@ class CategoricalHead(KeepsStatistics):
         means_VZ = self.means.float()
         if embedding_VD is None:
             known_ME, known_VE = self._known(latents_TZ[places_M].to(means_VZ), time_T1[places_M].to(means_VZ))
-            nothing = known_ME.new_zeros(len(known_ME), 0), known_VE.new_zeros(len(known_VE), 0)
-            mean_MZ, embedding_TD = class_mean(ClassScores(*nothing, known_ME, known_VE), means_VZ), None
+            mean_MZ, embedding_TD = known_mean(known_ME, known_VE, means_VZ), None
         else:
             known_TE, known_VE = self._known(latents_TZ.to(means_VZ), time_T1.to(means_VZ))
             values_VX = torch.cat((means_VZ, embedding_VD.to(means_VZ)), -1)

@@ -217,13 +217,13 @@ def test_a_student_learns_what_its_teacher_does_in_more_steps(
 ) -> None:
     stage, batch = built(student_values(trained, teachers, tmp_path / "run"), tmp_path)
     optimizer = torch.optim.Adam(stage.parameters(), lr=3e-3)
-    for _ in range(160):
+    for _ in range(320):
         optimizer.zero_grad()
         stage(batch, stage.token_counts(batch)).loss.backward()
         optimizer.step()
     told = stage.eval()(batch, stage.token_counts(batch)).metrics
     means = stage.summarised({name: float(pair[0] / pair[1]) for name, pair in told.items()})
-    assert means["distilled"] > 0.2
+    assert means["distilled"] > 0.3
     assert means["distilled"] == pytest.approx(1 - means["distill"] / means["distill_teacher"])
 
 
