@@ -28,6 +28,7 @@ from data_pipeline.reading.batch import SUFFIX
 from modeling.likelihood import per_token
 from pretrain import train
 from pretrain.checkpoint.find import checkpoint_of
+from pretrain.checkpoint.manifest import read_manifest
 from pretrain.diagnose.model_checks import nats_figures
 from pretrain.diagnose.nats import unigram_figures
 from pretrain.diagnose.tokens import NUM_DRAWS, target_tokens
@@ -118,13 +119,13 @@ def measure(
         tokens = planned * config.data.rows_per_step * manifest.row_tokens
         found[name] = Figures(nats, error, parameters, step_seconds(run) * planned, tokens)
         print(f"{name}: {nats:.4f} +- {error:.4f} nats a token", flush=True)
-    vae = load_stage(config_of(quickstart / "vae"), checkpoint_of(quickstart / "vae"), torch.device("cpu"))
+    of_vae = read_manifest(checkpoint_of(quickstart / "vae")).parameters
     config = config_of(folder / names[0])
     unigram = unigram_figures(config, heldout_rows(config, rows))[0]["unigram_nats"]
     columns = {field: {name: getattr(figures, field) for name, figures in found.items()} for field in Figures._fields}
     return {
         "nats": columns["nats"], "errors": columns["error"], "parameters": columns["parameters"],
-        "vae_parameters": sum(p.numel() for p in vae.vae.parameters()), "seconds": columns["seconds"],
+        "vae_parameters": sum(p.numel for name, p in of_vae.items() if name.startswith("vae.")), "seconds": columns["seconds"],
         "tokens": columns["tokens"], "unigram": unigram, "heldout_rows": rows,
     }  # fmt: skip
 

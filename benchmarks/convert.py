@@ -7,9 +7,9 @@ Runs of a shipped VAE and DiT are made with random weights and without training:
 `--ranks`, in the checkpoints' own format by its own writer. `textldm convert` then runs in a process of its own.
 
 `peak_ratio`: the most memory that it held (VmHWM) above what its imports hold, over the largest file that it wrote. `time_ratio`: its
-seconds without imports over those that it takes to read the bytes of both checkpoints once, all of whose hashes are checked, and to
-write the export's; `time_over_exported_bytes`: the same with the exported state's share of reading alone. What is read is dropped from
-the page cache before, and what was written is on the disk; medians of interleaved repetitions.
+seconds without imports over those that it takes to read the bytes of both checkpoints once and to write the export's;
+`time_over_exported_bytes`: the same with the exported state's share of reading, which is what it does read and whose hashes it checks. What
+is read is dropped from the page cache before, and what was written is on the disk; medians of interleaved repetitions.
 """
 
 import argparse

@@ -207,10 +207,9 @@ class Book:
 
     def page(self) -> list[dict[str, Any]]:
         """The tables as results.py reads them."""
-        commit = self.found["commit"]
         common = {
             "date": self.found["date"][:10],
-            "commit": commit and commit[:7] + commit[40:],
+            "commit": self.found["commit"],
             "machine": f"{self.card}; torch {self.found['versions']['torch']}",
             "command": "python -m benchmarks.gpu" + " --dry" * self.args.dry,
         }

@@ -3,9 +3,9 @@
     python -m benchmarks.muon                                # on what ./run.sh left: its data, its VAE, its DiT's configuration
     python -m benchmarks.muon --run runs/x/dit --steps 4000
 
-The run's configuration is trained anew from its start, by AdamW for `--steps` and by Muon for the given shares of them, each with a
-schedule of its own length; what is compared is the last held-out evaluation, with EMA weights: nats a token where the run measures them,
-else the flow loss (`figure` says which).
+The run's configuration is trained anew from its start, by AdamW for `--steps`, at the best of the given learning rates, and by Muon for
+the given shares of them, each with a schedule of its own length; what is compared is the last held-out evaluation, with EMA weights: nats a
+token where the run measures them, else the flow loss (`figure` says which).
 
 `steps_ratio`: Muon's steps for AdamW's last figure over AdamW's steps, between the shares by interpolation in the logarithm of the steps;
 below the smallest share it is that share, and null if the largest is not enough. `seconds_ratio`: of a training step, Muon's over AdamW's;
@@ -75,10 +75,18 @@ def steps_ratio(target: float, by_share: dict[float, float]) -> float | None:
     return None
 
 
-def measure(config: Path, folder: Path, steps: int, shares: Sequence[float], muon: Sequence[str]) -> dict[str, Any]:
+def measure(
+    config: Path, folder: Path, steps: int, shares: Sequence[float], rates: Sequence[float], muon: Sequence[str]
+) -> dict[str, Any]:
     """The figures; runs go to `folder`."""
-    with phase(f"AdamW, {steps} steps"):
-        adamw = trained(config, folder / "adamw", steps, [section(config, "adamw")])
+    by_rate: dict[float, Trained] = {}
+    for rate in rates:
+        with phase(f"AdamW, {steps} steps at {rate:g}"):
+            settings = [section(config, "adamw"), f"optimizer.lr={rate}"]
+            by_rate[rate] = trained(config, folder / f"adamw-{rate:g}", steps, settings)
+        print(f"AdamW at {rate:g}: {by_rate[rate].figure:.4f}", flush=True)
+    best_rate = min(by_rate, key=lambda rate: by_rate[rate].figure)
+    adamw = by_rate[best_rate]
     found: dict[float, Trained] = {}
     for share in shares:
         with phase(f"Muon, {round(share * steps)} steps"):
@@ -90,6 +98,7 @@ def measure(config: Path, folder: Path, steps: int, shares: Sequence[float], muo
         "seconds_ratio": statistics.median(run.step_s for run in found.values()) / adamw.step_s,
         "figure": adamw.name,
         "adamw": adamw.figure,
+        "adamw_by_rate": {f"{rate:g}": run.figure for rate, run in by_rate.items()},
         "muon": {f"{share:g}": run.figure for share, run in found.items()},
         "steps": steps,
         "muon_settings": list(muon),
@@ -109,6 +118,9 @@ def main(argv: list[str] | None = None) -> None:
         "--shares", type=float, nargs="+", default=[0.4, 0.6, 0.75], help="of them for Muon, a run each (%(default)s)"
     )
     parser.add_argument(
+        "--rates", type=float, nargs="+", default=[0.002, 0.004], help="learning rates of AdamW (%(default)s)"
+    )
+    parser.add_argument(
         "--muon", nargs="*", default=[], metavar="KEY=VALUE", help="further settings, e.g. optimizer.matrix_lr=0.03"
     )
     arguments = parser.parse_args(argv)
@@ -116,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--steps {arguments.steps} --shares {arguments.shares}: expected at least one step each")
     config = existing(arguments.run / "config.json", "--run")
     with tempfile.TemporaryDirectory(prefix="muon-benchmark-") as folder:
-        print_figures(measure(config, Path(folder), arguments.steps, arguments.shares, arguments.muon))
+        print_figures(measure(config, Path(folder), arguments.steps, arguments.shares, arguments.rates, arguments.muon))
 
 
 if __name__ == "__main__":

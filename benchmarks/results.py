@@ -44,7 +44,7 @@ def read(path: Path) -> dict[str, Any]:
             raise UserError(f"{place}: no {', '.join(missing)}; expected {', '.join(_KEYS)}")
         if not re.fullmatch(rf"{_DATE}( to {_DATE})?", table["date"]):
             raise UserError(f"{place}: date {table['date']!r}, expected 2026-11-25 or 2026-11-24 to 2026-11-25")
-        if table["commit"] is not None and not re.fullmatch(r"[0-9a-f]{7,40}\+?", table["commit"]):
+        if table["commit"] is not None and not re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", table["commit"]):
             raise UserError(f"{place}: commit {table['commit']!r}, expected 7 to 40 hexadecimal digits or null")
         if wrong := [row for row in table["rows"] if len(row) != len(table["columns"])]:
             raise UserError(f"{place}: a row of {len(wrong[0])} cells, expected {len(table['columns'])}: {wrong[0]}")

@@ -71,9 +71,11 @@ def quadrature(times: Sequence[float]) -> torch.Tensor:
 
 LAST_T0 = 0.95
 """The last t0 that may be asked for by itself: at 1, where a model that knows nothing has its least bound, there is no integral."""
-SPREAD_LEVELS, LAST_LEVEL = 24, 6.0
-"""Of the integral along paths with a time of its own for each token: how many levels of noise, and the logit of the last, beyond which
-lie less than 0.001 nats."""
+SPREAD_LEVELS = 16
+"""Of the integral along paths with a time of its own for each token: how many levels of noise."""
+LEVELS_AHEAD, OWN_WIDTH, LEVELS_WIDTH = 0.4, 0.6, 0.8
+"""Where the levels lie: in a logistic distribution around the logit of t0, or 0 where that is less, plus the first number, of a scale that
+is the third times the root of the sum of the squares of the tokens' spread and the second, a width of one token's own part."""
 
 
 class Denoised(NamedTuple):
@@ -188,31 +190,34 @@ def spread_nats(
     documents_T: torch.Tensor,
     is_target_T: torch.Tensor,
     t0: float,
-    offsets_T: torch.Tensor,
+    spread: float,
+    draws_T2: torch.Tensor,
     num_levels: int = SPREAD_LEVELS,
 ) -> DocumentNats:
     """Measure a batch of documents along a path on which every token has a time of its own, down to t0: one column.
 
-    At level s the logit of a token's time is s + its offset, and never below t0's; a document's levels span its own offsets. As
-    dt = t (1 - t) ds, the integral over its own times is that of (1 - t)^2 Z L ds over the levels at which it has not arrived; a plain sum
-    over evenly spaced levels, which random offsets of a deviation above their distance make unbiased (its error falls as
-    exp(-2 (pi deviation / distance)^2)).
+    At level s the logit of a token's time is s + its offset, and never below t0's. As dt = t (1 - t) ds, the integral over its own times is
+    that of (1 - t)^2 Z L ds over the levels at which it has not arrived. Levels are drawn where that is large: at quantiles
+    (k + u) / num_levels of a logistic distribution, over whose density each counts. One uniform u a document makes the sum unbiased.
 
     Args:
-        offsets_T: of the logit of each token's time, e.g. normal with the deviation `time_spread` of training.
+        spread: deviation of the tokens' offsets, e.g. the `time_spread` of training.
+        draws_T2: standard normal numbers: each token's offset over `spread`; and where a document's levels lie, by its first target's.
         others: as for `document_nats`; noise_of gets the number of the level, and last that of t0, `num_levels`.
     """
-    offsets_T = offsets_T.double()
-    first, num_documents = math.log(t0 / (1 - t0)), int(documents_T.max()) + 1
+    draws_T2 = draws_T2.double()
+    first, scale = math.log(t0 / (1 - t0)), LEVELS_WIDTH * math.hypot(spread, OWN_WIDTH)
+    places_M = is_target_T.nonzero()[:, 0]
+    begins_N = places_M.new_zeros(int(documents_T.max()) + 1)
+    begins_N.scatter_reduce_(0, documents_T[places_M], places_M, "amin", include_self=False)
     # Each document's levels are its own, wherever it is measured.
-    widest_N = offsets_T.new_zeros(num_documents)
-    widest_N.scatter_reduce_(0, documents_T[is_target_T], offsets_T[is_target_T].abs(), "amax")
-    widest_T = widest_N[documents_T]
-    distance_T = (LAST_LEVEL + 2 * widest_T - first) / num_levels
-    logits_GT = torch.stack([first - widest_T + (k + 0.5) * distance_T + offsets_T for k in range(num_levels)])
-    at_times = [*logits_GT.clamp_min(first).sigmoid(), torch.full_like(offsets_T, t0)]
+    uniform_T = torch.special.ndtr(draws_T2[begins_N, 1])[documents_T]
+    quantiles_GT = (torch.arange(num_levels, device=uniform_T.device)[:, None] + uniform_T) / num_levels
+    logits_GT = max(first, 0.0) + LEVELS_AHEAD + scale * torch.logit(quantiles_GT) + spread * draws_T2[:, 0]
+    at_times = [*logits_GT.clamp_min(first).sigmoid(), torch.full_like(uniform_T, t0)]
     errors_GT, cross_entropies_GT = _measured(denoise, data_TZ, noise_of, at_times)
-    on_the_way_GT = distance_T * (logits_GT > first) * (1 - logits_GT.sigmoid()).square()
+    between_GT = scale / (num_levels * quantiles_GT * (1 - quantiles_GT))
+    on_the_way_GT = between_GT * (logits_GT > first) * (1 - logits_GT.sigmoid()).square()
     flow_T = (on_the_way_GT * errors_GT[:-1]).sum(0)
     return _by_document((t0,), flow_T[None], cross_entropies_GT[-1:], documents_T, is_target_T)
 
@@ -314,14 +319,16 @@ def target_nats(
     targets: Sequence[torch.Tensor],
     noise: Sequence[torch.Tensor],
     t0: float,
-    offsets: Sequence[torch.Tensor] | None = None,
+    spread: float = 0.0,
+    draws: Sequence[torch.Tensor] = (),
 ) -> DocumentNats:
     """Measure targets given their contexts, each encoded by itself: the bound at t0, in the first column.
 
     Args:
         contexts, targets: int64 tokens of each document; a context may be empty.
         noise: of each document, [G, its target's tokens, Z]; G times from t0 on.
-        offsets: for a path on which each token has a time of its own, [its target's tokens] of each document.
+        spread, draws: if not 0, of a path on which each token has a time of its own, see `spread_nats`; [its target's tokens, 2] of each
+            document.
     """
     device = vae.latents_mean.device
     encoded = zip(encode_each(vae, contexts), encode_each(vae, targets))
@@ -339,11 +346,11 @@ def target_nats(
 
     denoise = denoiser(vae, dit, latents_TZ, named, windows, segments)
     num_times, given = len(noise[0]), (told_latents(dit, latents_TZ, named), noise_of, windows.ids_T, is_target_T)
-    if offsets is None:
+    if not spread:
         return document_nats(denoise, *given, time_grid(num_times, t0))
-    offsets_T = torch.zeros(len(latents_TZ), device=device)
-    offsets_T[named.places_M] = torch.cat(list(offsets)).to(offsets_T)
-    return spread_nats(denoise, *given, t0, offsets_T, num_times - 1)
+    draws_T2 = torch.zeros(len(latents_TZ), 2, device=device)
+    draws_T2[named.places_M] = torch.cat(list(draws)).to(draws_T2)
+    return spread_nats(denoise, *given, t0, spread, draws_T2, num_times - 1)
 
 
 def bound_at(documents: DocumentNats, index: int) -> Bound:

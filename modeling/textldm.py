@@ -339,15 +339,15 @@ class TextLDM(ExportedModel, GenerationMixin):
         bounds_N = torch.zeros(len(targets), dtype=torch.float64)
         for block in range(max(map(len, sizes))):
             going = [i for i in range(len(targets)) if block < len(sizes[i])]
-            contexts, pieces, noise, offsets = [], [], [], []
+            contexts, pieces, noise, draws = [], [], [], []
             for i in going:
                 (own, place), size, done = keys[i], sizes[i][block], sum(sizes[i][:block])
                 contexts.append(latest(torch.cat((prompts[i], targets[i][:done])), size, window))
                 pieces.append(targets[i][done : done + size])
                 first = place * (num_times + 1)
                 noise.append(torch.stack([self.keyed_noise(own, first + k, size, block) for k in range(num_times)]))
-                offsets.append(spread * self.keyed_noise(own, first + num_times, size, block)[:, 0])
-            found = target_nats(self.vae, self.dit, contexts, pieces, noise, t0, offsets if spread else None)
+                draws.append(self.keyed_noise(own, first + num_times, size, block)[:, :2])
+            found = target_nats(self.vae, self.dit, contexts, pieces, noise, t0, spread, draws)
             bounds_N[going] += found.bounds_NG[:, 0]
         return bounds_N
 

@@ -51,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Command line: inspect or verify a checkpoint."""
     arguments = make_parser().parse_args(argv)
-    checkpoint = checkpoint_of(arguments.path)
+    checkpoint = checkpoint_of(arguments.path, state=None)
     if arguments.action == "inspect":
         print(_describe(read_manifest(checkpoint)))
     else:

@@ -61,12 +61,15 @@ def _to_stderr(message: str) -> None:
 
 
 def newest_complete(
-    run: Path, topology: "Topology | None" = None, report: Callable[[str], None] = _to_stderr
+    run: Path,
+    topology: "Topology | None" = None,
+    report: Callable[[str], None] = _to_stderr,
+    state: str | None = None,
 ) -> Checkpoint | None:
     """The newest checkpoint of a run whose manifest, sizes and hashes are right; None if there is none.
 
     Each one passed over goes to `report` with its name and the reason. With a topology it is collective: rank 0 chooses
-    the candidates, the ranks share the hashing, and all get the same answer.
+    the candidates, the ranks share the hashing, and all get the same answer. `state`: the only one that is to be read, and so hashed.
     """
     if topology:
         from pretrain.ranks.distributed import all_reduce_sum, any_rank
@@ -90,7 +93,7 @@ def newest_complete(
             if manifest.step != step:
                 raise UserError(f"{checkpoint} says in its manifest that it is step {manifest.step}")
             check_sizes(manifest)
-            check_hashes(manifest, rank, world_size)
+            check_hashes(manifest, state, rank, world_size)
         except (UserError, OSError) as error:
             reason = str(error)
             report(f"{checkpoint} passed over: {reason}")
@@ -162,15 +165,20 @@ def checkpoint_at(run: Path, step: int) -> Checkpoint:
     return Checkpoint(storage_of(run), checkpoint_name(step))
 
 
-def checkpoint_of(run: str | Path, named_by: str = "") -> Checkpoint:
-    """The newest complete checkpoint of a run folder, or the checkpoint whose folder is named; hashed in either case. Raises: UserError,
-    which says that the option or key `named_by` tells where a folder is that has been moved.
+def checkpoint_of(run: str | Path, named_by: str = "", state: str | None = "ema") -> Checkpoint:
+    """The newest complete checkpoint of a run folder, or the checkpoint whose folder is named; hashed in either case.
+
+    Args:
+        named_by: the option or key that tells where a folder is that has been moved.
+        state: the one that is to be read, as in `read_tensors`: the others may be damaged. All of them when None.
+
+    Raises: UserError.
     """
     path = Path(run)
     if (path / MANIFEST).is_file():
         path = path.absolute()  # "." has no name
-        return unaltered(Checkpoint(Folder(path.parent), path.name)).checkpoint
-    found = newest_complete(path) if path.is_dir() else None
+        return unaltered(Checkpoint(Folder(path.parent), path.name), state).checkpoint
+    found = newest_complete(path, state=state) if path.is_dir() else None
     if found is None:
         moved = f"; if it was moved, say where it is now with {named_by}" if named_by else ""
         raise UserError(

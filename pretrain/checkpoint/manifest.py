@@ -1,4 +1,6 @@
-"""What a checkpoint says of itself, in manifest.json: the step, the parameters with their states, and the hash of every file.
+"""What a checkpoint says of itself, in manifest.json: the step, the parameters with their states, and the hashes of every file.
+
+A file's header, each state in it and its buffers have a hash each, so that whoever wants one state of four reads and checks that alone.
 
 The file holds the hash of its own content, too. It is written last, so a checkpoint that has one is complete. It may come from
 anywhere: it names files by a grammar, and sizes that the files are held against before anything is allocated (slices.py).
@@ -18,19 +20,48 @@ from data_pipeline.core.outside import parse_json, read_at_most
 from pretrain.checkpoint.storage import Checkpoint, Folder
 from pretrain.engine.parameter import Parameter
 
-FORMAT = "textldm-checkpoint-2"
+FORMAT = "textldm-checkpoint-3"
 MANIFEST = "manifest.json"
+BUFFER = "buffer"
+"""Beside the states: what a stage holds besides its parameters. A slice's name begins with either."""
+
 HASH_CHUNK_BYTES = 1 << 24
 _FILE = r"^rank-[0-9]{5,}\.safetensors$"  # no separators: a manifest cannot point out of its folder
 _Count = Annotated[int, Field(ge=0, lt=1 << 48)]
 
 
 @dataclass(frozen=True)
-class SavedFile:
-    """Size and SHA-256 of a file."""
+class SavedPart:
+    """Where a part of a file begins, its size, and its SHA-256."""
 
+    begin: int
     bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """A file's parts: its header, and by state all slices of it; the buffers count as one."""
+
+    header: SavedPart
+    states: dict[str, SavedPart]
+
+    @classmethod
+    def of(cls, content: object) -> "SavedFile":
+        """From what JSON has of it. Raises: ValidationError."""
+        file = _File.model_validate(content)
+        return cls(
+            SavedPart(**dict(file.header)), {name: SavedPart(**dict(part)) for name, part in file.states.items()}
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Of the whole file."""
+        return sum(part.bytes for part in (self.header, *self.states.values()))
+
+    def parts(self, state: str | None) -> list[SavedPart]:
+        """All, or those of whoever reads one state: header and buffers, too."""
+        return [self.header, *(part for name, part in self.states.items() if state is None or name in (state, BUFFER))]
 
 
 @dataclass(frozen=True)
@@ -61,8 +92,8 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all of the checkpoint's tensors: of the hashes of its files."""
-        return _digest({name: file.sha256 for name, file in self.files.items()})
+        """Hash of all of the checkpoint's tensors: of the hashes of its files' parts."""
+        return _digest({name: asdict(file) for name, file in self.files.items()})
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write the manifest into the checkpoint, with the hash of its own content inside."""
@@ -79,9 +110,15 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class _File(_Strict):
+class _Part(_Strict):
+    begin: _Count
     bytes: _Count
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class _File(_Strict):
+    header: _Part
+    states: dict[str, _Part]
 
 
 class _Parameter(_Strict):
@@ -117,7 +154,7 @@ def read_manifest(checkpoint: Checkpoint) -> Manifest:
         if stated != _digest(content):
             raise UserError(f"{checkpoint}/{MANIFEST} was altered: its content does not have the hash that it states")
         checked = _Content.model_validate(content)
-        files = {name: SavedFile(file.bytes, file.sha256) for name, file in checked.files.items()}
+        files = {name: SavedFile.of(file) for name, file in checked.files.items()}
         parameters = {
             name: Parameter(tuple(saved.shape), saved.decays, tuple(saved.states))
             for name, saved in checked.parameters.items()
@@ -139,11 +176,11 @@ def read_manifest(checkpoint: Checkpoint) -> Manifest:
         raise UserError(f"{checkpoint}/{MANIFEST} cannot be read: {error}") from None
 
 
-def unaltered(checkpoint: Checkpoint) -> Manifest:
-    """The manifest of a checkpoint all of whose files are as it says. Raises: UserError."""
+def unaltered(checkpoint: Checkpoint, state: str | None = None) -> Manifest:
+    """The manifest of a checkpoint whose files are as it says, see `check_hashes`. Raises: UserError."""
     manifest = read_manifest(checkpoint)
     check_sizes(manifest)
-    check_hashes(manifest)
+    check_hashes(manifest, state)
     return manifest
 
 
@@ -159,20 +196,31 @@ def check_sizes(manifest: Manifest) -> None:
             raise UserError(f"{manifest.checkpoint}/{name} has {size} bytes, the manifest says {stated.bytes}")
 
 
-def check_hashes(manifest: Manifest, part: int = 0, parts: int = 1) -> None:
-    """Files number `part`, `part` + `parts`, ... have their stated SHA-256; a core each. Raises: UserError naming the file."""
-    names = sorted(manifest.files)[part::parts]
+def check_hashes(manifest: Manifest, state: str | None = None, share: int = 0, shares: int = 1) -> None:
+    """The files have the stated SHA-256, a core each.
 
-    def check(name: str) -> None:
-        digest = hashlib.sha256()
+    Args:
+        state: checked with the headers and buffers, which its readers need too; all states when None.
+        share, shares: files number `share`, `share` + `shares`, ... alone.
+
+    Raises: UserError naming the file.
+    """
+    names = sorted(manifest.files)[share::shares]
+    parts = [(name, part) for name in names for part in manifest.files[name].parts(state)]
+
+    def check(named: tuple[str, SavedPart]) -> None:
+        name, part = named
+        digest, left = hashlib.sha256(), part.bytes
         with manifest.checkpoint.read(name) as file:
-            while chunk := file.read(HASH_CHUNK_BYTES):
+            file.seek(part.begin)
+            while left and (chunk := file.read(min(left, HASH_CHUNK_BYTES))):
                 digest.update(chunk)
-        if digest.hexdigest() != manifest.files[name].sha256:
+                left -= len(chunk)
+        if digest.hexdigest() != part.sha256:
             raise UserError(f"{manifest.checkpoint}/{name} was altered: its SHA-256 is not the one in the manifest")
 
-    with ThreadPoolExecutor(max(1, min(len(names), len(os.sched_getaffinity(0)) // parts))) as pool:
-        for _ in pool.map(check, names):
+    with ThreadPoolExecutor(max(1, min(len(parts), len(os.sched_getaffinity(0)) // shares))) as pool:
+        for _ in pool.map(check, parts):
             pass
 
 

@@ -72,7 +72,7 @@ def read_tensors(run: str | Path | Checkpoint, state: str = "ema", buffers: bool
         state: "ema", "weight", or what the optimizer keeps, e.g. "exp_avg"; of the parameters that have it.
         buffers: also the module's buffers.
     """
-    checkpoint = run if isinstance(run, Checkpoint) else checkpoint_of(run)
+    checkpoint = run if isinstance(run, Checkpoint) else checkpoint_of(run, state=state)
     manifest = read_manifest(checkpoint)
     with SavedTensors(manifest, state) as saved:
         tensors = {name: saved[name] for name in saved.names}

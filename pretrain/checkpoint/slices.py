@@ -3,32 +3,40 @@
     rank-00000.safetensors   "ema/blocks.0.qkv.weight@4096": elements of that state from 4096 on, flattened
                              "buffer/latents_mean": a buffer of the stage, whole
 
+All slices of a state lie side by side in a file, whose manifest has a hash for each of these parts.
 A slice is a range of one state of one parameter. Which ranges a file holds depends on how the writing run was sharded;
 a reader takes what overlaps the ranges it wants, and need not care. Nothing here knows DeepSpeed or process groups.
 """
 
 import math
 from collections.abc import Iterable
+from itertools import chain, islice
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from data_pipeline.core.errors import UserError
-from pretrain.checkpoint.manifest import Manifest, SavedFile
+from pretrain.checkpoint.manifest import BUFFER, Manifest, SavedFile, SavedPart
 from pretrain.checkpoint.storage import Checkpoint
 from pretrain.checkpoint.tensor_files import UNREADABLE, Entry, Hashed, entries, file_pieces
-
-BUFFER = "buffer"
 
 
 def write_slices(checkpoint: Checkpoint, file: str, tensors: Iterable[tuple[str, Tensor]]) -> SavedFile:
     """Write CPU tensors as a safetensors file; returns what the manifest says of it. Raises: OSError."""
-    tensors = list(tensors)
-    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors}
-    content = Hashed(file_pieces(layout, (tensor for _, tensor in tensors)))
-    checkpoint.storage.put(checkpoint.name, file, content)
-    return SavedFile(content.num_bytes, content.sha256)
+    by_state: dict[str, list[tuple[str, Tensor]]] = {}
+    for name, tensor in tensors:
+        by_state.setdefault(name.partition("/")[0], []).append((name, tensor))
+    ordered = [slice_ for slices in by_state.values() for slice_ in slices]
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in ordered}
+    pieces = file_pieces(layout, (tensor for _, tensor in ordered))
+    parts = [Hashed(islice(pieces, count)) for count in (1, *map(len, by_state.values()))]
+    checkpoint.storage.put(checkpoint.name, file, chain.from_iterable(parts))
+    saved, begin = list[SavedPart](), 0
+    for part in parts:
+        saved.append(SavedPart(begin, part.num_bytes, part.sha256))
+        begin += part.num_bytes
+    return SavedFile(saved[0], dict(zip(by_state, saved[1:], strict=True)))
 
 
 class SliceReader:

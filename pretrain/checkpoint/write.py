@@ -26,8 +26,8 @@ from torch import Tensor
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.storage import FULL
 from pretrain.checkpoint.find import checkpoint_name, name_latest, saved_steps, unfinished
-from pretrain.checkpoint.manifest import Manifest, SavedFile
-from pretrain.checkpoint.slices import BUFFER, write_slices
+from pretrain.checkpoint.manifest import BUFFER, Manifest, SavedFile
+from pretrain.checkpoint.slices import write_slices
 from pretrain.checkpoint.storage import Checkpoint, storage_of
 from pretrain.engine.engine import Engine
 from pretrain.engine.file_memory import empty_in_file
@@ -191,7 +191,7 @@ class CheckpointWriter:
                     if report.pop("job") == job:
                         if "error" in report:
                             raise OSError(report["errno"], f"{name}: {report['error']}")
-                        found[name] = SavedFile(**report)
+                        found[name] = SavedFile.of(report)
             waiting -= found.keys()
             if waiting:
                 if time.monotonic() > deadline:

@@ -85,7 +85,8 @@ def convert(
     named(
         re.compile(r"[1-9]\d{0,5}[KMGT]B"), largest, "--max-shard-size", "give a size as transformers has it, e.g. 5GB"
     )
-    path = checkpoint_of(run) if step is None else unaltered(checkpoint_at(run, step)).checkpoint
+    state = STATES[weights]
+    path = checkpoint_of(run, state=state) if step is None else unaltered(checkpoint_at(run, step), state).checkpoint
     saved = read_manifest(path)
     record = RunRecord.of_checkpoint(saved)
     export = stage_kind(record.stage).export
@@ -116,7 +117,7 @@ def convert(
             config,
             manifest,
             tokenizer,
-            STATES[weights],
+            state,
             output.name,
             license_id,
             files,

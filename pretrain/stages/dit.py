@@ -252,8 +252,8 @@ class DiTStage(Stage):
     @torch.no_grad()
     def spread_nats(self, batch: Batch, t0: float, context_TZ: Tensor | None = None) -> DocumentNats:
         """The same along a path on which each token has a time of its own, spread as in training, down to t0."""
-        offsets_T = self.config.flow.time_spread * row_noise(batch, 1, purpose=TIME_NOISE)[:, 0]
-        return spread_nats(*self._measured_documents(batch, context_TZ), t0, offsets_T)
+        draws_T2 = row_noise(batch, 2, purpose=TIME_NOISE)
+        return spread_nats(*self._measured_documents(batch, context_TZ), t0, self.config.flow.time_spread, draws_T2)
 
     def _measured_documents(
         self, batch: Batch, context_TZ: Tensor | None

@@ -104,10 +104,16 @@ def test_whatever_times_its_tokens_take_the_optimal_denoisers_bound_is_the_entro
     given = (denoise, data_TZ, lambda i: draw(num, LATENT, seed=i), documents_T, everything_T)
     sampled = -float(log_VV[tokens_T[0::2], tokens_T[1::2]].mean()) / 2
     # What each token says by itself is left in the cross-entropy at t0, which knows of the pair only what both noisy tokens tell.
-    alone = document_nats(*given, time_grid(24, t0)).curve[0]
+    measured = document_nats(*given, time_grid(24, t0))
+    alone = measured.curve[0]
     for deviation in (0.0, 2.0):
-        found = spread_nats(*given, t0, deviation * draw(num, seed=9), num_levels=64)
+        found = spread_nats(*given, t0, deviation, draw(num, 2, seed=9), num_levels=64)
         assert found.curve == pytest.approx([alone], rel=0.02)
+        for few in (3, 12):  # no bias, however few levels there are
+            rough = spread_nats(*given, t0, deviation, draw(num, 2, seed=10 + few), num_levels=few)
+            more, error = per_token((rough.bounds_NG - measured.bounds_NG)[:, 0], rough.tokens_N)
+            assert error < 0.05 * alone
+            assert abs(more) < 3 * error
         assert alone > sampled * 0.98
         if t0 == 0.2:
             assert found.curve == pytest.approx([sampled], rel=0.02)

@@ -3,12 +3,13 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pretrain.checkpoint.manifest import SavedFile, _digest
+from pretrain.checkpoint.manifest import FORMAT, SavedFile, SavedPart, _digest
 from pretrain.checkpoint.slices import write_slices
 from pretrain.checkpoint.storage import Checkpoint, Folder
 
@@ -30,13 +31,13 @@ def forge(
     checkpoint = Checkpoint(Folder(folder.parent), folder.name)
     if isinstance(tensors, bytes):
         checkpoint.storage.put(checkpoint.name, FILE, [tensors])
-        saved = SavedFile(len(tensors), hashlib.sha256(tensors).hexdigest())
+        saved = SavedFile(SavedPart(0, len(tensors), hashlib.sha256(tensors).hexdigest()), {})
     else:
         saved = write_slices(checkpoint, FILE, tensors.items())
     content: dict[str, Any] = {
         "step": 1, "updates": 1, "world_size": 1, "zero_stage": 0, "precision": "fp32", "parameters": parameter(numel),
-        "aliases": {}, "files": {FILE: {"bytes": saved.bytes, "sha256": saved.sha256}}, "extra": {}, "versions": {},
-        "format": "textldm-checkpoint-2",
+        "aliases": {}, "files": {FILE: asdict(saved)}, "extra": {}, "versions": {},
+        "format": FORMAT,
     }  # fmt: skip
     change(content)
     sealed = json.dumps(content | {"sha256": _digest(content)})

@@ -1,10 +1,12 @@
 """Which checkpoint is taken: the newest that nothing has happened to."""
 
+import hashlib
 import random
 import shutil
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from data_pipeline.core.errors import UserError
 from pretrain.checkpoint.find import (
@@ -18,7 +20,7 @@ from pretrain.checkpoint.find import (
     saved_steps,
     unaltered,
 )
-from pretrain.checkpoint.manifest import read_manifest
+from pretrain.checkpoint.manifest import BUFFER, read_manifest
 from pretrain.checkpoint.read import read_tensors, verify
 from pretrain.checkpoint.storage import Checkpoint, Folder
 from pretrain.ranks.distributed import Topology
@@ -107,6 +109,44 @@ def test_complete_are_those_whose_files_are_there_in_their_sizes(tmp_path: Path)
     damaged = tmp_path / "checkpoints" / "step-000000006" / "rank-00000.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert complete_steps(tmp_path) == {2: read_manifest(checkpoint_at(tmp_path, 2)).fingerprint}
+
+
+@pytest.mark.parametrize("damaged", ["header", "weight", "exp_avg", "exp_avg_sq", "ema", BUFFER])
+def test_who_reads_one_state_needs_that_one_unaltered_and_who_goes_on_needs_all(tmp_path: Path, damaged: str):
+    for step in (1, 2):
+        save(tmp_path, step, bare_engine(seed=step))
+    file, newest = "rank-00000.safetensors", checkpoint_at(tmp_path, 2)
+    saved = read_manifest(newest).files[file]
+    part = saved.header if damaged == "header" else saved.states[damaged]
+    path = Path(f"{newest}/{file}")
+    content = bytearray(path.read_bytes())
+    content[part.begin + part.bytes // 2] ^= 1
+    path.write_bytes(content)
+    goes_on = newest_complete(tmp_path, report=silent)
+    assert goes_on is not None
+    assert goes_on.name == "step-000000001"
+    with pytest.raises(UserError, match=f"{file} was altered"):
+        unaltered(newest)
+    for state in ("weight", "exp_avg", "exp_avg_sq", "ema"):
+        needed = damaged in ("header", BUFFER, state)
+        assert checkpoint_of(tmp_path, state=state).name == ("step-000000001" if needed else newest.name)
+
+
+def test_the_parts_of_a_file_share_out_its_bytes_and_hold_what_they_say(tmp_path: Path):
+    checkpoint = save(tmp_path, 1, bare_engine(seed=1))
+    (file,) = read_manifest(checkpoint).files.items()
+    content, end = Path(f"{checkpoint}/{file[0]}").read_bytes(), 0
+    for part in sorted(file[1].parts(None), key=lambda part: part.begin):
+        assert part.begin == end
+        end += part.bytes
+        assert hashlib.sha256(content[part.begin : end]).hexdigest() == part.sha256
+    assert end == len(content) == file[1].bytes
+    with safe_open(f"{checkpoint}/{file[0]}", "np") as opened:  # its library reads it, and finds each state in its part
+        for name in opened.keys():  # noqa: SIM118
+            state, values = name.partition("/")[0], opened.get_tensor(name).tobytes()
+            part = file[1].states[state]
+            assert values in content[part.begin : part.begin + part.bytes]
+    assert set(file[1].states) == {"weight", "exp_avg", "exp_avg_sq", "ema", BUFFER}
 
 
 def test_attack_7e_a_checkpoint_that_is_named_is_hashed_before_it_is_used(tmp_path: Path):

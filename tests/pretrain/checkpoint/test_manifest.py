@@ -32,10 +32,15 @@ def test_attack_7a_a_file_outside_of_the_checkpoint_is_not_read(tmp_path: Path, 
             use(checkpoint)
 
 
+WHOLE = {"begin": 0, "bytes": 1, "sha256": "0" * 64}
+
 BROKEN: list[tuple[str, Any]] = [
-    ("files", {FILE: {"bytes": -1, "sha256": "0" * 64}}),
-    ("files", {FILE: {"bytes": 1, "sha256": "0"}}),
-    ("files", {FILE: {"bytes": True, "sha256": "0" * 64}}),
+    ("files", {FILE: {"header": WHOLE | {"bytes": -1}, "states": {}}}),
+    ("files", {FILE: {"header": WHOLE | {"begin": -1}, "states": {}}}),
+    ("files", {FILE: {"header": WHOLE, "states": {"ema": WHOLE | {"sha256": "0"}}}}),
+    ("files", {FILE: {"header": WHOLE, "states": {"ema": WHOLE | {"bytes": True}}}}),
+    ("files", {FILE: {"header": WHOLE, "states": [WHOLE]}}),
+    ("files", {FILE: WHOLE}),
     ("files", [FILE]),
     ("files", None),
     ("parameters", {"w": {"shape": [-4], "decays": True, "states": ["weight"]}}),
