@@ -85,8 +85,7 @@ def measure(
             settings = [section(config, "adamw"), f"optimizer.lr={rate}"]
             by_rate[rate] = trained(config, folder / f"adamw-{rate:g}", steps, settings)
         print(f"AdamW at {rate:g}: {by_rate[rate].figure:.4f}", flush=True)
-    best_rate = min(by_rate, key=lambda rate: by_rate[rate].figure)
-    adamw = by_rate[best_rate]
+    adamw = min(by_rate.values(), key=lambda run: run.figure)
     found: dict[float, Trained] = {}
     for share in shares:
         with phase(f"Muon, {round(share * steps)} steps"):

@@ -119,6 +119,29 @@ def test_whatever_times_its_tokens_take_the_optimal_denoisers_bound_is_the_entro
             assert found.curve == pytest.approx([sampled], rel=0.02)
 
 
+@pytest.mark.parametrize("spread", [0.0, 1.5])
+@pytest.mark.parametrize("num_levels", [1, 3])
+def test_however_few_levels_there_are_their_mean_over_documents_is_the_integral(spread: float, num_levels: int) -> None:
+    """Of a model whose squared error is 1 at every time, whose integral is that of (1 - t) / t: no noise, so a bias shows by itself."""
+    num, t0 = 100_000, 0.4
+    zeros_TZ = torch.zeros(num, 1, **double)
+    found = spread_nats(
+        lambda noisy_TZ, time_T: Denoised(torch.ones_like(noisy_TZ), torch.zeros_like(time_T)),
+        zeros_TZ,
+        lambda i: zeros_TZ,
+        torch.arange(num),
+        torch.ones(num, dtype=torch.bool),
+        t0,
+        spread,
+        draw(num, 2, seed=3),
+        num_levels,
+    )
+    nats, error = per_token(found.bounds_NG[:, 0], found.tokens_N)
+    expected = -math.log(t0) - (1 - t0)
+    assert error < 0.01 * expected
+    assert abs(nats - expected) < 4 * error
+
+
 def test_any_other_model_lies_above_the_entropy() -> None:
     """Its means shrunk, or its frequencies flattened: both parts together never cost less, and mostly more."""
     (frequencies_V, tokens_T), means_VZ = language(20_000), means()

@@ -48,7 +48,7 @@ def counted(config: TextDiTConfig) -> tuple[int, float]:
     return sum(products.values()), by_formula - attention
 
 
-def config(**options: object) -> TextDiTConfig:
+def shape(**options: object) -> TextDiTConfig:
     """Small, but wide and of a large enough vocabulary for what the formulas leave out to be little."""
     return TextDiTConfig(latent_dim=16, width=128, num_layers=2, head_dim=64, vocab_size=VOCABULARY, **options)
 
@@ -57,12 +57,12 @@ def config(**options: object) -> TextDiTConfig:
     "options", [{}, {"head": "categorical"}, {"head": "categorical", "token_embedding": True}], ids=str
 )
 def test_a_dits_formula_is_what_torch_counts(options: dict[str, object]) -> None:
-    by_count, by_formula = counted(config(**options))
+    by_count, by_formula = counted(shape(**options))
     assert by_formula == pytest.approx(by_count, rel=0.03)
 
 
 def test_a_token_embeddings_share_is_what_torch_counts() -> None:
     (plain, plain_formula), (more, more_formula) = (
-        counted(config(head="categorical", token_embedding=asked)) for asked in (False, True)
+        counted(shape(head="categorical", token_embedding=asked)) for asked in (False, True)
     )
     assert more_formula - plain_formula == pytest.approx(more - plain, rel=0.03)
