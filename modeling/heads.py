@@ -28,8 +28,8 @@ class Own(NamedTuple):
 
     Attributes:
         estimate_TZ: E[z | z_t] of the target tokens, fp32, zero elsewhere.
-        embedding_TD: the learned embedding of each token, averaged over which it may be, fp32; zero where the latent is, as those of
-            dropped contexts are. None where the network reads none.
+        embedding_TD: the learned embedding of each token, averaged over which it may be, in its weights' dtype; zero where the latent is,
+            as those of dropped contexts are. None where the network reads none.
     """
 
     estimate_TZ: torch.Tensor
@@ -128,7 +128,7 @@ class CategoricalHead(KeepsStatistics):
     ) -> Own:
         """What Bayes' rule says of each token by its own latent: its latent's mean, and of an embedding of tokens the mean of that.
 
-        Only the embedding gets a gradient.
+        Only the embedding gets a gradient. With it, what is read is averaged in its dtype: the network rounds to it anyway.
         """
         means_VZ = self.means.float()
         if embedding_VD is None:
@@ -136,11 +136,11 @@ class CategoricalHead(KeepsStatistics):
             mean_MZ, embedding_TD = known_mean(known_ME, known_VE, means_VZ), None
         else:
             known_TE, known_VE = self._known(latents_TZ.to(means_VZ), time_T1.to(means_VZ))
-            values_VX = torch.cat((means_VZ, embedding_VD.to(means_VZ)), -1)
+            values_VX = torch.cat((means_VZ.to(embedding_VD), embedding_VD), -1)
             mean_TZ, embedding_TD = known_mean(known_TE, known_VE, values_VX).split(
                 (means_VZ.shape[1], embedding_VD.shape[1]), -1
             )
-            mean_MZ = mean_TZ.detach()[places_M]
+            mean_MZ = mean_TZ.detach()[places_M].to(means_VZ)
             embedding_TD = embedding_TD * (latents_TZ != 0).any(-1, keepdim=True).to(embedding_TD.device)
         return Own(self._estimate(latents_TZ, time_T1, places_M, mean_MZ), embedding_TD)
 

@@ -275,7 +275,7 @@ def class_mean(scores: ClassScores, values_VZ: torch.Tensor, temperature: float 
         for hidden_CD, known_CE in zip(scores.hidden_MD.split(chunk), scores.known_ME.split(chunk)):
             logits_CV = _logits(hidden_CD, weight_VD, known_CE, scores.known_VE, room_CV)
             torch.softmax(logits_CV, -1, out=logits_CV)
-            parts.append(logits_CV @ values_VZ)
+            parts.append(logits_CV.to(values_VZ.dtype) @ values_VZ)
     return torch.cat(parts)
 
 
@@ -288,26 +288,30 @@ class _ChunkedKnownMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, known_TE, known_VE, values_VX, chunk):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(known_TE, known_VE)
-        ctx.chunk = chunk
+        ctx.chunk, ctx.dtype = chunk, values_VX.dtype
         nothing = known_TE.new_zeros(len(known_TE), 0), known_VE.new_zeros(len(known_VE), 0)
         return class_mean(ClassScores(*nothing, known_TE, known_VE), values_VX, chunk=chunk)
 
     @staticmethod
     def backward(ctx, grad_TX):  # type: ignore[no-untyped-def]
         known_TE, known_VE = ctx.saved_tensors
-        grad_VX = grad_TX.new_zeros(len(known_VE), grad_TX.shape[1])
+        grad_VX = known_VE.new_zeros(len(known_VE), grad_TX.shape[1])
         room_CV = _room(min(len(known_TE), ctx.chunk), known_VE)
         for known_CE, grad_CX in zip(known_TE.split(ctx.chunk), grad_TX.split(ctx.chunk)):
             share_CV = torch.mm(known_CE, known_VE.t(), out=room_CV[: len(known_CE)])
             torch.softmax(share_CV, -1, out=share_CV)
-            grad_VX.addmm_(share_CV.t(), grad_CX)
-        return None, None, grad_VX, None
+            if ctx.dtype == torch.float32:
+                grad_VX.addmm_(share_CV.t(), grad_CX)
+            else:
+                grad_VX += share_CV.to(ctx.dtype).t() @ grad_CX
+        return None, None, grad_VX.to(ctx.dtype), None
 
 
 def known_mean(known_TE: torch.Tensor, known_VE: torch.Tensor, values_VX: torch.Tensor, chunk: int = 0) -> torch.Tensor:
-    """Mean fp32 [T, X] of a learned value a class under softmax(known @ known_weight.T), with the values' gradient.
+    """Mean [T, X] of a learned value a class under softmax(known @ known_weight.T), with the values' gradient.
 
-    Memory is O(chunk * V), in the backward pass too. All fp32; only the values get a gradient.
+    Memory is O(chunk * V), in the backward pass too. Probabilities are computed in fp32, and averaged in the values' dtype, which is the
+    result's; only the values get a gradient, whose chunks add up in fp32.
     """
     with _without_autocast(known_TE):
         return _ChunkedKnownMean.apply(known_TE, known_VE, values_VX, chunk or CLASS_CHUNK)

@@ -23,6 +23,14 @@ def device_of(name: str | None = None, local_rank: int = 0) -> torch.device:
     return device
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 rather than emulating it: GPUs from Ampere on, CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
 def flush_denormals() -> None:
     """Take numbers below 1e-38 for zero on this thread of the CPU, and on all that it starts from now on.
 

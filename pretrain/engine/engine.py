@@ -128,6 +128,7 @@ class Engine:
             base.whole = whole_matrices(
                 counts, shapes, self.partition.held, self.partition.flats,
                 topology.rank, topology.world_size, topology.device,
+                torch.bfloat16 if settings.precision == "bf16" else torch.float32,
             )  # fmt: skip
         self.updates = 0
         self._base, self._groups = base, groups

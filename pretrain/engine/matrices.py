@@ -128,7 +128,7 @@ class WholeMatrices:
         held: by rank, the ranges that it holds.
         masters: this rank's flats, by which `map_` knows the number of each.
         rank: this one.
-        device: where matrices are sent and computed.
+        device: where matrices are sent and computed; dtype: in which.
     """
 
     def __init__(
@@ -138,8 +138,9 @@ class WholeMatrices:
         masters: Sequence[Tensor],
         rank: int,
         device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.rank, self.num_ranks, self.device = rank, len(held), device
+        self.rank, self.num_ranks, self.device, self.dtype = rank, len(held), device, dtype
         self._flats = {id(master): number for number, master in enumerate(masters)}
         by_name: list[dict[str, list[Held]]] = [{} for _ in held]
         for ranges, found in zip(held, by_name, strict=True):
@@ -180,18 +181,16 @@ class WholeMatrices:
         masters: Sequence[Tensor],
         values: Sequence[Tensor],
         function: Callable[[Tensor], Tensor],
-        dtype: torch.dtype,
     ) -> None:
         """Put `function(matrix)` in the place of every matrix in some flats' values, in place. Collective.
 
         Args:
             masters: the flats, the same ones on every rank; values: a one-dimensional tensor for each, of its length.
-            function: [N, rows, columns] -> the same shape, for a stack of matrices of one shape, on `self.device`.
-            dtype: in which matrices are sent and given to it.
+            function: [N, rows, columns] -> the same shape, for a stack of matrices of one shape, on `self.device` in `self.dtype`.
         """
         flats = {self._flats[id(master)]: value for master, value in zip(masters, values, strict=True)}
         for owned in self._rounds_of(frozenset(flats)):
-            self._round(owned, flats, function, dtype)
+            self._round(owned, flats, function)
 
     def _rounds_of(self, flats: frozenset[int]) -> list[list[list[Exchange]]]:
         """Rounds for these flats: in each, for every rank, the matrices that it owns."""
@@ -216,10 +215,9 @@ class WholeMatrices:
         owned: list[list[Exchange]],
         flats: dict[int, Tensor],
         function: Callable[[Tensor], Tensor],
-        dtype: torch.dtype,
     ) -> None:
         ranks, mine = range(self.num_ranks), owned[self.rank]
-        whole = [torch.empty(one.matrix.numel, dtype=dtype, device=self.device) for one in mine]
+        whole = [torch.empty(one.matrix.numel, dtype=self.dtype, device=self.device) for one in mine]
         for one, matrix in zip(mine, whole, strict=True):
             for part in one.parts[self.rank]:
                 matrix[part.start : part.start + part.numel] = _view(flats, part)
@@ -230,7 +228,7 @@ class WholeMatrices:
                 for rank in ranks
             ]
             expected = [sum(one.numel(rank) for one in gathered[self.rank]) * (rank != self.rank) for rank in ranks]
-            for rank, received in enumerate(self._all_to_all(pieces, expected, dtype)):
+            for rank, received in enumerate(self._all_to_all(pieces, expected)):
                 targets = [
                     matrix[part.start : part.start + part.numel]
                     for one, matrix in zip(mine, whole, strict=True)
@@ -255,16 +253,16 @@ class WholeMatrices:
                 for rank in ranks
             ]
             expected = [sum(one.numel(self.rank) for one in owned[rank]) * (rank != self.rank) for rank in ranks]
-            for rank, received in enumerate(self._all_to_all(pieces, expected, dtype)):
+            for rank, received in enumerate(self._all_to_all(pieces, expected)):
                 targets = [_view(flats, part) for one in owned[rank] for part in one.parts[self.rank]]
                 _scatter(received, targets * (rank != self.rank))
 
-    def _all_to_all(self, pieces: list[list[Tensor]], expected: list[int], dtype: torch.dtype) -> Sequence[Tensor]:
+    def _all_to_all(self, pieces: list[list[Tensor]], expected: list[int]) -> Sequence[Tensor]:
         """Send each rank its pieces; returns what came from each, `expected` elements."""
         sizes = [sum(piece.numel() for piece in of_rank) for of_rank in pieces]
-        flat = [piece.to(device=self.device, dtype=dtype) for of_rank in pieces for piece in of_rank]
-        sent = torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=self.device)
-        received = torch.empty(sum(expected), dtype=dtype, device=self.device)
+        flat = [piece.to(device=self.device, dtype=self.dtype) for of_rank in pieces for piece in of_rank]
+        sent = torch.cat(flat) if flat else torch.empty(0, dtype=self.dtype, device=self.device)
+        received = torch.empty(sum(expected), dtype=self.dtype, device=self.device)
         dist.all_to_all_single(received, sent, expected, sizes)
         return received.split(expected)
 
@@ -310,6 +308,7 @@ def whole_matrices(
     rank: int,
     num_ranks: int,
     device: torch.device,
+    dtype: torch.dtype,
 ) -> WholeMatrices:
     """Of a partitioned model, of which this rank holds the ranges `held` of the flats `masters`. Collective.
 
@@ -328,6 +327,7 @@ def whole_matrices(
         masters,
         rank,
         device,
+        dtype,
     )
 
 

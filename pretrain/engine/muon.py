@@ -44,7 +44,7 @@ class Muon(AdamW):
         return found
 
     def precondition(self, masters: list[Tensor], group: dict[str, Any]) -> None:
-        """Gradients of hidden matrices become their orthogonalised momentum; on GPUs that is computed in bf16."""
+        """Gradients of hidden matrices become their orthogonalised momentum, computed in the precision of the forward pass."""
         if group["label"] != "matrices":
             return
         keep = self.settings.momentum
@@ -55,8 +55,7 @@ class Muon(AdamW):
             gradient.lerp_(momentum, keep)
         if self.whole is None:
             self.whole = WholeMatrices.alone(self.matrices)
-        dtype = torch.bfloat16 if self.whole.device.type == "cuda" else torch.float32
-        self.whole.map_(masters, gradients, orthogonalized, dtype)
+        self.whole.map_(masters, gradients, orthogonalized)
 
     def update(self, weight: Tensor, grad: Tensor, states: dict[str, Tensor], group: dict[str, Any]) -> None:
         """Update a piece: of a hidden matrix, whose gradient is orthogonalised already, W <- (1 - lr weight_decay) W - lr g; else AdamW."""

@@ -42,7 +42,8 @@ class Sharding(Section):
     """What the ranks share out, where it lies, and in what precision they compute."""
 
     precision: Literal["fp32", "bf16", "fp8", "auto"] = "auto"
-    """Of forward and backward; masters and sums are fp32 always. auto: bf16 where the device multiplies it (GPUs, CPUs with AMX).
+    """Of forward and backward; masters and sums are fp32 always. auto: bf16 where the device multiplies it (GPUs, CPUs with AMX or
+    AVX512-BF16).
     fp8: bf16, but for the blocks' matrices, which torchao multiplies in fp8 (Ada, Hopper or newer; not measured yet)."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], OnResume.FREE] = 1
     """What ranks share out: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters."""
@@ -54,16 +55,12 @@ class Sharding(Section):
     """For nvme: a folder on every host's local disk; 36 bytes per parameter that a rank holds, freed when the job ends."""
 
     def computes_in(self, device: "torch.device") -> Literal["fp32", "bf16"]:
-        """What `precision` comes to on this device, "auto" being bf16 on GPUs that have it and CPUs with AMX; others only emulate it."""
-        import torch  # a configuration is checked without it
-
+        """What `precision` comes to on this device, "auto" being bf16 where it is multiplied, not emulated."""
         if self.precision != "auto":
             return "fp32" if self.precision == "fp32" else "bf16"
-        if device.type == "cuda":
-            multiplies = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            multiplies = bool(torch.cpu.get_capabilities().get("amx_bf16"))
-        return "bf16" if multiplies and self.zero_stage > 0 else "fp32"
+        from data_pipeline.core.devices import multiplies_bf16  # and torch, without which a configuration is checked
+
+        return "bf16" if self.zero_stage > 0 and multiplies_bf16(device) else "fp32"
 
     @model_validator(mode="after")
     def _check_sharding(self) -> Self:

@@ -93,25 +93,30 @@ def test_alone_is_the_estimate_of_a_network_that_says_nothing(time: float) -> No
 
 
 @pytest.mark.parametrize("time", [0.05, 0.6])
-def test_an_embedding_is_averaged_over_what_each_latent_says_by_itself(time: float) -> None:
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)], ids=str)
+def test_an_embedding_is_averaged_over_what_each_latent_says_by_itself(
+    time: float, dtype: torch.dtype, error: float
+) -> None:
     """Contexts are read at t = 0; zero latents have no embedding, and the gradient is that of the plain sum."""
     head, given = make_head(0.0), inputs(time)
     latents_TZ, time_T1, places_M = given["latents_TZ"], given["time_T1"], given["places_M"]
     latents_TZ[3] = 0  # a dropped context
-    embedding_VD = torch.randn(VOCAB, 5, requires_grad=True)
+    embedding_VD = torch.randn(VOCAB, 5).to(dtype).requires_grad_()
     own = head.alone(latents_TZ, time_T1, places_M, embedding_VD)
-    torch.testing.assert_close(own.estimate_TZ, head.alone(latents_TZ, time_T1, places_M).estimate_TZ)
+    without_TZ = head.alone(latents_TZ, time_T1, places_M).estimate_TZ
+    torch.testing.assert_close(own.estimate_TZ, without_TZ, rtol=error, atol=error)
+    assert (own.estimate_TZ.dtype, own.embedding_TD.dtype) == (torch.float32, dtype)
     plain_VD = embedding_VD.detach().double().requires_grad_()
     signal_T1 = 1 - time_T1.double()
     spread_TZ = signal_T1.square() * head.within_variance.double() + time_T1.double().square()
     errors_TVZ = latents_TZ.double()[:, None] - signal_T1[..., None] * head.means.double()
     logits_TV = head.log_frequencies.double() - 0.5 * (errors_TVZ.square() / spread_TZ[:, None]).sum(-1)
     expected_TD = logits_TV.softmax(-1) @ plain_VD * (torch.arange(len(latents_TZ)) != 3)[:, None]
-    torch.testing.assert_close(own.embedding_TD.double(), expected_TD, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(own.embedding_TD.double(), expected_TD, rtol=error, atol=error)
     weights_TD = torch.randn(expected_TD.shape)
     (own.embedding_TD * weights_TD).sum().backward()
     (expected_TD * weights_TD).sum().backward()
-    torch.testing.assert_close(embedding_VD.grad.double(), plain_VD.grad, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(embedding_VD.grad.double(), plain_VD.grad, rtol=error, atol=error)
     assert not own.estimate_TZ.requires_grad
 
 

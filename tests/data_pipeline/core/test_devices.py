@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from data_pipeline.core.devices import device_of, flush_denormals
+from data_pipeline.core.devices import device_of, flush_denormals, multiplies_bf16
 from data_pipeline.core.errors import UserError
 
 
@@ -42,3 +42,24 @@ def test_normal_numbers_stay() -> None:
 def test_a_device_that_cannot_be_had_is_said(name: str) -> None:
     with pytest.raises(UserError, match=f"--device is {name}"):
         device_of(name)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "multiplies"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": False}, True),
+        ({"amx_bf16": False, "avx512_bf16": True}, True),
+        ({"amx_bf16": False, "avx512_bf16": False, "avx512_f": True}, False),
+        ({}, False),  # as on ARM
+    ],
+)
+def test_which_cpus_multiply_bf16(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], multiplies: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert multiplies_bf16(torch.device("cpu")) is multiplies
+
+
+def test_a_gpu_that_only_emulates_bf16_does_not_multiply_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not multiplies_bf16(torch.device("cuda", 0))

@@ -109,7 +109,7 @@ def test_alone_every_matrix_is_mapped_by_itself(monkeypatch: pytest.MonkeyPatch,
         nn.Parameter(torch.randn(32, 32)): 1,
     }
     values = [p.detach().clone().view(-1) for p in counts]
-    WholeMatrices.alone(counts).map_(list(counts), values, lambda stack: stack.flip(-1) + stack.shape[1], torch.float32)
+    WholeMatrices.alone(counts).map_(list(counts), values, lambda stack: stack.flip(-1) + stack.shape[1])
     for (p, count), value in zip(counts.items(), values, strict=True):
         expected = torch.cat([matrix.flip(-1) + len(matrix) for matrix in p.detach().chunk(count)])
         assert torch.equal(value.view(p.shape), expected)

@@ -1,6 +1,7 @@
 """What the engine is told: which settings are refused, and the DeepSpeed dictionary that the rest becomes."""
 
 import pytest
+import torch
 
 from data_pipeline.core.errors import UserError
 from pretrain.engine.settings import EngineSettings, Sharding, deepspeed_config
@@ -21,6 +22,16 @@ from pretrain.engine.settings import EngineSettings, Sharding, deepspeed_config
 def test_what_deepspeed_cannot_do_is_refused(kind, settings, message):
     with pytest.raises(ValueError, match=message):
         kind(**settings)
+
+
+@pytest.mark.parametrize("flag", ["amx_bf16", "avx512_bf16", None])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_auto_is_bf16_where_the_cpu_multiplies_it_and_deepspeed_sums_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, flag: str | None, stage: int
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True} if flag else {})
+    found = Sharding(precision="auto", zero_stage=stage).computes_in(torch.device("cpu"))
+    assert found == ("bf16" if flag and stage else "fp32")
 
 
 def test_the_engines_settings_are_the_configurations_and_what_was_decided():
