@@ -322,7 +322,7 @@ def open_loader(config: RunConfig, topology: Topology, start_step: int) -> Train
         streams=data.streams,
         rows_per_step=data.rows_per_step,
         micro_batch_rows=data.micro_batch(topology.world_size),
-        split=data.split,
+        split=data.split.in_training,
         rank=topology.rank,
         world_size=topology.world_size,
         start_step=start_step,

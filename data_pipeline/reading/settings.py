@@ -31,6 +31,9 @@ class Split(Section):
     """Smallest share of a window that is context (kind context)."""
     context_max: Share = 0.9
     """Largest share of a window that is context (kind context)."""
+    training_context_max: Share | None = None
+    """Of training's windows, where it is another than context_max, by which held-out ones are always cut: shorter contexts leave more
+    targets to learn from."""
     min_tokens: PositiveInt = 4
     """Shortest segment, in tokens."""
 
@@ -40,7 +43,20 @@ class Split(Section):
             raise ValueError(
                 f"context_min is {self.context_min} and context_max {self.context_max}; expected 0 < min <= max < 1"
             )
+        largest = self.training_context_max
+        if largest is not None and not (self.kind == "context" and self.context_min <= largest < 1):
+            raise ValueError(
+                f"training_context_max is {largest}, of a split of kind {self.kind} with context_min {self.context_min}; expected kind"
+                " context, and context_min <= training_context_max < 1"
+            )
         return self
+
+    @property
+    def in_training(self) -> Self:
+        """How training's windows are cut."""
+        return self.model_copy(
+            update={"context_max": self.training_context_max or self.context_max, "training_context_max": None}
+        )
 
     @property
     def has_targets(self) -> bool:

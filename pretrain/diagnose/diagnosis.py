@@ -33,16 +33,16 @@ class Diagnosis:
 
 
 def heldout(config: RunConfig, device: torch.device) -> list[Batch]:
-    """The run's first held-out rows, split as in training, with its features."""
+    """The run's first held-out rows, with its features."""
     rows = config.diagnose.rows
     batches = heldout_rows(config, rows, micro_batch_rows=min(config.data.micro_batch_rows, rows))
     return [batch.to(device) for batch in batches]
 
 
 def training(config: RunConfig, device: torch.device, rows: int) -> list[Batch]:
-    """The first training rows, for comparison."""
+    """The first training rows, cut as held-out ones are, for comparison."""
     batch_rows = config.data.micro_batch(at_most=rows)
-    batches = training_batches(config, rows, batch_rows)[: rows // batch_rows]
+    batches = training_batches(config, rows, batch_rows, config.data.split)[: rows // batch_rows]
     return [batch.to(device) for batch in batches]
 
 

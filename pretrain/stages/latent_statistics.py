@@ -175,7 +175,7 @@ def statistics_key(config: "DiTRun", manifest: Manifest) -> str:
     parts = [
         fingerprints.pop(VAE_KEY),
         manifest.fingerprint,
-        config.data.split.model_dump(),
+        config.data.split.in_training.model_dump(exclude_none=True),
         [config.train.seed, config.data.streams, config.data.rows_per_step, config.flow.statistics_rows],
         config.model.head == "categorical",
         *([config.train.init_from] if config.train.init_from else []),

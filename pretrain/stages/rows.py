@@ -1,14 +1,17 @@
-"""A run's own rows outside the loop: the first training rows and the held-out ones, split as in training, with its features."""
+"""A run's own rows outside the loop: the first training rows and the held-out ones, with its features."""
 
 from collections.abc import Iterator
 
 from data_pipeline.reading.batch import Batch
 from data_pipeline.reading.loader import TrainLoader, heldout_batches
+from data_pipeline.reading.settings import Split
 from pretrain.config.schema import RunConfig
 
 
-def training_batches(config: RunConfig, num_rows: int, micro_batch_rows: int = 1) -> list[Batch]:
-    """About `num_rows` of the run's training rows: whole steps from the first on."""
+def training_batches(
+    config: RunConfig, num_rows: int, micro_batch_rows: int = 1, split: Split | None = None
+) -> list[Batch]:
+    """About `num_rows` of the run's training rows: whole steps from the first on. `split`: if they are cut otherwise than training does."""
     data = config.data
     steps = max(1, -(-num_rows // data.rows_per_step))
     with TrainLoader(
@@ -18,7 +21,7 @@ def training_batches(config: RunConfig, num_rows: int, micro_batch_rows: int = 1
         streams=data.streams,
         rows_per_step=data.rows_per_step,
         micro_batch_rows=micro_batch_rows,
-        split=data.split,
+        split=split or data.split.in_training,
         workers=0,
         **data.reading(),
     ) as loader:
