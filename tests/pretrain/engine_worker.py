@@ -97,6 +97,7 @@ def run_case(case: Case, topology, output: Path) -> None:
     notes["bytes_of_masters"] = sum(flat.numel() * 4 for flat in engine.partition.flats)
     notes["buffers"] = {name: [str(buffer.dtype), buffer.tolist()] for name, buffer in engine.buffers().items()}
     notes["dtypes"] = sorted({str(p.dtype) for p in stage.parameters()})
+    notes["matrices"] = engine._base.whole and str(engine._base.whole.dtype)
     engine.close()
     if topology.is_main:
         save_file(tensors, output / f"{case.name}.safetensors")

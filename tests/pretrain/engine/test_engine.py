@@ -262,8 +262,10 @@ def test_muon_moves_to_three_ranks(three_ranks, muon_reference, stage):
         assert largest_relative_difference(moved.states[state], muon_reference.states[state]) <= 1e-6, state
 
 
-def test_muon_in_bf16_resumes_bit_for_bit(two_ranks, muon_reference):
+def test_muon_in_bf16_orthogonalises_in_it_and_resumes_bit_for_bit(two_ranks, muon_reference):
     straight = two_ranks["bf16-muon"]
+    matrices = [two_ranks[name].notes["matrices"] for name in ("bf16-muon", "muon-zero1", "bf16-zero1")]
+    assert matrices == ["torch.bfloat16", "torch.float32", None]
     assert largest_relative_difference(straight.states["weight"], muon_reference.states["weight"]) < 2e-2
     assert_same_bits(straight, two_ranks["bf16-muon-resumed"])
 
