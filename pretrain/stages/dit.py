@@ -18,7 +18,16 @@ from modeling.attention import Segments
 from modeling.floors import NAMES as FLOOR_NAMES
 from modeling.floors import Floors
 from modeling.heads import CategoricalHead, TokenHead, TokenTargets, VelocityHead
-from modeling.likelihood import Denoiser, DocumentNats, denoiser, document_nats, spread_nats, time_grid, told_latents
+from modeling.likelihood import (
+    SPREAD_LEVELS,
+    Denoiser,
+    DocumentNats,
+    denoiser,
+    document_nats,
+    spread_nats,
+    time_grid,
+    told_latents,
+)
 from modeling.text_dit import TextDiT
 from modeling.text_vae import TextVAE
 from modeling.times import TimeDistribution, move_logit
@@ -38,6 +47,8 @@ TIME_NOISE, POSTERIOR_NOISE, LIKELIHOOD_NOISE = 1, 2, 1024
 here on the times of the bound on the likelihood."""
 TIMES, HELDOUT_TIMES = time_grid(), time_grid(10, 0.35)
 """Of the bound on the likelihood: all of them, and the few that held-out evaluations during training can afford."""
+HELDOUT_SPREAD = HELDOUT_TIMES[:3], 6
+"""What they can afford along tokens' own times: some t0, and levels of noise for each."""
 BOUND_PREFIX = "nats_at_"
 
 
@@ -168,14 +179,18 @@ class DiTStage(Stage):
         return StageOutput(total / counts["targets"], metrics | self._nats(batch))
 
     def _nats(self, batch: Batch) -> dict[str, Tensor]:
-        """The bound at each of `HELDOUT_TIMES` but the last two, between which nothing is decided, and the unigram's nats."""
-        device = batch.tokens_T.device
-        documents, tokens_M = self.document_nats(batch, HELDOUT_TIMES), self.targets_of(batch).tokens_M
-        sums_G, weight = documents.bounds_NG.sum(0), float(documents.tokens_N.sum())
-        unigram = -self.space.log_frequencies_V[tokens_M].sum()
-        pairs = {f"{BOUND_PREFIX}{t:.2f}": total for t, total in zip(HELDOUT_TIMES[:-2], sums_G)}
-        pairs["unigram_nats"] = unigram
-        return {name: torch.tensor([float(total), weight], device=device) for name, total in pairs.items()}
+        """The bound at some t0, along the paths that training takes, and the unigram's nats."""
+        device, tokens_M = batch.tokens_T.device, self.targets_of(batch).tokens_M
+        if self.config.flow.time_spread:
+            times, levels = HELDOUT_SPREAD
+            bounds = [self.spread_nats(batch, t0, num_levels=levels).bounds_NG for t0 in times]
+        else:
+            times = HELDOUT_TIMES[:-2]  # between the last two nothing is decided
+            bounds = [self.document_nats(batch, HELDOUT_TIMES).bounds_NG]
+        totals = zip(times, torch.cat(bounds, dim=1).sum(0))
+        pairs = {f"{BOUND_PREFIX}{t0:.2f}": total for t0, total in totals}
+        pairs["unigram_nats"] = -self.space.log_frequencies_V[tokens_M].sum()
+        return {name: torch.tensor([float(total), len(tokens_M)], device=device) for name, total in pairs.items()}
 
     def summarised(self, means: dict[str, float]) -> dict[str, float]:
         """With the least of the bounds, and its t0, in their place. It is chosen on the rows that it is told of, among few."""
@@ -250,10 +265,12 @@ class DiTStage(Stage):
         return document_nats(*self._measured_documents(batch, context_TZ), times)
 
     @torch.no_grad()
-    def spread_nats(self, batch: Batch, t0: float, context_TZ: Tensor | None = None) -> DocumentNats:
+    def spread_nats(
+        self, batch: Batch, t0: float, context_TZ: Tensor | None = None, num_levels: int = SPREAD_LEVELS
+    ) -> DocumentNats:
         """The same along a path on which each token has a time of its own, spread as in training, down to t0."""
-        draws_T2 = row_noise(batch, 2, purpose=TIME_NOISE)
-        return spread_nats(*self._measured_documents(batch, context_TZ), t0, self.config.flow.time_spread, draws_T2)
+        draws_T2, spread = row_noise(batch, 2, purpose=TIME_NOISE), self.config.flow.time_spread
+        return spread_nats(*self._measured_documents(batch, context_TZ), t0, spread, draws_T2, num_levels)
 
     def _measured_documents(
         self, batch: Batch, context_TZ: Tensor | None

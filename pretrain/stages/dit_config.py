@@ -37,8 +37,7 @@ class Flow(Section):
     signal-to-noise ratio with sqrt(k) times the shift (arXiv 2403.03206, Sec. 5.3.2)."""
     time_spread: NonNegativeFloat = 0.0
     """In training each target token has a time of its own: logit(t) is the window's plus N(0, time_spread^2). Cleaner tokens beside
-    noisier ones teach what neighbours say of each other. Sampling and the diagnosis's bound go along times so spread; the bound of
-    evaluations during training has one time a window [paper: 0]."""
+    noisier ones teach what neighbours say of each other. Sampling and the bound go along times so spread [paper: 0]."""
     context_drop: Share = 0.1
     """Share of windows whose context latents are zero, for classifier-free guidance [paper: 0.1]."""
     target: Literal["mean", "sample"] = "mean"

@@ -17,7 +17,7 @@ from modeling.text_vae import TextVAE
 from modeling.token_statistics import unigram_nats
 from pretrain.config.load import load_config
 from pretrain.stages.build import build_stage, measure
-from pretrain.stages.dit import HELDOUT_TIMES, DiTStage
+from pretrain.stages.dit import HELDOUT_SPREAD, HELDOUT_TIMES, DiTStage
 from pretrain.stages.frozen_vae import ENCODER, posterior
 from pretrain.stages.rows import heldout_rows
 from tests.pretrain import tiny_pipeline
@@ -89,6 +89,29 @@ def test_the_bound_of_a_batch_is_of_its_windows_with_targets(trained, tmp_path: 
         assert told["nats"] == pytest.approx(min(stage.document_nats(batch, HELDOUT_TIMES).curve[:-2]), rel=1e-4)
         assert f"{told['nats_t0']:.2f}" in {f"{t:.2f}" for t in HELDOUT_TIMES}
         assert not any(name.startswith("nats_at") for name in told)
+
+
+@pytest.mark.parametrize("spread", [0.0, 2.0])
+def test_held_out_rows_are_measured_along_the_paths_of_training(trained, tmp_path: Path, spread: float) -> None:
+    values = tiny_pipeline.dit_values(trained.data, trained.vae, tmp_path / "run", {"head": "categorical"})
+    values["flow"] |= {"token_loss_weight": 1.0, "time_spread": spread}
+    stage, batch = built(values, tmp_path)
+    stage.eval()
+    with torch.no_grad():
+        for p in stage.parameters():  # else it knows no time
+            if not p.any():
+                p.normal_(std=0.3)
+    sums = stage(batch, {"targets": 1}).metrics
+    targets = int((batch.roles_T == SUFFIX).sum())
+    found = {name: float(x[0]) / targets for name, x in sums.items() if name.startswith("nats_at")}
+    common = stage.document_nats(batch, HELDOUT_TIMES).curve[:-2]
+    times, levels = HELDOUT_SPREAD
+    apart = [stage.spread_nats(batch, t0, num_levels=levels).curve[0] for t0 in times]
+    assert list(found.values()) == pytest.approx(apart if spread else common, rel=1e-4)
+    assert list(found) == [f"nats_at_{t0:.2f}" for t0 in (times if spread else HELDOUT_TIMES[:-2])]
+    assert not spread or apart != pytest.approx(common[:3], rel=1e-4)
+    best = min(found, key=lambda name: found[name])
+    assert stage.summarised(found) == {"nats": found[best], "nats_t0": float(best[-4:])}
 
 
 def test_a_categorical_head_that_nothing_would_train_is_refused(trained, tmp_path: Path) -> None:
