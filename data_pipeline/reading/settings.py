@@ -47,7 +47,7 @@ class Split(Section):
         if largest is not None and not (self.kind == "context" and self.context_min <= largest < 1):
             raise ValueError(
                 f"training_context_max is {largest}, of a split of kind {self.kind} with context_min {self.context_min}; expected kind"
-                " context, and context_min <= training_context_max < 1"
+                " context, and context_min <= training_context_max < 1; or set it to null"
             )
         return self
 

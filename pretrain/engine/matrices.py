@@ -10,7 +10,7 @@ a function of who holds what:
 | 1, 2 | one stretch of the flat group | little: the at most W - 1 matrices that a stretch's end cuts, there and back |
 | 3 | an even piece of every parameter | its pieces to the owners and back: at most 2 (1 - 1/W) / W of all elements |
 
-An element takes 4 bytes in fp32 and 2 in bf16, in which Newton-Schulz computes on GPUs.
+An element takes 4 bytes in fp32 training and 2 in bf16 training, in whose precision Newton-Schulz computes.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
