@@ -95,7 +95,8 @@ class TrainLoader:
         self._blocks_ahead = max(1, workers, -(-_STEPS_AHEAD // self._block_steps))
         self._executor = ThreadPoolExecutor(workers, "loader") if workers else None
         self._openers = ThreadPoolExecutor(_OPENERS, "shards") if workers else None
-        self._shard_steps = min(shard_rows) // self.order.rows_per_stream
+        shard_steps = min(shard_rows) // self.order.rows_per_stream
+        self._ahead = {stream: open_ahead(stream, streams, shard_steps) for stream in self._streams}
         self._pending: deque[Future[list[list[Batch]]]] = deque()
         self._ready: deque[list[Batch]] = deque()
         self.wait_seconds = 0.0
@@ -148,9 +149,8 @@ class TrainLoader:
 
     def _build_block(self, step: int, steps: int) -> list[list[Batch]]:
         """The rank's micro-batches of consecutive steps."""
-        ahead = {stream: open_ahead(stream, self.order.streams, self._shard_steps) for stream in self._streams}
-        for latest_or_earliest in (0, 1):
-            self._open_shards({stream: step + of[latest_or_earliest] for stream, of in ahead.items()}, steps)
+        if step != self._start_step:  # nothing is opened beside the shards of the first batch, which somebody waits for
+            self._open_shards({stream: step + ahead for stream, ahead in self._ahead.items()}, steps)
         spans = [self.order.lane_spans(lane, step, steps) for lane in self._lanes]
         tickets = np.stack([self.order.lane_tickets(lane, step, steps) for lane in self._lanes], axis=1)
         block = read_rows(self._tokens, self._features, spans, tickets, "train", self._seed, self._split)

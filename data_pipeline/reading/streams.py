@@ -47,14 +47,14 @@ def idle_share(rows_per_step: int, world_size: int) -> float:
     return 1 - rows_per_step / (rank_rows(rows_per_step, world_size) * world_size)
 
 
-def open_ahead(stream: int, streams: int, shard_steps: int) -> tuple[int, int]:
-    """How many steps before its first row is due a stream opens its next shard: at the latest, and at the earliest.
+def open_ahead(stream: int, streams: int, shard_steps: int) -> int:
+    """How many steps before its first row is due a stream opens its next shard.
 
     Equal streams reach their shards' ends in the same step. So each begins earlier by a part of a shard's length of its own, and what
     is opened in a step is about the same in every step. Always less than a shard, so that a stream never needs more than two.
     """
     latest = min(OPEN_AHEAD_STEPS, shard_steps // 2)
-    return latest, latest + (shard_steps - 1 - latest) * stream // max(1, streams)
+    return latest + (shard_steps - 1 - latest) * stream // max(1, streams)
 
 
 def check_micro_batch(micro_batch_rows: int, rank_rows: int) -> None:

@@ -198,10 +198,12 @@ def test_threads_leave_all_that_goes_to_a_gpu_in_pinned_memory(
     assert len(pinned) == before
 
 
-def test_shards_are_open_before_their_rows_are_due(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [0, 33, 39])
+def test_shards_are_open_before_their_rows_are_due(start: int, tmp_path: Path) -> None:
+    """From the step behind the first on, which waits for its own shards alone."""
     write_prepared(tmp_path, [40] * 8, [1])
-    with make_loader(tmp_path, streams=2, rows_per_step=2, workers=1) as loader:
-        for step in range(100):
+    with make_loader(tmp_path, streams=2, rows_per_step=2, workers=1, start_step=start) as loader:
+        for step in range(start, start + 100):
             loader.next_step()
             due = {span.shard for stream in (0, 1) for span in loader.order.spans(stream, step + 10)}
             deadline = time.monotonic() + 30  # nobody asks for their rows meanwhile
@@ -209,3 +211,14 @@ def test_shards_are_open_before_their_rows_are_due(tmp_path: Path) -> None:
                 assert time.monotonic() < deadline
                 time.sleep(0.001)
             assert len(loader._tokens._pool._open) <= 6
+
+
+@pytest.mark.parametrize("start", [0, 33])
+def test_beside_the_shards_of_the_first_batch_none_are_opened(start: int, tmp_path: Path) -> None:
+    write_prepared(tmp_path, [40] * 8, [1])
+    with make_loader(tmp_path, streams=2, rows_per_step=2, workers=1, start_step=start) as loader:
+        loader._build_block(start, 1)
+        assert loader._openers is not None
+        loader._openers.shutdown(wait=True)
+        due = {span.shard for stream in (0, 1) for span in loader.order.spans(stream, start)}
+        assert {shard for shard in range(8) if loader._tokens.is_open(shard)} == due

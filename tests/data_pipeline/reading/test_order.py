@@ -5,6 +5,8 @@ import time
 import pytest
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.keys import permutation
+from data_pipeline.reading import order as order_module
 from data_pipeline.reading.order import Order
 
 SHARD_ROWS = [5, 3, 8, 1, 4, 7, 2]
@@ -48,6 +50,19 @@ def test_tickets_are_the_training_order() -> None:
         for ticket in (order.tickets(s, step)[place] for s in range(3))
     ]
     assert tickets == list(range(24))
+
+
+def test_an_epochs_order_is_drawn_once_though_the_next_ones_shards_are_asked_for_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[tuple] = []
+    monkeypatch.setattr(order_module, "permutation", lambda *key: drawn.append(key) or permutation(*key))
+    order = Order([4] * 6, 2, 2, seed=1)
+    for step in range(60):  # five epochs
+        for stream in (0, 1):
+            order.spans(stream, step + 7)
+            order.spans(stream, step)
+    assert len(drawn) == len(set(drawn)) == 2 * 6
 
 
 def test_far_steps_cost_no_more_than_the_first() -> None:
