@@ -17,14 +17,19 @@ LONGEST_FIRST = (
     "test_three_hosts",
     "test_slurm",
     "test_recipe",
+    "test_combinations",
     "test_kills",
     "test_train",
+    "test_precision",
+    "test_mistakes_under_launchers",
+    "test_states",
+    "test_convert",
     "test_engine",
     "test_stages_sharded",
     "test_outside",
     "test_command",
 )
-"""Files that take half a minute or more: begun last, one of them would keep a single worker busy at the end."""
+"""Files that take a quarter of a minute or more: begun last, one of them would keep a single worker busy at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,7 +3,6 @@
 A start takes a second, not ten; the first one pays for the imports.
 """
 
-import gc
 import importlib
 import os
 import sys
@@ -45,7 +44,6 @@ def be_a_rank(module: str, arguments: list[str], variables: dict[str, str], log:
     sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
     os.environ.update(variables)
     code = 70
-    gc.freeze()  # what is imported is no garbage: ZeRO-3 and the loader look for some, and would walk through it for 0.3 s
     try:
         import torch
 

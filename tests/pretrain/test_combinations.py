@@ -34,7 +34,7 @@ SMALL = {
     "model": {"width": 32, "num_layers": 2, "num_encoder_layers": 1, "num_decoder_layers": 1, "head_dim": 16, "latent_dim": 4},
     "data": {"streams": 4, "rows_per_step": 8, "micro_batch_rows": 2},
     "flow": {"statistics_rows": 8},
-    "optimizer": {"lr": 0.01},
+    "optimizer": {"lr": 0.01, "matrix_lr": 0.01},
     "schedule": {"warmup_steps": 1},
     "kl": {"warmup_steps": 1},
     "train": {
