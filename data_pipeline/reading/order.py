@@ -76,8 +76,10 @@ class Order:
         """Global numbers, in training order, of a lane's rows (int64 [steps * num_rows]); filler is numbered -1."""
         if lane.stream is None:
             return np.full(steps * lane.num_rows, -1, dtype=np.int64)
-        places = np.arange(step, step + steps, dtype=np.int64)[:, None] * self.rows_per_stream + lane.place
-        return (places + np.arange(lane.num_rows)).ravel() * self.streams + lane.stream
+        each = self.rows_per_stream
+        starts = np.arange(step * each, (step + steps) * each, each, dtype=np.int64)
+        places = np.add.outer(starts, np.arange(lane.place, lane.place + lane.num_rows))
+        return places.ravel() * self.streams + lane.stream
 
     def _spans(self, stream: int, position: int, remaining: int) -> list[Span]:
         """So many rows of a stream from this one on."""
