@@ -15,7 +15,6 @@
 Constructors build; what measures, writes or waits for other ranks is one of these steps.
 """
 
-import gc
 import json
 import os
 import platform
@@ -282,7 +281,6 @@ def build(config: RunConfig, topology: Topology, inputs: Inputs, new: bool) -> t
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(key(config.train.seed, "initial weights") % 2**63)  # every rank builds the same weights
     settings = engine_settings(config, topology)
-    gc.freeze()  # What was imported is no garbage. DeepSpeed, while it is built, and Python, at any step, would look through it for 0.1 s.
     with in_pieces(settings):
         stage = build_stage(config, inputs.manifest, topology.device)
     if new:

@@ -38,6 +38,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
+def pytest_collection_finish() -> None:
+    """Lend absl, which the metrics' packages import, no stream that is pytest's: it closes the one that it found when logging is set up
+    anew, as a server does, unless that is sys.stderr at the moment; under capsys it is not.
+    """
+    if "absl.logging" in sys.modules:
+        sys.modules["absl.logging"].get_absl_handler().python_handler.stream = sys.__stderr__
+
+
 @pytest.fixture(scope="module", autouse=True)
 def own_environment() -> Iterator[None]:
     """Give back the environment as a file's tests found it, and denormal numbers.

@@ -15,6 +15,7 @@ What is promised, and how it is kept:
 - At ZeRO 3 a stage that was built within `in_pieces` is never whole on any rank.
 """
 
+import gc
 import importlib
 import io
 import logging
@@ -104,6 +105,7 @@ class Engine:
         groups = {names[p]: number for number, group in enumerate(base.param_groups) for p in group["params"]}
         self._bare_loss = stage.forward = _BareLoss(stage)
         deepspeed = _load_deepspeed()
+        gc.freeze()  # what was imported is no garbage; DeepSpeed, as it is built, and Python, at any step, would look through it for 0.1 s
         if settings.zero_stage == 3:
             _spare_stage_3_its_norm()
         self._torch_linear = torch.nn.functional.linear
