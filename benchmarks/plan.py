@@ -71,6 +71,7 @@ class Whole(torch.nn.Module):
 
 def live_tensors() -> list[torch.Tensor]:
     """All that the collector knows, without those of shapes alone that a compilation or a test left behind."""
+    gc.unfreeze()  # the engine hides from the collector what was there before it
     every = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     return [tensor for tensor in every if not isinstance(tensor, FakeTensor)]
 
