@@ -71,14 +71,23 @@ class Whole(torch.nn.Module):
 
 def live_tensors() -> list[torch.Tensor]:
     """All that the collector knows, without those of shapes alone that a compilation or a test left behind."""
-    gc.unfreeze()  # the engine hides from the collector what was there before it
+    gc.unfreeze()  # the engine hides from the collector what was there before it, garbage too
+    gc.collect()
     every = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    return [tensor for tensor in every if not isinstance(tensor, FakeTensor)]
+    return [tensor for tensor in every if not isinstance(tensor, FakeTensor) and _has_memory(tensor)]
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """False for what stands for a tensor while a function is traced, whose storage nobody may ask for its place."""
+    try:
+        tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def live_bytes(known: set[int]) -> int:
     """Bytes of all storages that tensors hold, without those whose addresses are known."""
-    gc.collect()
     found: dict[int, int] = {}
     for tensor in live_tensors():
         for one in (tensor, tensor.grad if tensor.is_leaf else None):

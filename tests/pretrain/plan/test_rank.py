@@ -1,6 +1,5 @@
 """`train.py --dry-run --as-rank`: the plan's numbers, and those of a real engine (two ranks: test_states.py)."""
 
-import gc
 from pathlib import Path
 
 import pytest
@@ -55,7 +54,6 @@ def test_one_rank_holds_what_a_real_engine_does(precision: str, stage: int) -> N
     from pretrain.ranks.distributed import init_distributed
 
     topology = init_distributed(300)
-    gc.collect()
     kept = [tensor.detach() for tensor in live_tensors()]  # no address comes again
     known = {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.device.type == "cpu"}
     model = Whole(outline(*MODELS["ar"][:2], "cpu"))
