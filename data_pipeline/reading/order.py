@@ -55,7 +55,7 @@ class Order:
         self._shards = [np.arange(stream, len(shard_rows), streams) for stream in range(streams)]
         self._rows = np.asarray(shard_rows, dtype=np.int64)
         self._epoch_rows = [int(self._rows[shards].sum()) for shards in self._shards]
-        self._recent: dict[tuple[int, bool], tuple[int, np.ndarray, np.ndarray]] = {}
+        self._recent: dict[tuple[int, int], tuple[int, np.ndarray, np.ndarray]] = {}
 
     def spans(self, stream: int, step: int, steps: int = 1) -> list[Span]:
         """The rows that the stream gives to so many steps from this one on, as few contiguous spans as possible, in
@@ -102,10 +102,10 @@ class Order:
         """The stream's shards in the epoch's order and the running sum of their rows. The latest even and the latest odd
         epoch are remembered: towards an epoch's end, shards of the next one are opened ahead.
         """
-        place = stream, epoch % 2 == 1
-        recent = self._recent.get(place)
+        slot = stream, epoch % 2
+        recent = self._recent.get(slot)
         if recent is None or recent[0] != epoch:
             own = self._shards[stream]
             shards = own[permutation(len(own), self._seed, "shards", stream, epoch)]
-            recent = self._recent[place] = (epoch, shards, np.cumsum(self._rows[shards]))
+            recent = self._recent[slot] = (epoch, shards, np.cumsum(self._rows[shards]))
         return recent[1], recent[2]

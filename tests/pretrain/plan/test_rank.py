@@ -1,5 +1,6 @@
 """`train.py --dry-run --as-rank`: the plan's numbers, and those of a real engine (two ranks: test_states.py)."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,7 @@ def test_one_rank_holds_what_a_real_engine_does(precision: str, stage: int) -> N
     known = {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.device.type == "cpu"}
     model = Whole(outline(*MODELS["ar"][:2], "cpu"))
     engine = Engine(model, EngineSettings(zero_stage=stage, precision=precision), AdamWSettings(lr=1e-3), topology)
+    assert gc.get_freeze_count() > 10_000  # what was imported: nobody looks for garbage there
     for step in range(2):
         engine.forward_backward(Windows([8]), {}, last=True)
         engine.measure()
