@@ -21,8 +21,10 @@ if __name__ == "__main__":
     interrupted = signal.getsignal(signal.SIGINT)
     if interrupted is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from data_pipeline.core.imports import begin_imports, end_imports
     from data_pipeline.features.command_line import check
 
+    begin_imports()
     check()  # a mistake is said before torch is imported, which takes seconds
 
 import torch
@@ -81,5 +83,6 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 if __name__ == "__main__":
+    end_imports()
     signal.signal(signal.SIGINT, interrupted)
     sys.exit(main(sys.argv[1:]))

@@ -10,6 +10,7 @@ import sys
 
 from data_pipeline.core.errors import EXIT_USER
 from data_pipeline.core.home import settle_home
+from data_pipeline.core.imports import begin_imports, end_imports
 from pretrain.commands import COMMANDS, GROUPS
 from pretrain.faults.signals import ends_at_once
 
@@ -38,9 +39,13 @@ def main(argv: list[str] | None = None) -> int | None:
     settle_home()  # libraries ask for it while they are imported
     command = COMMANDS[name]
     with ends_at_once():  # imports take seconds, in which Ctrl-C would print a traceback
-        if command.line:
-            importlib.import_module(command.line).check(arguments)
-        module = importlib.import_module(command.module)
+        begin_imports()
+        try:
+            if command.line:
+                importlib.import_module(command.line).check(arguments)
+            module = importlib.import_module(command.module)
+        finally:
+            end_imports()
     return module.main(arguments)
 
 

@@ -19,6 +19,7 @@ if __name__ == "__main__":
     # nothing to save.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from data_pipeline.core.home import settle_home
+    from data_pipeline.core.imports import begin_imports, end_imports
     from pretrain.ranks.launcher import first_launchers, stop_signals
 
     # A launcher ends the other ranks as soon as one has found a mistake: they find it too, and end with its code, not as preempted ones.
@@ -27,6 +28,7 @@ if __name__ == "__main__":
         signal.signal(number, lambda number, _: asked_to_end.append(number))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    begin_imports()
     settle_home()  # libraries ask for it while they are imported
     first_launchers()
     from pretrain.config.command_line import check
@@ -269,6 +271,7 @@ def _main(argv: list[str] | None) -> int:
 
 
 if __name__ == "__main__":
+    end_imports()
     exit_code = main()
     shutdown()  # not in main(), which another program may call again: DeepSpeed keeps hold of the first process group
     # Past the interpreter's own end: a communication thread that is alive there takes the process down with "terminate called".
