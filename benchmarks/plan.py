@@ -69,10 +69,11 @@ class Whole(torch.nn.Module):
         return SimpleNamespace(loss=self._loss(windows), metrics={})
 
 
-def live_tensors() -> list[torch.Tensor]:
+def live_tensors(and_garbage: bool = False) -> list[torch.Tensor]:
     """All that the collector knows, without those of shapes alone that a compilation or a test left behind."""
     gc.unfreeze()  # the engine hides from the collector what was there before it, garbage too
-    gc.collect()
+    if not and_garbage:
+        gc.collect()  # half a second, of all that was imported
     every = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     return [tensor for tensor in every if not isinstance(tensor, FakeTensor) and _has_memory(tensor)]
 
@@ -108,7 +109,7 @@ def measure_states(rank: int, port: int, cases: list[tuple[str, int]], file: str
     topology, found, kept = init_distributed(300), [], []
     for precision, stage in cases:
         # What an earlier case left stays alive, so that no new storage has its address.
-        kept += [tensor.detach() for tensor in live_tensors()]
+        kept += [tensor.detach() for tensor in live_tensors(and_garbage=True)] if rank == 0 else []
         known = {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.device.type == "cpu"}
         model = outline(*MODELS["ar"][:2], "cpu")
         engine = Engine(
@@ -117,9 +118,9 @@ def measure_states(rank: int, port: int, cases: list[tuple[str, int]], file: str
         for step in range(2):
             engine.forward_backward(Windows([8]), {}, last=True)
             engine.measure()
-            found_bytes = live_bytes(known)
+            if rank == 0 and step == 1:
+                found.append(live_bytes(known))
             engine.step(step, 1e-3)
-        found.append(found_bytes)
         engine.close()
     if rank == 0:
         Path(file).write_text(json.dumps(found))

@@ -9,6 +9,9 @@ from unittest import mock
 
 import pytest
 
+from data_pipeline.core.imports import begin_imports, end_imports
+
+begin_imports()  # until all test modules are imported
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As of what a script starts behind it, and of whatever that starts. Tests interrupt programs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -46,6 +49,7 @@ def pytest_collection_finish() -> None:
     """Lend absl, which the metrics' packages import, no stream that is pytest's: it closes the one that it found when logging is set up
     anew, as a server does, unless that is sys.stderr at the moment; under capsys it is not.
     """
+    end_imports()
     if "absl.logging" in sys.modules:
         sys.modules["absl.logging"].get_absl_handler().python_handler.stream = sys.__stderr__
 

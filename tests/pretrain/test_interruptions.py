@@ -33,7 +33,7 @@ STEPS = (STEPS_PER_KILL + 1) * KILLS
 """The last quarter is slack: a kill that waits for a save may see several go by."""
 END_BYTES = 8192
 """Of metrics.jsonl: more than the lines that a restart repeats."""
-POLL_S = 0.005
+POLL_S = 0.01
 INSIDE_A_SAVE = 0.3
 """Share of the kills that must have hit a save in progress."""
 

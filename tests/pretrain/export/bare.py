@@ -13,6 +13,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ASKED = ("torch", "transformers", "accelerate")
+NO_GARBAGE = "import gc; gc.disable()\n"
+"""Before imports that take seconds, half of them for looking through what was imported."""
 
 
 def required(names: Sequence[str]) -> set[str]:
@@ -52,7 +54,7 @@ def run(code: str, *arguments: str | Path, folder: Path) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     environment |= {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONPATH": str(packages)}
-    command = [sys.executable, "-S", "-P", "-s", "-c", textwrap.dedent(code), *map(str, arguments)]
+    command = [sys.executable, "-S", "-P", "-s", "-c", NO_GARBAGE + textwrap.dedent(code), *map(str, arguments)]
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
     )

@@ -34,6 +34,7 @@ from pretrain.stages.dit import DiTStage
 from pretrain.stages.rows import heldout_rows
 from tests.pretrain import tiny_pipeline
 from tests.pretrain.conftest import Trained
+from tests.pretrain.export import bare
 
 PROMPTS, NEW_TOKENS, NUM_STEPS, SCALE = [[3, 4, 5, 6, 7], [9, 8]], 12, 8, 3.0
 
@@ -127,11 +128,18 @@ def test_an_export_alone_gives_the_training_sides_tokens(trained: Trained, expor
     torch.save(given, tmp_path / "noise.pt")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-I", "-c", textwrap.dedent(OUTSIDE), str(exported), str(tmp_path / "noise.pt")]
+    command = [
+        sys.executable,
+        "-I",
+        "-c",
+        bare.NO_GARBAGE + textwrap.dedent(OUTSIDE),
+        str(exported),
+        str(tmp_path / "noise.pt"),
+    ]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    command = [sys.executable, "-I", "-c", textwrap.dedent(READ)]
+    command = [sys.executable, "-I", "-c", bare.NO_GARBAGE + textwrap.dedent(READ)]
     read = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert read.returncode == 0, read.stderr
     alone = TextLDM.from_pretrained(exported).generate([[3, 4]], 5, 2, seed=2**64 - 1)
