@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,6 +204,21 @@ def wait_for(condition: Callable[[], T | None], seconds: float, otherwise: str, 
             raise TimeoutError(f"{otherwise} within {seconds:.0f} s")
         time.sleep(poll_s)
     return found
+
+
+@contextmanager
+def held(hosts: Sequence[Host]) -> Iterator[None]:
+    """Stop the training processes of these hosts for as long: a fast machine would be through with its steps before what comes next."""
+    ranks = [pid for host in hosts for pid in host.ranks()]
+    assert len(ranks) == len(hosts)
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def kill(pid: int) -> None:

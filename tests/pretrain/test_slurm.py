@@ -22,7 +22,7 @@ from tests.data_pipeline.prepare.test_command import TEXTS, contents
 from tests.data_pipeline.test_cache_features import FAST, write_teacher
 from tests.pretrain import forked_ranks, tiny_run
 from tests.pretrain.engine_states import saved_states
-from tests.pretrain.made_hosts import REPOSITORY, made_hosts, wait_for
+from tests.pretrain.made_hosts import REPOSITORY, held, made_hosts, wait_for
 from tests.pretrain.slurm_cluster import Slurm, slurm_cluster, what_is_missing
 
 MISSING = what_is_missing()
@@ -86,9 +86,13 @@ def test_the_script_is_preempted_twice_requeued_and_ends_with_the_same_bits(
     sizes = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={log}"]
     job = slurm.submit(*sizes, "configs/cluster/slurm.sbatch", str(config))
     await_step(PREEMPTED_AFTER[0])
-    slurm.command("scancel", "--signal=USR1", job)  # as --signal=USR1@180 does: to the ranks, not to the script
+    with held(slurm.network.hosts):
+        slurm.command("scancel", "--signal=USR1", job)  # as --signal=USR1@180 does: to the ranks, not to the script
     await_step(PREEMPTED_AFTER[1])  # by the second start
-    slurm.command("scontrol", "requeue", job)  # as another job's preemption does: SIGTERM, and KillWait later SIGKILL
+    with held(slurm.network.hosts):
+        slurm.command(
+            "scontrol", "requeue", job
+        )  # as another job's preemption does: SIGTERM, and KillWait later SIGKILL
     expected = undisturbed(data, tmp_path, ranks=2, **settings)
     slurm.await_end(job, JOB_S)
 

@@ -1,12 +1,9 @@
 """Three real hosts: one dies for good, the supervisor goes on with two; it comes back, and there are three again."""
 
 import contextlib
-import os
 import re
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,28 +12,13 @@ import pytest
 from pretrain.jobs.hosts import launch_variables
 from pretrain.telemetry.sinks import read_metrics
 from tests.pretrain import forked_ranks, tiny_run
-from tests.pretrain.made_hosts import Host, kill, made_hosts, wait_for, what_is_missing
+from tests.pretrain.made_hosts import held, kill, made_hosts, wait_for, what_is_missing
 
 MISSING = what_is_missing()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
 
 STEPS, DIES_AFTER, BACK_AFTER = 80, 8, 15
 LAUNCH_S = 600
-
-
-@contextlib.contextmanager
-def held(hosts: Sequence[Host]) -> Iterator[None]:
-    """Stop the training processes of these hosts for as long."""
-    ranks = [pid for host in hosts for pid in host.ranks()]
-    assert len(ranks) == len(hosts)
-    for pid in ranks:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
 
 
 def test_the_job_goes_on_with_two_hosts_and_takes_the_third_in_again(tmp_path: Path) -> None:
@@ -71,7 +53,7 @@ def test_the_job_goes_on_with_two_hosts_and_takes_the_third_in_again(tmp_path: P
         wait_for(lambda: last_step() > trained, LAUNCH_S, f"no training on two hosts: {log}")
         print(f"training again after {time.monotonic() - died:.1f} s")
         wait_for(lambda: last_step() >= BACK_AFTER, LAUNCH_S, f"no training on two hosts: {log}")
-        with held(network.hosts[:2]):  # a fast machine would be through with its steps before the third is up
+        with held(network.hosts[:2]):
             network.boot(network.hosts[2], stack)
             wait_for(lambda: "answers again" in log.read_text(), LAUNCH_S, f"the third was not seen: {log}")
         assert process.wait(LAUNCH_S) == 0, log.read_text()[-6000:]

@@ -20,7 +20,7 @@ from pretrain.jobs.hosts import launch_variables
 from pretrain.telemetry.sinks import read_metrics
 from tests.pretrain import forked_ranks, tiny_pipeline, tiny_run
 from tests.pretrain.engine_states import saved_states
-from tests.pretrain.made_hosts import REPOSITORY, Host, Network, kill, made_hosts, wait_for, what_is_missing
+from tests.pretrain.made_hosts import REPOSITORY, Host, Network, held, kill, made_hosts, wait_for, what_is_missing
 
 MISSING = what_is_missing()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
@@ -156,7 +156,8 @@ def test_deepspeed_trains_as_on_one_host_and_a_cut_link_ends_the_job_which_the_s
 
     process, log = start(cluster, runs.configs[name], command)
     await_step(runs, name, LOST_AFTER, process, log)
-    cluster.set_link(second, "down")
+    with held(cluster.hosts):
+        cluster.set_link(second, "down")
     try:
         await_end(cluster, process, log)
     finally:
@@ -176,8 +177,9 @@ def test_a_killed_rank_ends_the_job_and_the_supervisor_brings_it_through(cluster
     process, log = start(cluster, runs.configs[name], [sys.executable, "-m", "pretrain", "supervise", *arguments])
     await_step(runs, name, LOST_AFTER, process, log)
     first_start = of_job(cluster)
-    trained, began = last_step(runs, name), time.monotonic()
-    kill(only_rank(cluster.hosts[1]))
+    with held(cluster.hosts):
+        trained, began = last_step(runs, name), time.monotonic()
+        kill(only_rank(cluster.hosts[1]))
     wait_for(lambda: not first_start & of_job(cluster), DOWN_S, "the job was not down", poll_s=0.25)
     print(f"a killed rank: down on both hosts after {time.monotonic() - began:.1f} s")
     await_step(runs, name, trained + 1, process, log)
