@@ -44,7 +44,8 @@ def errors(
     given = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(3)]
     slope_THK = torch.randn(shape, generator=generator).to(device, dtype)
     exact = [x.detach().cpu().double().requires_grad_() for x in given]
-    found_THK = varlen_attention(*given, Segments.from_lengths(lengths, device), implementation)
+    q_THK, k_THK, v_THK = given
+    found_THK = varlen_attention(q_THK, k_THK, v_THK, Segments.from_lengths(lengths, device), implementation)
     expected_THK = torch.cat([_softmax_attention(*parts) for parts in zip(*(x.split(lengths) for x in exact))])
     found = torch.autograd.grad(found_THK, given, slope_THK)
     expected = torch.autograd.grad(expected_THK, exact, slope_THK.cpu().double())
@@ -87,7 +88,8 @@ class Pass:
 
     def __call__(self) -> None:
         if self.mask_TT is None:
-            out_THK = varlen_attention(*self.inputs, self.segments, self.implementation)
+            q_THK, k_THK, v_THK = self.inputs
+            out_THK = varlen_attention(q_THK, k_THK, v_THK, self.segments, self.implementation)
         else:
             q, k, v = (x.transpose(0, 1)[None] for x in self.inputs)
             out_THK = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask_TT)[0].transpose(0, 1)

@@ -26,9 +26,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.loader_peers import PEERS, Delivered, Job, finished
+from benchmarks.loader_peers import PEERS, Job, Peer, finished
 from benchmarks.measuring import ROOT, interleaved, print_figures
 from benchmarks.plain_run import PlainRun, vae_config
 from data_pipeline.core.errors import UserError, cli
@@ -111,7 +112,7 @@ def random_folder(folder: Path, shards: int, shard_rows: int, row_tokens: int, c
     return manifest
 
 
-def loader_batches(job: Job, streams: int) -> Iterator[Batch]:
+def loader_batches(job: Job, streams: int) -> Generator[Batch]:
     """This project's loader with its defaults, one thread among them."""
     loader = TrainLoader(
         job.data, None, seed=0, streams=streams, rows_per_step=job.batch_rows, micro_batch_rows=job.batch_rows,
@@ -122,9 +123,14 @@ def loader_batches(job: Job, streams: int) -> Iterator[Batch]:
             yield batch
 
 
-def rows_alone(batches: Iterator[Delivered]) -> Iterator[torch.Tensor]:
+def finished_of(peer: Peer, job: Job) -> Generator[Batch]:
+    """A peer's batches with what a user has to do for each."""
+    yield from finished(peer.batches(job), SPLIT)
+
+
+def rows_alone(peer: Peer, job: Job) -> Generator[torch.Tensor]:
     """Tokens int64 [B, R] of a peer's batches, checked to be that."""
-    for tokens_BR, _ in batches:
+    for tokens_BR, _ in peer.batches(job):
         if tokens_BR.dtype != torch.int64 or tokens_BR.dim() != 2:
             raise AssertionError(f"a batch of {tokens_BR.dtype}{list(tokens_BR.shape)}")
         yield tokens_BR
@@ -150,7 +156,7 @@ class Rate:
 def compare_peers(data: Path, batch_rows: int, streams: int, repetitions: int, work: Path) -> dict[str, Any]:
     """Tokens a second of this loader and of all peers, and its ratios to the best of them."""
     manifest = Manifest.load(data)
-    contenders: dict[str, Callable[[], Iterator[Any]]] = {}
+    contenders: dict[str, Callable[[], Generator[Any]]] = {}
     missing = {}
     for peer in PEERS:
         job = Job(data, manifest, work / peer.name, batch_rows)
@@ -159,12 +165,12 @@ def compare_peers(data: Path, batch_rows: int, streams: int, repetitions: int, w
             print(f"{peer.name} takes no part: {reason}", file=sys.stderr)
             continue
         peer.write(job)
-        contenders[peer.name] = lambda peer=peer, job=job: finished(peer.batches(job), SPLIT)
-        contenders[peer.name + ROWS_ALONE] = lambda peer=peer, job=job: rows_alone(peer.batches(job))
+        contenders[peer.name] = partial(finished_of, peer, job)
+        contenders[peer.name + ROWS_ALONE] = partial(rows_alone, peer, job)
     if not contenders:
         raise UserError(f"no peer can be measured: {missing}")
     own = Job(data, manifest, work, batch_rows)
-    contenders[OWN] = lambda: loader_batches(own, streams)
+    contenders[OWN] = partial(loader_batches, own, streams)
     batches_per_pass = own.num_rows // batch_rows
     found: dict[str, list[Rate]] = {name: [] for name in (*contenders, FIRST_PASS)}
     with tqdm(total=repetitions * len(contenders), desc="passes", dynamic_ncols=True) as bar:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.multiprocessing as mp
@@ -36,7 +36,9 @@ from pretrain.plan.estimate import Text, outline_of
 from pretrain.plan.rank import PASSING, plan_rank
 from pretrain.stages.outline import Outline, Windows
 
-STATES = [("fp32", stage) for stage in range(4)] + [("bf16", stage) for stage in (1, 2, 3)]
+Case = tuple[Literal["fp32", "bf16"], Literal[0, 1, 2, 3]]
+"""A precision and a ZeRO stage."""
+STATES: list[Case] = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
 RANKS, VOCABULARY = 2, 2000
 SMALL = ("model.width=192", "model.num_layers=3")
 MODELS = {
@@ -98,7 +100,7 @@ def live_bytes(known: set[int]) -> int:
     return sum(size for address, size in found.items() if address not in known)
 
 
-def measure_states(rank: int, port: int, cases: list[tuple[str, int]], file: str) -> None:
+def measure_states(rank: int, port: int, cases: list[Case], file: str) -> None:
     """On one of two ranks: bytes on rank 0 of each case, when its gradients are complete."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_SIZE": str(RANKS),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
@@ -127,7 +129,7 @@ def measure_states(rank: int, port: int, cases: list[tuple[str, int]], file: str
     shutdown()
 
 
-def states_ratios(cases: list[tuple[str, int]]) -> list[float]:
+def states_ratios(cases: list[Case]) -> list[float]:
     """Planned over measured, of each case."""
     from pretrain.ranks.launcher import free_port
 

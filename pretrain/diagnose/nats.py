@@ -1,6 +1,6 @@
 """Nats a token: the verdicts by which every stage that gives probabilities to text is judged, and how they are drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from matplotlib.axes import Axes
@@ -14,7 +14,7 @@ from pretrain.diagnose.page import FOREIGN, MODEL, TRUE
 from pretrain.diagnose.verdicts import Figures, Verdict, above, at_most, with_error
 
 
-def unigram_figures(config: RunConfig, batches: Sequence[Batch]) -> tuple[Figures, torch.Tensor]:
+def unigram_figures(config: RunConfig, batches: Iterable[Batch]) -> tuple[Figures, torch.Tensor]:
     """`unigram_nats` of the batches' targets, and the tokens' counts [V] over all of the training shards from which it follows."""
     with phase("tokens of the training split"):
         counts_V = token_counts(config.data.path, config.data.manifest(), **config.data.reading())
