@@ -39,7 +39,7 @@ from pretrain.checkpoint.manifest import Manifest as CheckpointManifest
 from pretrain.checkpoint.slices import BUFFER, write_slices
 from pretrain.checkpoint.storage import Checkpoint, storage_of
 from pretrain.config.load import load_config
-from pretrain.config.registry import part, stage_kind
+from pretrain.config.registry import stage_kind
 from pretrain.config.schema import RunConfig
 from pretrain.engine.adamw import AdamW
 from pretrain.engine.optim import EMA, WEIGHT, parameter_groups
@@ -89,7 +89,7 @@ def write_run(
     config: RunConfig, data: Path, ranks: int, buffers: Mapping[str, Tensor], inputs: dict[str, str]
 ) -> CheckpointManifest:
     """A run's folder with one checkpoint of random numbers, as `ranks` ranks write it at ZeRO 2."""
-    outline = part(stage_kind(config.stage).outline or "")(config, torch.device("meta"))
+    outline = stage_kind(config.stage).load("outline")(config, torch.device("meta"))
     module: nn.Module = outline.trained
     shares = list(ranges(module, ranks))
     # Every range is a part of these numbers, so that no more of them need be in memory.
@@ -132,7 +132,7 @@ def write_run(
 
 def measured(run: Path, output: Path, largest: str) -> dict[str, float]:
     """Convert in this process; its seconds, and bytes of memory when its imports were done and at the most since."""
-    part(stage_kind("dit").export or "")
+    stage_kind("dit").load("export")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = _status("VmRSS")
     spent = Spent.by(lambda: convert(run, output, largest=largest))

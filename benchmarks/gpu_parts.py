@@ -38,7 +38,7 @@ from modeling.heads import CategoricalHead
 from modeling.repa import RepaHead
 from modeling.text_vae import TextVAE
 from pretrain.config.load import load_config
-from pretrain.config.registry import part, stage_kind
+from pretrain.config.registry import stage_kind
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import Engine, EngineSettings
 from pretrain.ranks.distributed import init_distributed
@@ -216,7 +216,7 @@ def stage_of(config: RunConfig, device: torch.device, size: Size) -> Any:
         with device:
             stage.target, stage.repa = CachedFeatures(random_codec(device)), RepaHead(frozen.width, FEATURE_DIM)
     else:
-        stage = part(stage_kind(config.stage).stage)(config, manifest, device)
+        stage = stage_kind(config.stage).load("stage")(config, manifest, device)
     prepare_blocks(stage, config.train)
     return stage.to(device)
 

@@ -35,7 +35,7 @@ from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.read import restore
 from pretrain.checkpoint.storage import Checkpoint
 from pretrain.checkpoint.write import CheckpointWriter
-from pretrain.config.registry import part, stage_kind
+from pretrain.config.registry import stage_kind
 from pretrain.config.resume import Difference
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import Engine, EngineSettings, in_pieces
@@ -52,7 +52,7 @@ from pretrain.runs.inputs import Inputs, find_inputs, read_once_a_host
 from pretrain.runs.owner import Ownership
 from pretrain.runs.record import RunRecord
 from pretrain.runs.resume import allowed_differences, refuse_lost_checkpoints
-from pretrain.stages.base import Stage
+from pretrain.stages.base import Occasion, Stage
 from pretrain.stages.build import build_stage, measure, take_first_weights
 from pretrain.telemetry.record import Telemetry
 
@@ -138,8 +138,11 @@ class Session:
 
     def samples(self) -> list[dict[str, str]]:
         """What the stage writes at a held-out evaluation, for the log. Collective."""
-        place = stage_kind(self.config.stage).samples
-        return part(place)(self) if place else []
+        write = stage_kind(self.config.stage).load("samples")
+        if write is None:
+            return []
+        self.watchdog.beat(self.step, "evaluate")
+        return write(Occasion(self.stage, self.config, self.manifest, self.engine.call, self.topology.is_main))
 
     def record(self) -> RunRecord:
         """What a checkpoint says of this run."""
@@ -377,7 +380,7 @@ def describe(session: Session) -> str:
         why += f"; {idle:.0%} of all ranks' rows are filler: {topology.world_size} ranks do not divide {config.data.rows_per_step} rows"
     return "\n".join(
         (
-            f"stage {config.stage} in {session.run}: {config.about.purpose}",
+            f"stage {config.stage} in {session.run}" + (f": {config.about.purpose}" if config.about.purpose else ""),
             f"{topology.world_size} rank(s) on {device}, {settings.accumulation_steps} micro-batch(es) of"
             f" {rows} x {manifest.row_tokens} tokens each a step{why}",
             f"{config.train.steps:,} steps of {tokens_per_step:,} tokens = {config.train.steps * tokens_per_step:,},"

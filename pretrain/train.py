@@ -44,6 +44,7 @@ import torch
 from data_pipeline.core.errors import UserError
 from data_pipeline.reading.batch import Batch
 from pretrain.checkpoint.find import checkpoint_name
+from pretrain.checkpoint.storage import Checkpoint, storage_of
 from pretrain.config.command_line import own_rank, read
 from pretrain.config.registry import stage_kind
 from pretrain.config.schema import RunConfig
@@ -192,7 +193,7 @@ def ending(session: Session) -> str:
     following = [f"textldm diagnose --run {run}"] if kind.diagnosis else []
     following += [f"textldm convert --run {run} --output export/{run.name}"] if kind.export else []
     then = f"; next: {', then '.join(following)}" if following else ""
-    return f"finished; checkpoint {run}/checkpoints/{checkpoint_name(session.step)}{then}"
+    return f"finished; checkpoint {Checkpoint(storage_of(run), checkpoint_name(session.step))}{then}"
 
 
 def dry_run(config: RunConfig, topology: Topology) -> int:
@@ -200,6 +201,9 @@ def dry_run(config: RunConfig, topology: Topology) -> int:
     folder = Path(f"{config.run_folder}.dry-run")
     if folder.exists():
         raise UserError(f"{folder} exists, where the dry run would work and then clean up: remove it or rename it")
+    storage_of(
+        config.run_folder
+    ).list()  # where a start would look for checkpoints; what is written here goes to the folder
     config.train.run = str(folder)
     config.telemetry.wandb = config.telemetry.tensorboard = False
     made = next((parent for parent in reversed(folder.parents) if not parent.exists()), folder)

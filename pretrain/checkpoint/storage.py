@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from data_pipeline.core import plugins
-from data_pipeline.core.errors import UserError
+from data_pipeline.core.errors import UserError, reason
 from data_pipeline.core.outside import read_at_most
 from data_pipeline.core.storage import atomic_write, open_file, sync_folder
 
@@ -126,4 +126,8 @@ def storage_of(run: str | Path) -> Storage:
     if not colon:
         known = ", ".join(plugins.names("checkpoint_storages", OWN))
         raise UserError(f"{path} holds {name[:80]!r}; expected name:place, the name one of {known}")
-    return plugins.load("checkpoint_storages", name, OWN)(place)
+    made = plugins.load("checkpoint_storages", name, OWN)
+    try:
+        return made(place)
+    except Exception as error:  # another package's code runs here
+        raise UserError(f"{path} names {text}, which cannot be opened: {reason(error)}; correct the place") from error

@@ -15,7 +15,7 @@ from data_pipeline.core.configuration import read_config
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.mistakes import check_config
 from data_pipeline.core.settings import Key, keys
-from pretrain.config.registry import stage_kind, stage_names
+from pretrain.config.registry import known_kinds, stage_kind, stage_names
 from pretrain.config.schema import RunConfig, with_optimizer
 from pretrain.config.synonyms import ours
 from pretrain.engine.optimizer_settings import OptimizerSettings, optimizer_names, optimizer_settings
@@ -80,7 +80,7 @@ def _optimizer_settings(values: Mapping[str, Any], source: str) -> type[Optimize
 
 def _advice(key: str, kind: type[RunConfig]) -> str:
     """What to do about a key that a stage does not know: another stage has it as a section, or others call one of ours so."""
-    others = [name for name in stage_names() if key in stage_kind(name).config.__pydantic_fields__]
+    others = [name for name, known in known_kinds().items() if key in known.config.__pydantic_fields__]
     if others:
         return f"section {key} belongs to stage {' or '.join(others)}: drop it, or change stage"
     found = {known.name: known for known in keys(kind)}

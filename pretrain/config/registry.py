@@ -1,10 +1,12 @@
 """The kinds of runs by the name that `stage` has in a configuration. A kind is one entry here, or of an installed package."""
 
+import contextlib
 import pkgutil
 from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.core import plugins
+from data_pipeline.core.errors import UserError, reason
 from pretrain.config.schema import RunConfig
 
 OWN = {
@@ -21,7 +23,7 @@ OWN = {
 class StageKind:
     """All that is known of a stage. docs/extending.md adds one.
 
-    All but the configuration is named by its place ("module:attribute") and imported when it is asked for (`part`): a
+    All but the configuration is named by its place ("module:attribute") and imported when it is asked for (`load`): a
     mistake in a configuration is found without torch, and training does not import the diagnosis.
 
     Attributes:
@@ -33,8 +35,8 @@ class StageKind:
         measure: place of a function of (config, manifest, device, together) that puts into the run folder what must be known before the
             stage can be built. All ranks call it and may share out the work (`Together`, pretrain/ranks/distributed.py); rank 0
             writes. It does nothing if it has been done.
-        samples: place of a function of (session) that gives texts for the log at held-out evaluations, one dictionary "name of a
-            column" -> text each; all ranks call it, rank 0's are logged (pretrain/stages/samples.py).
+        samples: place of a function of (`Occasion`, pretrain/stages/base.py) that gives texts for the log at held-out evaluations, one
+            dictionary "name of a column" -> text each; all ranks call it, rank 0's are logged (pretrain/stages/samples.py).
         diagnosis: place of a `Diagnosis` (pretrain/diagnose/diagnosis.py), for `textldm diagnose`.
         outline: place of a function of (config, device, size of the vocabulary or 0) that gives an `Outline` (pretrain/stages/outline.py),
             for `textldm plan`.
@@ -54,6 +56,17 @@ class StageKind:
     outline: str | None = None
     from_export: str | None = None
 
+    def load(self, field: str) -> Any:
+        """Import what the entry names in a field; None where it names nothing. Raises: UserError."""
+        place = getattr(self, field)
+        try:
+            return place and pkgutil.resolve_name(place)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"{field} of the StageKind with {self.config.__name__} names {place}, which cannot be loaded: {reason(error)}; correct the"
+                " entry, or install what is missing"
+            ) from error
+
 
 def stage_kind(name: str) -> StageKind:
     """The kind of that name. Raises: UserError."""
@@ -65,6 +78,10 @@ def stage_names() -> list[str]:
     return plugins.names("stages", OWN)
 
 
-def part(place: str) -> Any:
-    """Import what a place "module:attribute" names."""
-    return pkgutil.resolve_name(place)
+def known_kinds() -> dict[str, StageKind]:
+    """All kinds by name but those that cannot be loaded, whose packages are nobody's business who did not ask for them."""
+    found = {}
+    for name in stage_names():
+        with contextlib.suppress(UserError):
+            found[name] = stage_kind(name)
+    return found

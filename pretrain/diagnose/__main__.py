@@ -18,7 +18,7 @@ from data_pipeline.core.storage import atomic_write
 from data_pipeline.core.telling import tellable
 from pretrain.checkpoint.find import checkpoint_of
 from pretrain.checkpoint.manifest import read_manifest
-from pretrain.config.registry import part, stage_kind
+from pretrain.config.registry import stage_kind
 from pretrain.config.schema import RunConfig
 from pretrain.diagnose.command_line import JSON_NAME, PAGE_NAME, given_keys, make_parser, read
 from pretrain.diagnose.page import Panel, draw
@@ -37,9 +37,8 @@ def diagnose(
 
     Raises: UserError.
     """
-    place = stage_kind(config.stage).diagnosis
-    assert place is not None  # command_line.read
-    diagnosis, path = part(place), checkpoint_of(run)
+    diagnosis, path = stage_kind(config.stage).load("diagnosis"), checkpoint_of(run)
+    assert diagnosis is not None  # command_line.read
     saved = read_manifest(path)
     check_recorded(config, RunRecord.of_checkpoint(saved), given)
     stage = load_stage(config, path, device)
@@ -81,8 +80,9 @@ def run(argv: list[str] | None = None) -> int:
     with without_hub():  # the run may be anybody's: which model is fetched is the user's to say
         figures, verdicts, panels = diagnose(config, arguments.run, device, given_keys(arguments))
     failed = [verdict for verdict in verdicts if verdict.passed is False]
+    judged = sum(verdict.passed is not None for verdict in verdicts)
     figures["seconds"] = round(time.perf_counter() - started, 1)
-    figures["verdict"] = "no-go" if failed else "go"
+    figures["verdict"] = "no-go" if failed else "go" if judged else "not measured"
     title = f"{arguments.run}: stage {config.stage}, step {figures['step']:,}"
     draw(figures, verdicts, panels, title, output / PAGE_NAME)
     record = finite(figures | {"checks": [verdict.record() for verdict in verdicts]})
@@ -92,12 +92,13 @@ def run(argv: list[str] | None = None) -> int:
     for sample in figures.get("samples", [])[:1]:
         print(f"one continuation:\n  ... {sample['context'][-160:]!r}\n  >>> {sample['generated'][:400]!r}\n")
     print(f"{output / JSON_NAME}, {output / PAGE_NAME}")
-    judged = sum(verdict.passed is not None for verdict in verdicts)
     if failed:
         print(f"NO-GO: {len(failed)} of {judged} thresholds missed: {'; '.join(verdict.name for verdict in failed)}")
-    else:
+    elif judged:
         print(f"GO: all {judged} thresholds met")
-    return 1 if failed else 0
+    else:
+        print("NOT MEASURED: no figure has met or missed a threshold")
+    return 1 if failed else 0 if judged else 2
 
 
 if __name__ == "__main__":

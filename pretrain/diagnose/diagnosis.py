@@ -22,14 +22,16 @@ class Diagnosis:
     """How the runs of a stage are diagnosed; `StageKind.diagnosis` names the place of one.
 
     Attributes:
-        measure: called with (stage with the EMA weights, device), gives named figures, as JSON has them.
-        judge: called with (figures, configuration), gives the lines of the table.
+        measure: called with (stage with the EMA weights, device), gives named figures, as JSON has them. `samples`, where there are any, is
+            a list of {"context", "generated"} texts; `run`, `stage`, `step`, `seconds`, `verdict` and `checks` are the command's own.
+        judge: called with (figures, configuration), gives the lines of the table. If none of them has passed or failed, the run is neither
+            go nor no-go.
         panels: called with (figures), gives what the page draws: functions of (axes, figures).
     """
 
     measure: Callable[[Any, torch.device], Figures]
     judge: Callable[[Figures, Any], list[Verdict]]
-    panels: Callable[[Figures], Sequence[Panel]]
+    panels: Callable[[Figures], Sequence[Panel]] = lambda _: ()
 
 
 def heldout(config: RunConfig, device: torch.device) -> list[Batch]:

@@ -37,13 +37,11 @@ STYLE: Any = {
 
 def draw(figures: Figures, verdicts: Sequence[Verdict], panels: Sequence[Panel], title: str, path: Path) -> None:
     """Write the page as PNG."""
-    columns = min(len(panels), 3) if len(panels) <= 3 else 4
+    columns = len(panels) if 0 < len(panels) <= 3 else 4
     rows = -(-len(panels) // columns)
     table_inches = 0.21 * (len(verdicts) + 2)
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(3.6 * columns, 2.9 * rows + table_inches + 0.9), layout="constrained")
-        parts: Any = figure.subfigures(2, 1, height_ratios=[2.9 * rows, table_inches])
-        above, below = parts
         go = figures["verdict"]
         figure.suptitle(
             f"{title}:  {go.upper()}",
@@ -54,11 +52,15 @@ def draw(figures: Figures, verdicts: Sequence[Verdict], panels: Sequence[Panel],
             color=_color(go == "go"),
             parse_math=False,
         )
-        grid = above.subplots(rows, columns, squeeze=False)
-        for axes, panel in zip(grid.flat, panels):
-            panel(axes, figures)
-        for axes in list(grid.flat)[len(panels) :]:
-            axes.set_visible(False)
+        below: Any = figure
+        if panels:
+            parts: Any = figure.subfigures(2, 1, height_ratios=[2.9 * rows, table_inches])
+            above, below = parts
+            grid = above.subplots(rows, columns, squeeze=False)
+            for axes, panel in zip(grid.flat, panels):
+                panel(axes, figures)
+            for axes in list(grid.flat)[len(panels) :]:
+                axes.set_visible(False)
         draw_table(below, verdicts)
         figure.savefig(path, dpi=130)
         plt.close(figure)

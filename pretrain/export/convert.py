@@ -39,7 +39,7 @@ from modeling.textldm import TextLDMConfig
 from pretrain.checkpoint.find import checkpoint_at, checkpoint_of
 from pretrain.checkpoint.manifest import read_manifest, unaltered
 from pretrain.checkpoint.storage import Checkpoint
-from pretrain.config.registry import part, stage_kind, stage_names
+from pretrain.config.registry import known_kinds, stage_kind
 from pretrain.config.schema import RunConfig
 from pretrain.export.parts import Exported, Sampling, Source
 from pretrain.export.weights import LARGEST_FILE, write_weights
@@ -89,9 +89,9 @@ def convert(
     path = checkpoint_of(run, state=state) if step is None else unaltered(checkpoint_at(run, step), state).checkpoint
     saved = read_manifest(path)
     record = RunRecord.of_checkpoint(saved)
-    export = stage_kind(record.stage).export
-    if export is None:
-        able = [name for name in stage_names() if stage_kind(name).export]
+    kind = stage_kind(record.stage)
+    if kind.export is None:
+        able = [name for name, known in known_kinds().items() if known.export]
         raise UserError(
             f"{run} is a run of stage {record.stage}, which has no export; expected one of {', '.join(able)}"
         )
@@ -124,7 +124,7 @@ def convert(
             sampling or Sampling(),
             vae,
         )
-        exported: Exported = part(export)(source)
+        exported: Exported = kind.load("export")(source)
         setattr(exported.model.config, STAGE, record.stage)
         # Statistics stay in fp32 (modeling.layers.KeepsStatistics).
         exported.model.to(DTYPES[dtype])  # type: ignore[arg-type]
@@ -155,6 +155,9 @@ def write(exported: Exported, tokenizer: LoadedTokenizer, output: Path, largest:
         hashes = write_weights(model, exported.tensor, folder, largest)
         # As `save_pretrained` does it.
         model.config.dtype, model.config.architectures = str(model.dtype).split(".")[1], [type(model).__name__]
+        if auto := getattr(model, "_auto_class", None):  # by `register_for_auto_class`
+            place = f"{type(model).__module__.rpartition('.')[2]}.{type(model).__name__}"
+            model.config.auto_map = {auto: place} | (getattr(model.config, "auto_map", None) or {})
         model.config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)  # type: ignore[union-attr]

@@ -63,7 +63,10 @@ def load_exported(source: str | Path, device: str | torch.device = "cpu") -> tup
         kind = TextLDMConfig.get_config_dict(source, trust_remote_code=False)[0].get("model_type")
         if kind != TextLDMConfig.model_type:
             found = f"holds a model of type {kind}" if kind else "has no config.json that names a model"
-            raise UserError(f"--model {source} {found}; expected what textldm convert wrote")
+            raise UserError(
+                f"--model {source} {found}; expected what textldm convert made of a run of stage dit or distill (any other model is"
+                " loaded with transformers)"
+            )
         loaded: Any = TextLDM.from_pretrained(source, output_loading_info=True, trust_remote_code=False)
         model, report = loaded
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, config=model.config, trust_remote_code=False)

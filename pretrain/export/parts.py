@@ -47,7 +47,7 @@ class Source:
     """What is exported: a checkpoint whose data and tokenizer are at hand and are those of its run.
 
     Attributes:
-        saved: the checkpoint's manifest; `saved.path` is its folder.
+        saved: the checkpoint's manifest; `saved.checkpoint` is the checkpoint itself.
         weights: the state that is exported, "ema" or "weight".
         name, license_id: for the model card.
         sampling: what the command line says about sampling.
@@ -80,10 +80,10 @@ class Source:
             )
 
     def _told_settings(self) -> str:
-        """Model and optimizer as the configuration has them, for a card."""
-        sections: Any = self.config
-        told = {"model": dataclasses.asdict(sections.model), "optimizer": sections.optimizer.model_dump(mode="json")}
-        return tellable(json.dumps(told, indent=1))
+        """Model and optimizer as the configuration has them, for a card; of a stage without a model section all that is its own."""
+        values = self.config.model_dump(mode="json")
+        own = ["model"] if "model" in values else [name for name in values if name not in RunConfig.model_fields]
+        return tellable(json.dumps({name: values[name] for name in (*own, "optimizer")}, indent=1))
 
     def card(self, template: str, model: PreTrainedModel, **more: object) -> str:
         """A card of a template that names `name`, `license_id`, `millions` of parameters, `step`, `fingerprint`, `settings` and what is

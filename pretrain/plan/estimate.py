@@ -16,7 +16,7 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.format.manifest import Manifest
 from data_pipeline.prepare.options import PrepareOptions
 from data_pipeline.reading.streams import idle_share, largest_micro_batch
-from pretrain.config.registry import part, stage_kind
+from pretrain.config.registry import stage_kind
 from pretrain.config.schema import RunConfig
 from pretrain.plan.activations import trace
 from pretrain.plan.reliability import DAY_S, between_failures_s, daly_s, goodput
@@ -170,10 +170,10 @@ class Plan:
 
 def outline_of(config: RunConfig, device: torch.device, vocab_size: int = 0) -> Outline:
     """A stage's outline. Raises: UserError for a stage that has none."""
-    place = stage_kind(config.stage).outline
-    if place is None:
+    own = stage_kind(config.stage).load("outline")
+    if own is None:
         raise UserError(f"stage {config.stage} cannot be planned: its StageKind names no outline (docs/extending.md)")
-    return part(place)(config, device, vocab_size)
+    return own(config, device, vocab_size)
 
 
 def make_plan(config: RunConfig, hardware: Hardware, text: Text, vocab_size: int = 0) -> Plan:

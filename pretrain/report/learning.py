@@ -12,6 +12,8 @@ HOUSEKEEPING = {"kind", "step", "time", "seconds", "stragglers", "skipped", "nat
 RUNNING = {"step_s", "tokens_per_s", "tokens_per_s_per_device", "wait_share", "peak_memory_gib", "goodput", "mfu"}
 """Measures of `running.py`."""
 NATS = {"nats", "nats_per_token", "unigram_nats"}
+BOUNDED = ("dit", "distill", "mdlm")
+"""Stages whose nats a token are an upper bound."""
 NO_NATS = {
     "vae": "Stage vae gives no probability to text; what of it is given back is under Losses.",
     "distill": "Stage distill says where its teacher's steps lead, not what text is likely; how near it comes is under Losses.",
@@ -166,15 +168,31 @@ def nats(run: Run, against: Run | None) -> Html:
         theirs_at = series(against.metrics.eval, "eval/nats") or series(against.metrics.eval, "eval/nats_per_token")
         lines.append(Line("other", theirs_at, "against", dots=True))
     if any(line.points for line in lines):
-        charts.append(chart("Over the steps", lines, levels, NATS_AXIS, x_range=(0, 0), note="bound, nats"))
+        charts.append(
+            chart(
+                "Over the steps",
+                lines,
+                levels,
+                NATS_AXIS,
+                x_range=(0, 0),
+                note="nats" if is_exact(run) else "bound, nats",
+            )
+        )
     charts += _over_times(run.diagnosis or {}, levels)
-    return join([facts(_nats_facts(found)), grid(charts)])
+    return join([facts(_nats_facts(found, is_exact(run))), grid(charts)])
 
 
-def _nats_facts(found: Mapping[str, float | None]) -> list[tuple[str, Any]]:
+def is_exact(run: Run) -> bool:
+    """Whether the stage's nats a token are no bound."""
+    return run.stage not in BOUNDED
+
+
+def _nats_facts(found: Mapping[str, float | None], exact: bool) -> list[tuple[str, Any]]:
     model, unigram, teacher = (found[name] for name in ("model", "unigram", "teacher"))
     assert model is not None
-    shown: list[tuple[str, Any]] = [("nats per token, at most", with_error(model, found["error"], ".3f"))]
+    shown: list[tuple[str, Any]] = [
+        ("nats per token" if exact else "nats per token, at most", with_error(model, found["error"], ".3f"))
+    ]
     if unigram is not None:
         shown.append(("unigram: how often each token occurs", figure(unigram, ".3f")))
     if teacher is not None:

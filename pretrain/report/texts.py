@@ -10,6 +10,8 @@ from pretrain.report.markup import Html, join, missing, tag
 
 PROMPTS, MILESTONES = 6, 6
 """At most so many texts, and so many of a text's stages."""
+FLOWS = ("dit", "distill")
+"""Stages whose texts come out of noise."""
 BESIDES = ("kind", "step", "time")
 LONGEST, LONGEST_FRAME, MOST_FRAMES = 4000, 2400, 64
 """Characters of a text, and of one on its way; and at most so many t of that."""
@@ -25,7 +27,7 @@ def samples(run: Run, _: Run | None) -> Html:
         where = "From the diagnosis."
     if not entries:
         return missing(
-            "No texts in metrics.jsonl: train.eval_samples is how many a held-out evaluation writes; stage vae writes none."
+            "No texts in metrics.jsonl: train.eval_samples is how many a held-out evaluation writes, of stages that write any."
         )
     groups: dict[str, list[Entry]] = {}
     for number, entry in enumerate(entries):
@@ -88,6 +90,8 @@ def runs_of(words: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
 
 def denoising(run: Run, _: Run | None) -> Html:
     """The text at every t. page.js puts a slider in front, and shows one at a time; without it, and on paper, all of them stand there."""
+    if run.trajectory is None and run.stage not in FLOWS:
+        return missing(f"Stage {run.stage} does not write by taking noise away.")
     if run.trajectory is None:
         how = f"textldm generate --model EXPORT --prompt ... --trajectory {run.folder}/trajectory.json"
         return missing(f"No trajectory.json: {how} writes it; --trajectory FILE names another.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.storage import read_bytes
 from data_pipeline.format.manifest import MANIFEST_NAME, Manifest, give
-from pretrain.config.registry import part, stage_kind
+from pretrain.config.registry import stage_kind
 from pretrain.config.schema import RunConfig
 
 
@@ -21,8 +21,8 @@ class Inputs:
 
 def find_inputs(config: RunConfig) -> Inputs:
     """What the run would read. Raises: UserError for what is not there."""
-    manifest, place = config.data.manifest(), stage_kind(config.stage).inputs
-    return Inputs(manifest, part(place)(config) if place else {})
+    manifest, own = config.data.manifest(), stage_kind(config.stage).load("inputs")
+    return Inputs(manifest, own(config) if own else {})
 
 
 def read_once_a_host(config: RunConfig, rank: int, local_rank: int, of_rank_0: Callable[[bytes], bytes]) -> None:

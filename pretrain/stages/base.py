@@ -11,13 +11,15 @@ optimised nor saved.
 Shape letters: T packed tokens, B rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from data_pipeline.format.manifest import Manifest
 from data_pipeline.reading.batch import Batch
 from modeling.layers import KeepsStatistics
 from pretrain.checkpoint.read import load_weights
@@ -51,6 +53,23 @@ def weighted(values_T: Tensor, weights_T: Tensor) -> Tensor:
     return torch.stack(((values_T.detach() * weights_T).sum(), weights_T.sum()))
 
 
+@dataclass(frozen=True)
+class Occasion:
+    """A held-out evaluation at which a stage may write texts.
+
+    Attributes:
+        stage: with the EMA weights.
+        call: calls a function of no arguments with all weights in place, on all ranks.
+        is_main: whether this rank's texts are logged.
+    """
+
+    stage: Any
+    config: Any
+    manifest: Manifest
+    call: Callable[[Callable[[], Any]], Any]
+    is_main: bool
+
+
 class Stage(KeepsStatistics):
     """What the loop knows of a stage: `token_counts` and `flops` of a batch, `forward`, and the number of the current step."""
 
@@ -58,14 +77,16 @@ class Stage(KeepsStatistics):
 
     def token_counts(self, batch: Batch) -> dict[str, int]:
         """Tokens that the loss is normalised by, by name, from the batch's metadata alone."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define token_counts(batch)")
 
     def flops(self, batch: Batch) -> float:
-        """Model FLOPs of the batch's forward and backward pass; frozen models count their forward pass."""
-        raise NotImplementedError
+        """Model FLOPs of the batch's forward and backward pass, for MFU; frozen models count their forward pass."""
+        raise NotImplementedError(f"{type(self).__name__} must define flops(batch)")
 
     def forward(self, batch: Batch, counts: dict[str, int]) -> StageOutput:
-        """The micro-batch's part of the step's loss. In eval mode nothing is random."""
+        """The micro-batch's part of the step's loss. In eval mode it is of the rows alone: no dropout, no dropped contexts, and noise keyed
+        by the rows. Metrics are (sum, weight) pairs, on held-out rows logged as eval/NAME.
+        """
         raise NotImplementedError
 
     def summarised(self, means: dict[str, float]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from data_pipeline.format.manifest import Manifest
 from pretrain.checkpoint.read import read_tensors
 from pretrain.checkpoint.storage import Checkpoint
 from pretrain.checkpoint.tensor_files import LazyTensors, shapes_of
-from pretrain.config.registry import part, stage_kind
+from pretrain.config.registry import stage_kind
 from pretrain.config.schema import RunConfig
 from pretrain.engine.optim import full_shape
 from pretrain.ranks.distributed import ALONE, Together
@@ -25,15 +25,15 @@ TRAINING_ONLY = ("repa.", "token_head.")
 
 def measure(config: RunConfig, manifest: Manifest, device: torch.device, together: Together = ALONE) -> None:
     """What the stage must know before it is built, if anything, into the run folder. Collective. Raises: UserError."""
-    if place := stage_kind(config.stage).measure:
-        part(place)(config, manifest, device, together)
+    if own := stage_kind(config.stage).load("measure"):
+        own(config, manifest, device, together)
 
 
 def build_stage(config: RunConfig, manifest: Manifest, device: torch.device) -> Any:
     """The stage on `device`, with first weights drawn there by torch's generator; `measure` comes before it. Raises: UserError."""
     if config.train.precision == "fp8":
         check_fp8(device)
-    stage = part(stage_kind(config.stage).stage)(config, manifest, device)
+    stage = stage_kind(config.stage).load("stage")(config, manifest, device)
     if config.train.precision == "fp8":
         multiply_in_fp8(stage)
     prepare_blocks(stage, config.train)

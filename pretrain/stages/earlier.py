@@ -15,7 +15,7 @@ from pretrain.checkpoint.manifest import read_manifest
 from pretrain.checkpoint.read import SavedTensors
 from pretrain.checkpoint.storage import Checkpoint
 from pretrain.checkpoint.tensor_files import UNREADABLE, TensorFiles
-from pretrain.config.registry import part, stage_kind
+from pretrain.config.registry import stage_kind
 from pretrain.config.schema import RunConfig
 from pretrain.runs.inputs import find_inputs
 from pretrain.runs.record import RunRecord
@@ -52,11 +52,13 @@ def _of_export(config: RunConfig, manifest: Manifest, folder: Path, stack: ExitS
                 f" {' or '.join(config.earlier_stages)}"
             )
         _check_stage(config, stage, f"{key} {source} is the export of a run")
-        own = stage_kind(stage).from_export
+        own = stage_kind(stage).load("from_export")
         if own is None:
-            raise UserError(f"{key} {source} is an export of stage {stage}, which no run starts from; expected its run")
+            raise UserError(
+                f"{key} {source} is an export of stage {stage}, whose StageKind names no from_export: start from its run"
+            )
         _check_tokenizer(f"{key} {source}", _tokenizer_of(folder), manifest)
-        found: Mapping[str, Tensor] = part(own)(config, export, stack.enter_context(TensorFiles(weight_files(folder))))
+        found: Mapping[str, Tensor] = own(config, export, stack.enter_context(TensorFiles(weight_files(folder))))
         return found
     except UserError:
         raise

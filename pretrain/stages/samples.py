@@ -6,7 +6,6 @@ Shape letters: N target tokens of all prompts, Z latent dim.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,12 +14,10 @@ from data_pipeline.reading.prompts import Prompt, prompts_of
 from data_pipeline.text.detokenizer import Detokenizer
 from modeling.continuation import decode_targets, sample_targets
 from modeling.times import EstimatePath
+from pretrain.stages.base import Occasion
 from pretrain.stages.dit import DiTStage
 from pretrain.stages.rows import heldout_rows
 from pretrain.stages.token_stage import TokenStage
-
-if TYPE_CHECKING:
-    from pretrain.session import Session
 
 NUM_STEPS, SOLVER = 16, "multistep"
 """A preview; `textldm diagnose` samples as the paper does."""
@@ -73,48 +70,47 @@ def sample(
     return Samples(latents_NZ, [tokens_T.tolist() for tokens_T in decode_targets(stage.vae, latents_NZ, lengths)])
 
 
-def continuations(session: "Session") -> list[dict[str, str]]:
+def continuations(occasion: Occasion) -> list[dict[str, str]]:
     """Of stage 2, a preview's steps at the diagnosis's guidance scale. Collective."""
-    stage = session.stage
+    stage = occasion.stage
     assert isinstance(stage, DiTStage)
     scale = stage.config.diagnose.guidance_scale
-    return written(session, lambda prompts: sample(stage, prompts, scale, NUM_STEPS, SOLVER).tokens)
+    return written(occasion, lambda prompts: sample(stage, prompts, scale, NUM_STEPS, SOLVER).tokens)
 
 
-def student_continuations(session: "Session") -> list[dict[str, str]]:
+def student_continuations(occasion: Occasion) -> list[dict[str, str]]:
     """Of a distilled student, as it is made to be sampled. Collective."""
-    stage = session.stage
+    stage = occasion.stage
     assert isinstance(stage, DiTStage)
     own = stage.config.diagnose
     return written(
-        session, lambda prompts: sample(stage, prompts, own.guidance_scale, own.num_steps, own.solver).tokens
+        occasion, lambda prompts: sample(stage, prompts, own.guidance_scale, own.num_steps, own.solver).tokens
     )
 
 
-def token_continuations(session: "Session") -> list[dict[str, str]]:
+def token_continuations(occasion: Occasion) -> list[dict[str, str]]:
     """Of the baselines over tokens. Collective."""
-    stage = session.stage
+    stage = occasion.stage
     assert isinstance(stage, TokenStage)
-    return written(session, lambda prompts: stage.generate(prompts, NUM_STEPS))
+    return written(occasion, lambda prompts: stage.generate(prompts, NUM_STEPS))
 
 
-def written(session: "Session", generate: Callable[[Sequence[Prompt]], list[list[int]]]) -> list[dict[str, str]]:
+def written(occasion: Occasion, generate: Callable[[Sequence[Prompt]], list[list[int]]]) -> list[dict[str, str]]:
     """{"context", "generated", "true"} texts of the first held-out windows. Collective.
 
     Every rank generates all of them, because under ZeRO-3 it takes all of them to gather the weights.
     """
-    config, count = session.config, session.config.train.eval_samples
+    config, count = occasion.config, occasion.config.train.eval_samples
     if not count:
         return []
-    session.watchdog.beat(session.step, "evaluate")
     batches = islice(heldout_rows(config, config.train.eval_rows, micro_batch_rows=1), count)
     prompts = prompts_of(batches, max_tokens=config.diagnose.sample_tokens)[:count]
     if not prompts:
         return []
-    generated = session.engine.call(lambda: generate(prompts))
-    if not session.topology.is_main:
+    generated = occasion.call(lambda: generate(prompts))
+    if not occasion.is_main:
         return []
-    detokenizer = Detokenizer(config.data.path, session.manifest)
+    detokenizer = Detokenizer(config.data.path, occasion.manifest)
     contexts, true = ([part.tolist() for part in parts] for parts in zip(*((p.context_T, p.target_T) for p in prompts)))
     columns = {"context": contexts, "generated": generated, "true": true}
     texts = {name: detokenizer.texts(tokens) for name, tokens in columns.items()}

@@ -29,7 +29,7 @@ class MetricSums:
         if not metrics:
             return
         names = sorted(metrics)
-        pairs_M2 = torch.stack([_pair(metrics[name]) for name in names])
+        pairs_M2 = torch.stack([_pair(name, metrics[name]) for name in names])
         if self._sums_M2 is None:
             self._names, self._sums_M2 = names, pairs_M2
         elif names != self._names:
@@ -47,8 +47,10 @@ class MetricSums:
         return {} if self._sums_M2 is None else dict(zip(self._names, self._sums_M2.tolist()))
 
 
-def _pair(value: Any) -> Tensor:
+def _pair(name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
+        if value.shape != (2,):
+            raise ValueError(f"metric {name} has shape {list(value.shape)}; expected a (sum, weight) pair, [2]")
         return value.detach().double()
     tensors = [part for part in value if isinstance(part, Tensor)]
     device = tensors[0].device if tensors else None

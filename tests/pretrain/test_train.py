@@ -346,6 +346,12 @@ def test_a_dry_run_leaves_nothing(tmp_path: Path, data: Path, capsys: pytest.Cap
     assert start(config, "--dry-run") == EXIT_USER
     assert "run.dry-run" in capsys.readouterr().err
     assert (tmp_path / "run.dry-run" / "notes.txt").exists()
+    (tmp_path / "run.dry-run" / "notes.txt").unlink()
+    (tmp_path / "run.dry-run").rmdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("s4:bucket")  # where a start would look
+    assert start(config, "--dry-run") == EXIT_USER
+    assert "'s4' is none of the known checkpoint_storages" in capsys.readouterr().err
 
 
 def test_data_without_held_out_rows_is_refused_unless_nothing_is_evaluated(

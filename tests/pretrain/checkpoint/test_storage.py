@@ -33,6 +33,8 @@ class Memory:
     places: ClassVar[dict[str, dict[str, dict[str, bytes]]]] = {}
 
     def __init__(self, place: str) -> None:
+        if place.endswith("/unreachable"):
+            raise ConnectionError("nobody answers")
         self.place, self.limit = place, 1 << 30
         self.checkpoints = self.places.setdefault(place, {})
 
@@ -128,6 +130,14 @@ def test_a_file_that_names_no_storage_is_refused(tmp_path: Path):
     (tmp_path / CHECKPOINTS).write_text("s4:bucket/x")
     with pytest.raises(UserError, match="'s4' is none of the known checkpoint_storages: folder"):
         storage_of(tmp_path)
+
+
+def test_a_place_that_cannot_be_opened_is_named(run: Path):
+    (run / CHECKPOINTS).write_text("memory:/unreachable")
+    with pytest.raises(
+        UserError, match="names memory:/unreachable, which cannot be opened: ConnectionError: nobody answers"
+    ):
+        storage_of(run)
 
 
 def test_a_folder_elsewhere_is_a_storage_by_name(tmp_path: Path):

@@ -15,16 +15,19 @@ from pretrain import train
 from pretrain.checkpoint.manifest import _digest
 from pretrain.checkpoint.read import read_tensors
 from pretrain.config.load import load_config
+from pretrain.config.registry import StageKind
 from pretrain.config.sections import Diagnose
 from pretrain.diagnose import __main__ as diagnose
 from pretrain.diagnose import model_checks
+from pretrain.diagnose.diagnosis import Diagnosis
 from pretrain.diagnose.dit import judge
-from pretrain.diagnose.verdicts import table
+from pretrain.diagnose.verdicts import Verdict, at_most, table
 from pretrain.runs.folder import config_of
 from pretrain.stages.dit_config import DiTRun
 from tests.pretrain import tiny_run
 
 QUICK = ["--rows", "4", "--num-steps", "2", "--set", "diagnose.sample_tokens=64", "--set", "diagnose.sweep_scales=[1]"]
+load = StageKind.load
 LENIENT = [
     f"--set=diagnose.{key}" for key in ("min_token_accuracy=0", "min_basin_radius=0", "max_posterior_noise_share=1")
 ]
@@ -79,6 +82,23 @@ def test_a_vae_run(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     code, record = diagnosed(runs / "vae", tmp_path, *LENIENT)
     assert (code, record["verdict"]) == (0, "go")
     assert capsys.readouterr().out.strip().endswith("thresholds met")
+
+
+@pytest.mark.parametrize("verdicts", [[], [at_most(1, "something", None, 2.0)]])
+def test_a_diagnosis_that_measured_nothing_is_no_go_ahead(
+    verdicts: list[Verdict],
+    runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And one without panels has a page of the table alone."""
+    bare = Diagnosis(lambda *_: {}, lambda *_: verdicts)
+    monkeypatch.setattr(StageKind, "load", lambda self, field: bare if field == "diagnosis" else load(self, field))
+    code, record = diagnosed(runs / "vae", tmp_path)
+    assert (code, record["verdict"]) == (2, "not measured")
+    assert "NOT MEASURED" in capsys.readouterr().out
+    assert imread(tmp_path / "diagnosis.png").shape[1] > 1000
 
 
 def test_a_dit_run_has_what_the_recipes_summary_needs(

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from safetensors.torch import load_file
 
 from pretrain.checkpoint.read import read_tensors
 from pretrain.telemetry.sinks import read_metrics
+from tests.data_pipeline.made_batches import make_batch
 from tests.pretrain import tiny_pipeline, tiny_run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -31,6 +35,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from data_pipeline.core.settings import Section
 from data_pipeline.reading.batch import FILLER, PREFIX, SUFFIX
 from data_pipeline.text.detokenizer import Detokenizer
+from modeling.attention import Segments
+from modeling.token_transformer import causal_inputs
 from pretrain.checkpoint.read import read_tensors
 from pretrain.config.registry import StageKind
 from pretrain.config.schema import RunConfig
@@ -73,7 +79,8 @@ class ToyStage(Stage):
         return 2.0 * self.table.weight.shape[1] * len(batch.tokens_T)
 
     def forward(self, batch, counts):
-        logits_TV = self.table(batch.tokens_T.roll(1)) + self.prior_V
+        windows = Segments.from_lengths(batch.window_lengths, batch.tokens_T.device)
+        logits_TV = self.table(causal_inputs(batch.tokens_T, windows, 0)) + self.prior_V
         real_T = (batch.roles_T != FILLER).float()
         loss = (F.cross_entropy(logits_TV, batch.tokens_T, reduction="none") * real_T).sum()
         return StageOutput(loss / counts["tokens"], {"nats": torch.stack((loss.detach(), real_T.sum()))})
@@ -91,10 +98,10 @@ def measure(config, manifest, device, together):
         path.write_text(json.dumps(tokens.bincount(minlength=manifest.tokenizer.vocab_size).tolist()))
 
 
-def samples(session):
-    stage = session.stage
-    best = session.engine.call(lambda: (stage.table.weight + stage.prior_V).argmax(-1))[:3]
-    return [{"after each of the first tokens": Detokenizer(session.config.data.path, session.manifest).texts([best.tolist()])[0]}]
+def samples(occasion):
+    stage = occasion.stage
+    best = occasion.call(lambda: (stage.table.weight + stage.prior_V).argmax(-1))[:3]
+    return [{"after each of the first tokens": Detokenizer(occasion.config.data.path, occasion.manifest).texts([best.tolist()])[0]}]
 
 
 def figures(stage, device):
@@ -124,10 +131,13 @@ class ToyForCausalLM(PreTrainedModel):
         self.table = nn.Embedding(config.vocab_size, config.vocab_size)
 
 
+ToyForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+
 def export(source):
     with torch.device("meta"):
         model = ToyForCausalLM(ToyConfig(vocab_size=source.manifest.tokenizer.vocab_size))
-    return Exported(model, source.tensors().__getitem__, f"# {source.name}")
+    return Exported(model, source.tensors().__getitem__, source.card("# {name} {settings}", model))
 
 
 KIND = StageKind(
@@ -146,6 +156,30 @@ OTHERS = """
         assert not main(["convert", "--run", "run", "--output", "export"])
 """
 """The commands that need no process of their own: a start takes five seconds."""
+
+
+def test_the_documented_stage_sees_neither_packing_nor_micro_batches() -> None:
+    (code,) = re.findall(
+        r"```python\n(# my_package/mine\.py\n.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL
+    )
+    exec(compile(code, "mine.py", "exec"), found := {"__name__": "mine"})
+    config = SimpleNamespace(model=found["MyModel"]())
+    manifest = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=20))
+    stage = found["MyStage"](config, manifest, torch.device("cpu")).double()
+    rows = [make_batch([(0, 20), (3, 30)], seed) for seed in range(3)]
+    joined = ("window_lengths", "segment_lengths", "segment_roles")
+    together = replace(
+        rows[0],
+        tokens_T=torch.cat([row.tokens_T for row in rows]),
+        **{name: [value for row in rows for value in getattr(row, name)] for name in joined},
+    )
+    counts = {"tokens": stage.token_counts(together)["tokens"]}
+    assert counts["tokens"] == 3 * 53 == sum(stage.token_counts(row)["tokens"] for row in rows)
+    for training in (True, False):
+        stage.train(training)
+        assert float(stage(together, counts).loss.detach()) == pytest.approx(
+            sum(float(stage(row, counts).loss.detach()) for row in rows), rel=1e-12
+        )
 
 
 @pytest.fixture
@@ -193,5 +227,8 @@ def test_a_stage_from_outside_is_trained_resumed_diagnosed_and_exported(toy: Pat
     assert nats == pytest.approx(read_metrics(run, "eval")[-1]["eval/nats"], rel=0.05)
     exported = load_file(toy / "export" / "model.safetensors")
     assert torch.equal(exported["table.weight"], read_tensors(run, "ema")["table.weight"])
-    assert json.loads((toy / "export" / "config.json").read_text())["textldm_stage"] == "toy"
+    config = json.loads((toy / "export" / "config.json").read_text())
+    assert config["textldm_stage"] == "toy"
+    assert config["auto_map"]["AutoModelForCausalLM"] == "toy_stage.ToyForCausalLM"
+    assert '"smoothing": 0.5' in (toy / "export" / "README.md").read_text()
     assert {"README.md", "tokenizer.json"} <= {path.name for path in (toy / "export").iterdir()}

@@ -64,6 +64,8 @@ def test_peaks() -> None:
 
 def test_metric_sums_are_weighted_means_whatever_the_micro_batches() -> None:
     values, weights = torch.randn(6, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"^metric b has shape \[\]; expected a \(sum, weight\) pair"):
+        MetricSums().add({"a": (1.0, 1.0), "b": torch.tensor(1.0)})
     whole, parts = MetricSums(), MetricSums()
     whole.add({"a": ((values * weights).sum(), weights.sum()), "empty": (torch.tensor(0.0), 0)})
     for value, weight in zip(values, weights):
