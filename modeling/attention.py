@@ -35,7 +35,7 @@ class Segments:
     Attributes:
         lengths: tokens per segment, each > 0, in packed order; they sum to T.
         device: where the derived tensors live.
-        causal: tokens attend to none behind them.
+        causal: tokens attend to none that comes after them.
     """
 
     lengths: tuple[int, ...]
@@ -129,7 +129,7 @@ class Segments:
 def varlen_attention(
     q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, segments: Segments, implementation: str = "auto"
 ) -> torch.Tensor:
-    """Softmax(q k^T / sqrt(K)) v within each segment, over all of its tokens, or if `segments.causal` over none behind.
+    """Softmax(q k^T / sqrt(K)) v within each segment, over all of its tokens, or if `segments.causal` over none that comes after.
 
     Args:
         q_THK, k_THK, v_THK: [T, H, K] of one dtype and device; `flash_attn` and `torch_varlen` want fp16 or bf16 on CUDA.

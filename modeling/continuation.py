@@ -91,7 +91,7 @@ def draw_tokens(
         patience: a target is done when its estimates have decoded to the same tokens in so many steps running, whatever else is in the
             batch, and sampling ends when all are: decoding each step costs less than the steps that are saved, or it does not pay.
         on_step: called with (step, t, tokens of each target as decoded from the one-step estimate) in every step.
-        others: see `sample_targets`.
+        options: the other arguments of `sample_targets`.
     """
     lengths = [len(eps_TZ) for eps_TZ in noise]
     done: dict[int, torch.Tensor] = {}

@@ -11,6 +11,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from .prompts import several
+from .shapes import DEFAULT_NEW_TOKENS
 
 HONOURED = (
     "max_new_tokens", "max_length", "num_return_sequences", "return_dict_in_generate", "output_scores", "eos_token_id", "pad_token_id",
@@ -21,7 +22,6 @@ WITHOUT_EFFECT = ("do_sample", "use_cache", "bos_token_id", "transformers_versio
 """What is accepted and changes nothing: every text is drawn, in one way."""
 DEFAULTS: dict[str, Any] = {"num_return_sequences": 1, "best_of": 1, "seed": 0, "guidance_interval": (0.0, 1.0)}
 """Of what no source needs to say."""
-DEFAULT_NEW_TOKENS = 128
 WHOLE = "a text is drawn whole, not token by token"
 
 

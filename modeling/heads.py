@@ -1,7 +1,7 @@
 """Heads of the TextDiT: from the Transformer's output to a velocity, and where a head knows tokens, their cross-entropy.
 
-A head is a module with two methods. `alone` says what each noisy latent tells by itself, before the network has read any, or None;
-`forward` makes the prediction. Time t is [T, 1], fp32, and 0 at contexts. What costs V a token is done for targets alone, where the
+A head of the TextDiT is a module with two methods. `alone` says what each noisy latent tells by itself, before the network has read any, or
+None; `forward` makes the prediction. Time t is [T, 1], fp32, and 0 at contexts. What costs V a token is done for targets alone, where the
 network reads no embedding of tokens.
 
 Shape letters: T packed tokens, M target tokens, D width, Z latent dim, V vocabulary, E = 2 Z + 1.

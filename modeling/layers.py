@@ -1,4 +1,4 @@
-"""Transformer blocks of the VAE and the DiT: pre-norm LayerNorm, RoPE, bidirectional packed attention, GELU MLP.
+"""Transformer blocks of all models: pre-norm LayerNorm, RoPE, packed attention (bidirectional, causal where the segments say so), GELU MLP.
 
 Shape letters: T packed tokens, D width, H heads, K head dim, P = K/2 rotary pairs, N segments.
 """
@@ -85,7 +85,7 @@ def statistics(module: nn.Module) -> list[str]:
 
 
 class Attention(nn.Module):
-    """Multi-head bidirectional self-attention within segments, optionally with per-head LayerNorm of queries and keys."""
+    """Multi-head self-attention within segments, optionally with per-head LayerNorm of queries and keys."""
 
     def __init__(self, width: int, head_dim: int, qk_norm: bool = False):
         super().__init__()
@@ -166,7 +166,7 @@ class Transformer(nn.Module):
 
     Attributes:
         checkpoint_every: recompute every n-th block's activations in the backward pass instead of keeping them; 0 keeps all.
-        neighbour_heads: at the start, some heads of every block look at the token before and some at the token behind.
+        neighbour_heads: at the start, some heads of every block look at the token before and some at the token after.
     """
 
     def __init__(

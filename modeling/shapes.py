@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+DEFAULT_NEW_TOKENS = 128
+"""Tokens that `generate` makes where nobody says how many."""
+
 
 def check_heads(width: int, head_dim: int) -> None:
     """Raise ValueError for a width that is no number of whole heads, or heads that rotary pairs do not fill."""

@@ -63,7 +63,7 @@ class TextDiT(nn.Module):
         Args:
             latents_TZ: standardised latents: z_t at targets, clean z at contexts, zeros at dropped contexts.
             is_target_T: bool [T].
-            time_T: t of each token's window, [T]; the velocity head without time conditioning does not read it.
+            time_T: t of each token, [T], in most models that of its window; the velocity head without time conditioning does not read it.
             windows: which tokens see each other: context and target of one document.
             estimate_TZ: an earlier estimate of z at the targets, for self-conditioning.
             targets: the true tokens and where they stand.

@@ -18,7 +18,7 @@ class TextVAE(KeepsStatistics):
     """Token ids -> diagonal Gaussian posterior per token -> token logits.
 
     The buffers `latents_mean` and `latents_std` [Z] standardise posterior means per channel for the flow (AutoencoderKL's names);
-    they are 0 and 1 until `pretrain.latents` has measured them.
+    they are 0 and 1 until stage 2 has measured them (pretrain/stages/latent_statistics.py).
     """
 
     latents_mean: torch.Tensor

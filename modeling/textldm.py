@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 
-from .blocks import SEEDS, block_sizes, keyed_generator, latest, repeated, sequence_keys
+from .beyond_window import SEEDS, block_sizes, keyed_generator, latest, repeated, sequence_keys
 from .continuation import draw_tokens
 from .conventions import Generated, chosen, end_ids, right_padded, row_texts
 from .likelihood import LAST_T0, target_nats

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.modeling_outputs import MaskedLMOutput
 
 from .attention import Segments
-from .blocks import block_sizes, keyed_generator, latest, repeated, sequence_keys
+from .beyond_window import block_sizes, keyed_generator, latest, repeated, sequence_keys
 from .conventions import chosen, end_ids, right_padded, row_texts
 from .masked_diffusion import sample_targets, window_nats
 from .pretrained import ExportedModel

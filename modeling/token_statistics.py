@@ -24,7 +24,7 @@ def within_token_moments(
 
 
 def log_frequencies(counts_V: torch.Tensor) -> torch.Tensor:
-    """fp32 [V], the logarithms of tokens' shares of a text in which each occurs `UNSEEN_COUNT` times more often than counted."""
+    """fp32 [V], the logarithms of tokens' shares of a text, each token's count raised by `UNSEEN_COUNT`."""
     weights_V = counts_V.double() + UNSEEN_COUNT
     return (weights_V / weights_V.sum()).log().float()
 

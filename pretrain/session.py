@@ -1,7 +1,7 @@
 """A training session: all that the loop of pretrain/train.py works with, opened step by step in this order:
 
     check          the data, its held-out split and the frozen inputs are there
-    agree          all ranks read the same and have the same versions
+    compare_ranks  all ranks read the same and have the same versions
     own            an earlier run in the same folder is put aside, if --fresh says so; the folder is this job's alone from here on
     watch          signals and hangs are noticed from here on
     find           the newest complete checkpoint; what differs from its run is allowed
@@ -165,7 +165,7 @@ def open_session(
     What must not survive an error (signal handlers, threads) is registered with `stack`. Raises: UserError.
     """
     inputs = check(config, topology)
-    agree(topology, inputs)
+    compare_ranks(topology, inputs)
     own(config, topology, stack, fresh)
     signals, watchdog = watch(config, topology, stack)
     earlier = find(config, topology, inputs, allow_change)
@@ -205,7 +205,7 @@ def check(config: RunConfig, topology: Topology) -> Inputs:
     return inputs
 
 
-def agree(topology: Topology, inputs: Inputs) -> None:
+def compare_ranks(topology: Topology, inputs: Inputs) -> None:
     """Refuse ranks that read other data or compute with other versions than rank 0. Collective. Raises: UserError on all ranks."""
     facts = versions() | {"data.path": inputs.manifest.fingerprint} | inputs.fingerprints
     refuse_differences(facts, topology.hostname, topology.rank, topology.world_size, all_reduce_sum)

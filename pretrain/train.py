@@ -20,6 +20,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from data_pipeline.core.home import settle_home
     from data_pipeline.core.imports import begin_imports, end_imports
+    from pretrain.faults.exit_codes import EXIT_REQUEUE
     from pretrain.ranks.launcher import first_launchers, stop_signals
 
     # A launcher ends the other ranks as soon as one has found a mistake: they find it too, and end with its code, not as preempted ones.
@@ -35,9 +36,9 @@ if __name__ == "__main__":
 
     check()  # a mistake is said before torch is imported, which takes seconds
     if asked_to_end:
-        os._exit(85)
+        os._exit(EXIT_REQUEUE)
     for number in stop_signals():
-        signal.signal(number, lambda *_: os._exit(85))
+        signal.signal(number, lambda *_: os._exit(EXIT_REQUEUE))
 
 import torch
 

@@ -18,7 +18,7 @@ FLOORS = {
     "data_pipeline": ["core", "format", "text", "reading", "features", "prepare", "cache_features"],
     "modeling": [
         ["attention", "flow", "losses", "prompts", "shapes", "times", "token_statistics"],
-        ["blocks", "conventions", "floors", "layers", "solvers"],
+        ["beyond_window", "conventions", "floors", "layers", "solvers"],
         ["heads", "pretrained", "repa", "text_vae", "token_transformer"],
         ["text_dit", "textvae", "masked_diffusion", "stock_language_model"],
         ["guidance"],

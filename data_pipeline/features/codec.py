@@ -32,7 +32,7 @@ from data_pipeline.reading.batch import CodedFeatures
 FORMAT = 1
 LARGEST_BYTES = 1 << 34
 """Of a codec's file, n-gram tables above all."""
-EXACT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -252,7 +252,7 @@ def _from_tensors(tensors: dict[str, torch.Tensor], meta: dict) -> Codec:
     if meta["format"] != FORMAT:
         raise ValueError(f"format {meta['format']}, expected {FORMAT}")
     if meta["kind"] == "exact":
-        return ExactCodec(meta["feature_dim"], EXACT_DTYPES[meta["dtype"]])
+        return ExactCodec(meta["feature_dim"], DTYPES[meta["dtype"]])
     orders = range(1, meta["ngram_order"] + 1)
     keys, means = ([tensors[f"{name}.{n}"] for n in orders] for name in ("ngram_keys", "ngram_means"))
     ngrams = NgramMeans(meta["vocab_size"], keys, means)

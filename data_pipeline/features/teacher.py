@@ -16,8 +16,6 @@ from torch import nn
 from data_pipeline.core.errors import UserError
 from data_pipeline.features.hidden_state import HiddenState
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass
 class Teacher:

@@ -16,8 +16,9 @@ from transformers.utils import logging as transformers_logging
 from data_pipeline.core.errors import ENDINGS, UserError, reason
 from data_pipeline.core.hub import find_model
 from data_pipeline.core.pointers import pointer
+from data_pipeline.features.codec import DTYPES
 from data_pipeline.features.hidden_state import HiddenState, agree, find_hidden_state, probe_tokens, whole_state
-from data_pipeline.features.teacher import DTYPES, Teacher
+from data_pipeline.features.teacher import Teacher
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "context_length")
 """What configurations call the longest sequence that a model was built for."""

@@ -186,7 +186,7 @@ class FeatureManifest(_Strict):
         return load_checked(
             cls,
             folder,
-            "copy it again, or cache the features again (data_pipeline/cache_features.py)",
+            "copy it again, or cache the features again (textldm cache)",
             f"if it was moved, say where it is now with {named_by}; else run textldm cache, which makes it, or run it again to its end",
         )
 

@@ -31,7 +31,7 @@ _SIZE_FIELD = slice(124, 135)
 _CHECKSUM_FIELD = slice(148, 154)
 _REMEDY = "copy the shard again from where it was prepared, or prepare the data again (--fresh)"
 _FEATURES_REMEDY = (
-    "copy the shard again, or run cache_features again, which replaces damaged shards and keeps the others"
+    "copy the shard again, or run textldm cache again, which replaces damaged shards and keeps the others"
 )
 
 

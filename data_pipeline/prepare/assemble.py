@@ -167,7 +167,7 @@ def _suffices(groups: list[Group], chunks: list[Path], row_tokens: int, num_rows
 def _documents(task: AssembleTask) -> tuple[Documents, int]:
     """The group's documents, and how many were dropped as duplicates."""
     group = task.group
-    documents = gather([Chunk(task.work / "units" / name).read(group.low, group.high) for name in task.chunks])
+    documents = gather([Chunk(task.work / "bundles" / name).read(group.low, group.high) for name in task.chunks])
     kept = without_duplicates(documents) if task.dedupe else documents
     return kept, len(documents.ends) - len(kept.ends)
 

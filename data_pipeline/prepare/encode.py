@@ -30,7 +30,7 @@ class EncodeTask:
     """What a worker needs to encode a bundle of units; with a `context_field`, `text_field` is that of the targets."""
 
     index: int
-    units: Bundle
+    bundle: Bundle
     text_field: str
     work: Path
     eos_id: int | None
@@ -78,6 +78,7 @@ def encode_bundle(task: EncodeTask, progress: Callable[[int, int], None]) -> Bun
     contexts: list[int] = []
     held = 0
     for texts in _batches(task, result):
+        before = result.text_bytes
         for data, tokens, context in _encode(texts, task, result):
             result.text_bytes += len(data)
             if len(tokens) < task.min_window:
@@ -90,7 +91,7 @@ def encode_bundle(task: EncodeTask, progress: Callable[[int, int], None]) -> Bun
         if held >= CHUNK_TOKENS:
             _flush(task, result, hashes, documents, contexts)
             held = 0
-        progress(len(texts), sum(len(context) + len(text) for context, text in texts))
+        progress(len(texts), result.text_bytes - before)
     _flush(task, result, hashes, documents, contexts)
     write_text(result_path(task.work, task.index), json.dumps(asdict(result)))
     return result
@@ -98,7 +99,7 @@ def encode_bundle(task: EncodeTask, progress: Callable[[int, int], None]) -> Bun
 
 def result_path(work: Path, index: int) -> Path:
     """Path of a bundle's result. The file exists once the bundle is encoded."""
-    return work / "units" / f"{index:06d}.json"
+    return work / "bundles" / f"{index:06d}.json"
 
 
 def load_result(work: Path, index: int) -> BundleResult | None:
@@ -117,8 +118,8 @@ def document_hash(data: bytes, seed: int) -> bytes:
 def _records(task: EncodeTask) -> Iterator[tuple[str, str | None]]:
     """Context and text of each record; the context is "" where there is none."""
     if task.context_field is None:
-        return (("", text) for text in read_bundle(task.units, task.text_field))
-    return ((context or "", text) for context, text in read_pairs(task.units, task.context_field, task.text_field))
+        return (("", text) for text in read_bundle(task.bundle, task.text_field))
+    return ((context or "", text) for context, text in read_pairs(task.bundle, task.context_field, task.text_field))
 
 
 def _batches(task: EncodeTask, result: BundleResult) -> Iterator[list[tuple[str, str]]]:
@@ -175,7 +176,7 @@ def _token_ids(texts: list[str], task: EncodeTask) -> list[list[int]]:
     """Token ids of each text. Raises UserError if the tokenizer fails at one, or gives document ends within it, which training would
     take for the ends of documents.
     """
-    place = f"source {task.units[0].location}" + (f" and {len(task.units) - 1} more" if len(task.units) > 1 else "")
+    place = f"source {task.bundle[0].location}" + (f" and {len(task.bundle) - 1} more" if len(task.bundle) > 1 else "")
     try:
         encodings = _tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     except BaseException as error:  # the library raises plain Exception, and where it panics not even that
@@ -206,7 +207,7 @@ def _flush(
         return
     name = f"{task.index:06d}-{len(result.chunks):03d}.spill"
     halves = np.frombuffer(b"".join(hashes), ">u8").reshape(-1, 2).astype(np.uint64)
-    write_chunk(task.work / "units" / name, halves, documents, task.token_dtype, contexts)
+    write_chunk(task.work / "bundles" / name, halves, documents, task.token_dtype, contexts)
     result.chunks.append(name)
     result.tokens += sum(map(len, documents))
     for held in (hashes, documents, contexts):

@@ -99,7 +99,7 @@ def _encode(
     tasks = [
         EncodeTask(
             index=index,
-            units=source.bundles[index],
+            bundle=source.bundles[index],
             text_field=options.document_field,
             work=work,
             eos_id=tokenizer.info.eos_id,
@@ -148,7 +148,7 @@ def _assemble(
         )
 
     groups = plan_groups(
-        [work / "units" / name for name in names],
+        [work / "bundles" / name for name in names],
         options.row_tokens,
         options.heldout_fraction,
         options.shards,

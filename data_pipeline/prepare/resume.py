@@ -76,7 +76,7 @@ def open_work(
         if earlier["bundles"] != bundles:
             before, now = (list(chain.from_iterable(found)) for found in (earlier["bundles"], bundles))
             raise UserError(
-                f"{output} was begun with another source, or {source.name} changed since: {len(before)} parts then, "
+                f"{output} was begun with another source, or {source.name} changed since: {len(before)} units then, "
                 f"{len(now)} now, first difference {_first_difference(before, now)}. Start over with --fresh"
             )
         return work
@@ -111,9 +111,8 @@ def check_complete(work: Path, num_bundles: int) -> None:
     missing = [index for index in range(num_bundles) if load_result(work, index) is None]
     if missing:
         raise UserError(
-            f"--merge: {len(missing)} of {num_bundles} parts of the source are not encoded yet (the first is number "
-            f"{missing[0]}): "
-            "run the missing --part i/n first"
+            f"--merge: {len(missing)} of {num_bundles} bundles of the source are not encoded yet (the first is number"
+            f" {missing[0]}): of n parts, --part i/n encodes the bundles i, i + n, i + 2n ...; run the missing one first"
         )
 
 

@@ -94,10 +94,6 @@ class Order:
             position, remaining = position + count, remaining - count
         return spans
 
-    def tickets(self, stream: int, step: int, steps: int = 1) -> np.ndarray:
-        """Global numbers, in training order, of the rows that the stream gives to these steps (int64 [steps * q])."""
-        return self.lane_tickets(Lane(stream, 0, self.rows_per_stream), step, steps)
-
     def _epoch(self, stream: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The stream's shards in the epoch's order and the running sum of their rows. The latest even and the latest odd
         epoch are remembered: towards an epoch's end, shards of the next one are opened ahead.

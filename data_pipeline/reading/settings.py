@@ -92,7 +92,7 @@ class Data(Section):
     verify: Annotated[bool, OnResume.FREE] = True
     """Check each shard's SHA-256 when it is opened."""
     workers: Annotated[NonNegativeInt, OnResume.FREE] = 1
-    """Threads that read and decode rows, two steps ahead at least; 0: when they are asked for."""
+    """Threads that read rows and make batches of them, two steps ahead at least; 0: when they are asked for."""
     cache_dir: Annotated[str | None, OnResume.FREE] = None
     """Folder for copies of remote shards (a URL in data.path); none: textldm/shards in the user's cache folder."""
     cache_gigabytes: Annotated[PositiveFloat, OnResume.FREE] = 100.0

@@ -56,7 +56,7 @@ class Train(Sharding):
     eval_rows: Annotated[PositiveInt, OnResume.FREE] = 64
     """Held-out rows of an evaluation, over all ranks."""
     eval_samples: Annotated[NonNegativeInt, OnResume.FREE] = 2
-    """Continuations of held-out contexts written at each evaluation, from the same noise every time (stage dit); 0: none."""
+    """Continuations of held-out contexts written at each evaluation, from the same noise every time, by stages that write any; 0: none."""
     log_every: Annotated[PositiveInt, OnResume.FREE] = 10
     """Steps between logged lines; between them nothing is reduced over ranks or written."""
     watchdog_s: Annotated[PositiveFloat, OnResume.FREE] = 1800.0

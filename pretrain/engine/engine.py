@@ -1,4 +1,4 @@
-"""The training engine: DeepSpeed behind five calls. The only file that imports deepspeed.
+"""The training engine: DeepSpeed behind a few calls. The only file that imports deepspeed.
 
     engine = Engine(stage, EngineSettings(zero_stage=2), AdamWSettings(lr=3e-4), init_distributed())
     for batch in micro_batches:

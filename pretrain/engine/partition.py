@@ -1,4 +1,5 @@
-"""Who holds what: DeepSpeed's partitions as ranges of named parameters. The one place that reads DeepSpeed's inside.
+"""Who holds what: DeepSpeed's partitions as ranges of named parameters. The one place that reads where DeepSpeed keeps
+its flat tensors; what of its inside is set aside or put right is in engine.py.
 
 Every ZeRO stage keeps the fp32 masters, and the optimizer's states beside them, as flat tensors ("flats") in which parameters,
 or this rank's pieces of them, lie one behind the other, with padding between or after. A `Held` range (held.py) says: elements

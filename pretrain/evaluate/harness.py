@@ -15,7 +15,7 @@ from typing import Any
 from data_pipeline.core.devices import device_of
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.keys import key
-from modeling.conventions import DEFAULT_NEW_TOKENS
+from modeling.shapes import DEFAULT_NEW_TOKENS
 from pretrain.evaluate.records import continuation_text, split_ids
 from pretrain.evaluate.samples import Sample
 from pretrain.evaluate.subjects import Sampling, Subject, open_subject

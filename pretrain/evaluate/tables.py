@@ -74,14 +74,14 @@ def _is_figure(figure: Mapping[str, Any]) -> bool:
     return all(map(_is_number, ends)) and isinstance(figure["n"], int)
 
 
-def shown(name: str, figure: Mapping[str, float], interval: bool = True) -> str:
+def shown(name: str, figure: Mapping[str, float]) -> str:
     """A figure with its interval."""
     times, digits = (100, 1) if name in PERCENT else (1, DIGITS.get(name, 3))
     value, low, high = (
         times * (float("nan") if figure[key] is None else figure[key]) for key in ("value", "low", "high")
     )
     text = f"{value:.{digits}f}"
-    return f"{text} ({low:.{digits}f} to {high:.{digits}f})" if interval and low == low else text
+    return f"{text} ({low:.{digits}f} to {high:.{digits}f})" if low == low else text
 
 
 def one(result: Mapping[str, Any], kind: str) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
-from modeling.blocks import block_sizes, latest
+from modeling.beyond_window import block_sizes, latest
 
 
 def pieces(context: Sequence[int], target: Sequence[int], window: int | None) -> Iterator[tuple[list[int], list[int]]]:

@@ -18,10 +18,11 @@ import transformers
 from data_pipeline.core.devices import device_of
 from data_pipeline.core.errors import ENDINGS, UserError, cli, reason
 from data_pipeline.core.hub import find_model
+from modeling.shapes import DEFAULT_NEW_TOKENS
 from modeling.solvers import solver_names
 from modeling.textldm import TextLDM, TextLDMConfig
 from modeling.times import GRIDS
-from pretrain.export.generate_line import DEFAULT_NEW_TOKENS, EXPECTED, make_parser, read
+from pretrain.export.generate_line import EXPECTED, make_parser, read
 
 __all__ = ["continue_prompts", "load_exported", "main", "make_parser"]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from data_pipeline.core.errors import UserError, check_early
 from data_pipeline.core.hub import check_hub_id
+from modeling.shapes import DEFAULT_NEW_TOKENS
 
 DESCRIPTION = "Continue prompts with an exported TextLDM."
-DEFAULT_NEW_TOKENS = 128
 EXPECTED = "what textldm convert wrote, or a hub id"
 
 

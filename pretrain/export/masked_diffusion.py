@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from modeling.conventions import DEFAULT_NEW_TOKENS
+from modeling.shapes import DEFAULT_NEW_TOKENS
 from modeling.textmdlm import TextMDLM, TextMDLMConfig
 from pretrain.checkpoint.read import check_shapes
 from pretrain.export.parts import Exported, Source, modeling_files

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.outside import parse_json
-from modeling.conventions import DEFAULT_NEW_TOKENS
 from modeling.likelihood import LAST_T0
+from modeling.shapes import DEFAULT_NEW_TOKENS
 from modeling.text_vae import STATISTICS
 from modeling.textldm import TextLDM, TextLDMConfig
 from modeling.times import TimeDistribution

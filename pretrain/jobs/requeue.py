@@ -24,7 +24,7 @@ def ledger(run: Path) -> Path:
     return run.parent / f".{run.name}.restarts.json"
 
 
-def start_again(run: Path, code: int, max_failures: int = MAX_FAILURES) -> tuple[bool, str]:
+def start_again(run: Path, code: int) -> tuple[bool, str]:
     """Whether to start the job again after this exit code, and why; a failure is counted."""
     kind, told = restart(code), EXIT_CODES.get(code, "unknown, or a signal's")
     if kind != "bounded":
@@ -39,8 +39,8 @@ def start_again(run: Path, code: int, max_failures: int = MAX_FAILURES) -> tuple
     failures = 1 if found - known else failures + 1
     ledger(run).parent.mkdir(parents=True, exist_ok=True)
     write_text(ledger(run), json.dumps({"checkpoints": sorted(found), "failures": failures}))
-    return failures <= max_failures, (
-        f"exit code {code} ({told}), {failures} start(s) in a row without a new checkpoint, at most {max_failures}"
+    return failures <= MAX_FAILURES, (
+        f"exit code {code} ({told}), {failures} start(s) in a row without a new checkpoint, at most {MAX_FAILURES}"
     )
 
 

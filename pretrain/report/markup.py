@@ -49,9 +49,9 @@ def _short(value: Any) -> Any:
     return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else value
 
 
-def figure(value: float, form: str = ".4g", unit: str = "") -> Html:
+def figure(value: float, form: str = ".4g") -> Html:
     """A number as people read it; the file's own stands in `value`."""
-    return tag("data", f"{value:{form}}{unit}", value=repr(value))
+    return tag("data", f"{value:{form}}", value=repr(value))
 
 
 def compact(value: float) -> str:

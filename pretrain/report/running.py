@@ -49,7 +49,7 @@ def _facts(run: Run) -> list[tuple[str, Any]]:
             shown.append((title, text(percent(value))))
     if (seconds := wall_seconds(run)) is not None:
         shown.append(("from first start to last line", duration(seconds)))
-    starts = sum(event.get("event") in ("start", "resume") for event in events)
+    starts = sum(event.get("event") == "start" for event in events)
     shown.append(("starts", starts))
     saves = [event for event in events if event.get("event") == "checkpoint"]
     stalls = [stall for event in saves if (stall := number(event.get("stalled_s"))) is not None]

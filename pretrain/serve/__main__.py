@@ -18,8 +18,9 @@ from uvicorn.config import LOGGING_CONFIG
 from data_pipeline.core.devices import device_of
 from data_pipeline.core.errors import UserError, cli
 from pretrain.export.generate import load_exported
+from pretrain.ranks.addresses import is_loopback
 from pretrain.serve.app import make_app
-from pretrain.serve.command_line import API_KEY, api_key, is_loopback, make_parser, read
+from pretrain.serve.command_line import API_KEY, api_key, make_parser, read
 from pretrain.serve.completions import Limits
 
 __all__ = ["main", "make_parser"]

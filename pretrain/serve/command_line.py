@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import ipaddress
 import os
 import re
 from pathlib import Path
@@ -101,11 +100,3 @@ def api_key(file: Path | None) -> str | None:
             f"{where} holds {len(key)} characters; expected one word of 16 to 512 printable ASCII characters"
         )
     return key
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from modeling.conventions import DEFAULT_NEW_TOKENS
+from modeling.shapes import DEFAULT_NEW_TOKENS
 from modeling.solvers import solver_names
 from modeling.textldm import TextLDM
 from modeling.times import GRIDS, TimeDistribution

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from data_pipeline.core.threads import in_order
-from modeling.blocks import block_sizes, latest
+from modeling.beyond_window import block_sizes, latest
 from modeling.continuation import decode_targets, sample_targets
 from modeling.textldm import TextLDM
 from modeling.times import TimeDistribution

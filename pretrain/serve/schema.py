@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from modeling.blocks import SEEDS
+from modeling.beyond_window import SEEDS
 
 MOST_STOPS = 4
 CHANGE_NOTHING = frozenset(

@@ -14,6 +14,7 @@ from data_pipeline.reading.batch import PREFIX, SUFFIX, Batch
 from data_pipeline.reading.prompts import Prompt
 from modeling import losses
 from modeling.attention import Segments
+from modeling.beyond_window import noise_key
 from modeling.stock_language_model import continuation, stock_language_model
 from modeling.token_transformer import TokenTransformer, causal_inputs
 from pretrain.engine.pieces import weights_on
@@ -51,7 +52,7 @@ class ARStage(TokenStage):
         return {"targets": batch.num_tokens(SUFFIX), "contexts": batch.num_tokens(PREFIX)}
 
     def flops(self, batch: Batch) -> float:
-        return self.forward_flops(batch, causal=True)
+        return self.step_flops(batch, causal=True)
 
     def forward(self, batch: Batch, counts: dict[str, int]) -> StageOutput:
         if not self.training:
@@ -62,7 +63,7 @@ class ARStage(TokenStage):
         hidden_TD, _ = self._hidden(batch)
         ce_sum, _ = losses.linear_cross_entropy(hidden_TD, self.model.lm_head.weight, batch.tokens_T, weights_T)
         loss = ce_sum / (counts["targets"] + weight * counts["contexts"])
-        return StageOutput(loss, {"nats_per_token": torch.stack((ce_sum.detach(), weights_T.sum()))})
+        return StageOutput(loss, {"nats_with_contexts": torch.stack((ce_sum.detach(), weights_T.sum()))})
 
     def _hidden(self, batch: Batch) -> tuple[Tensor, Segments]:
         """Hidden states [T, D] that predict `tokens_T`, and the windows."""
@@ -86,7 +87,7 @@ class ARStage(TokenStage):
         stock.to(self.model.lm_head.weight.device)  # type: ignore[arg-type]  # transformers wraps it without its types
         found = []
         for index, prompt in enumerate(prompts):
-            found.append(continuation(stock, prompt.context_T, len(prompt.target_T), seed * 1_000_003 + index))
+            found.append(continuation(stock, prompt.context_T, len(prompt.target_T), noise_key(seed, index)))
         for _ in range(num_steps):
             tick()
         return found

@@ -16,7 +16,7 @@ class DiTModel(TextDiTConfig):
     """The TextDiT's architecture (modeling/text_dit.py) and the VAE in whose latent space it works."""
 
     vae: Annotated[str, OnResume.FREE]  # its fingerprint is compared by itself
-    """Run folder (or checkpoint) of stage 1; frozen, EMA weights."""
+    """Run folder, checkpoint or export of stage 1, here or on the hub (hf://owner/name); frozen, EMA weights."""
 
     def architecture(self) -> TextDiTConfig:
         """The plain dataclass of modeling, which exported folders carry."""

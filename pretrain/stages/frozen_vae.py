@@ -1,4 +1,4 @@
-"""The frozen VAE as later stages and the diagnosis see it: loaded from a stage-1 run, with EMA weights.
+"""The frozen VAE as later stages and the diagnosis see it: loaded from a stage-1 run or its export, with EMA weights.
 
 Shape letters: T packed tokens, Z latent dim.
 """

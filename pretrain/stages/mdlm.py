@@ -13,6 +13,7 @@ from data_pipeline.reading.batch import SUFFIX, Batch
 from data_pipeline.reading.prompts import Prompt
 from modeling import losses
 from modeling.attention import Segments
+from modeling.beyond_window import keyed_generator
 from modeling.masked_diffusion import draw_masks, masked_inputs, sample_targets, window_nats
 from modeling.token_transformer import TokenTransformer
 from pretrain.engine.pieces import weights_on
@@ -40,7 +41,7 @@ class MDLMStage(TokenStage):
         return {"targets": batch.num_tokens(SUFFIX)}
 
     def flops(self, batch: Batch) -> float:
-        return self.forward_flops(batch, causal=False)
+        return self.step_flops(batch, causal=False)
 
     def forward(self, batch: Batch, counts: dict[str, int]) -> StageOutput:
         if not self.training:
@@ -73,7 +74,7 @@ class MDLMStage(TokenStage):
     ) -> list[list[int]]:
         """An equal share of the masks revealed in each step."""
         contexts, lengths = [prompt.context_T for prompt in prompts], [len(prompt.target_T) for prompt in prompts]
-        generators = [torch.Generator().manual_seed(seed * 1_000_003 + index) for index in range(len(prompts))]
+        generators = [keyed_generator(seed, index) for index in range(len(prompts))]
         found = sample_targets(self.model, contexts, lengths, num_steps, generators, tick)
         return [tokens_T.tolist() for tokens_T in found]
 

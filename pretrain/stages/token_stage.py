@@ -41,6 +41,6 @@ class TokenStage(Stage):
         weight = total.new_tensor(float(batch.num_tokens(SUFFIX)))
         return StageOutput(total.float() / counts["targets"], {"nats_per_token": torch.stack((total, weight))})
 
-    def forward_flops(self, batch: Batch, causal: bool) -> float:
+    def step_flops(self, batch: Batch, causal: bool) -> float:
         """Of a training step on the batch."""
         return token_transformer_flops(self.model.config, batch.window_lengths, causal)

@@ -25,7 +25,7 @@ def transformer_flops(
     """FLOPs of Transformer layers over packed segments, bidirectional unless `causal`.
 
     2 FLOPs per weight and token, and 2 x 2 x length^2 x width per layer and segment for q k^T and the sum of values; half of that
-    if no token looks behind itself.
+    if no token looks at what comes after it.
 
     Args:
         weights: of the matrices that every token passes through (no embedding table).

@@ -200,7 +200,7 @@ class Telemetry:
                 self._sinks.say("".join(f"\n  {name:<12} {json.dumps(text)}" for name, text in sample.items())[1:])
 
     def event(self, name: str, **fields: Any) -> None:
-        """A line of its own in metrics.jsonl: start, resume, checkpoint, skip, end."""
+        """A line of its own in metrics.jsonl: start, checkpoint, skip, rewind, requeue, end."""
         if self._sinks:
             self._sinks.write({"kind": "event", "event": name, **fields})
 

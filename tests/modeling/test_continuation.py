@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling.attention import Segments
-from modeling.blocks import block_sizes, latest
+from modeling.beyond_window import block_sizes, latest
 from modeling.continuation import decode_targets, sample_targets
 from modeling.guidance import GuidedVelocity
 from modeling.solvers import integrate

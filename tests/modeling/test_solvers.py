@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from modeling import flow
 from modeling.solvers import SOLVERS, Solver, find_solver, integrate, solver_names
 from modeling.textldm import TextLDM, TextLDMConfig
 from modeling.times import TimeDistribution, move_logit
@@ -112,11 +111,10 @@ def test_the_endpoint_has_the_distribution_of_the_data(solver: str) -> None:
     )
 
     def velocity(z_TZ: torch.Tensor, t: float) -> torch.Tensor:
-        return flow.velocity_from_data(z_TZ, of.denoise(z_TZ, t), torch.tensor(t, dtype=torch.float64))
+        return (z_TZ - of.denoise(z_TZ, t)) / t
 
     eps_TZ = torch.linspace(-2.5, 2.5, 101, dtype=torch.float64)[:, None]
-    # The last step is from flow.MIN_TIME, below which data prediction is clamped.
-    times = [*torch.linspace(1, flow.MIN_TIME, 400).tolist(), 0.0]
+    times = [*torch.linspace(1, 0.02, 400).tolist(), 0.0]  # no nearer to the data, where this divides by 0
     z_TZ = integrate(velocity, eps_TZ, times, solver)
     # In one dimension the flow keeps the order, so it maps quantiles to quantiles.
     spread_C = of.variances_CZ[:, 0].sqrt()

@@ -15,6 +15,8 @@ from data_pipeline.core.errors import UserError
 
 COMPRESSIONS = ("gz", "zst", "bz2", "xz")
 """Endings that a reader may allow behind its own; streams.py opens them."""
+COLUMNS_PER_TEXT = 8
+"""Where a table's bytes are known with all columns, so small a share of them counts as text."""
 
 
 @dataclass(frozen=True)

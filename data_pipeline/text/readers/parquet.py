@@ -4,9 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_pipeline.text.readers.arrow import ROWS_PER_BATCH, column_texts
-from data_pipeline.text.readers.base import Reader, Unit, endings, missing_field
-
-_OTHER_COLUMNS = 8  # Parquet counts bytes uncompressed and with all columns: an eighth of them counts as text
+from data_pipeline.text.readers.base import COLUMNS_PER_TEXT, Reader, Unit, endings, missing_field
 
 
 class Parquet(Reader):
@@ -20,8 +18,8 @@ class Parquet(Reader):
         units, start, filled = [], 0, 0
         for group in range(metadata.num_row_groups):
             filled += metadata.row_group(group).total_byte_size
-            if filled >= _OTHER_COLUMNS * unit_bytes or group + 1 == metadata.num_row_groups:
-                units.append(self.unit(location, start, group + 1, filled // _OTHER_COLUMNS))
+            if filled >= COLUMNS_PER_TEXT * unit_bytes or group + 1 == metadata.num_row_groups:
+                units.append(self.unit(location, start, group + 1, filled // COLUMNS_PER_TEXT))
                 start, filled = group + 1, 0
         return units
 

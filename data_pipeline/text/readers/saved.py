@@ -9,10 +9,9 @@ from typing import Any
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.outside import FILE, named, parse_json, read_at_most
 from data_pipeline.text.readers.arrow import check_batches
-from data_pipeline.text.readers.base import Reader, Unit, checked_text, missing_field, size_of
+from data_pipeline.text.readers.base import COLUMNS_PER_TEXT, Reader, Unit, checked_text, missing_field, size_of
 
 _ROWS_PER_BATCH = 256
-_OTHER_COLUMNS = 8  # as in parquet.py
 
 
 class SavedDataset(Reader):
@@ -24,7 +23,7 @@ class SavedDataset(Reader):
         return all(os.path.isfile(os.path.join(location, name)) for name in ("state.json", "dataset_info.json"))
 
     def units(self, location: str, unit_bytes: int) -> list[Unit]:
-        num_rows, num_bytes = len(_load(location)), size_of(location) // _OTHER_COLUMNS
+        num_rows, num_bytes = len(_load(location)), size_of(location) // COLUMNS_PER_TEXT
         rows = max(1, num_rows * unit_bytes // max(1, num_bytes))
         stops = [min(start + rows, num_rows) for start in range(0, num_rows, rows)]
         return [

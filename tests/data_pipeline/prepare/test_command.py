@@ -325,7 +325,7 @@ def test_a_full_disk_is_named_and_loses_nothing_finished(
         patch.setattr(os, "fsync", full)
         with pytest.raises(UserError, match=r"No space left on device.*run the same command again"):
             run(place, tmp_path)
-    assert list((tmp_path / ".prepare" / "units").glob("*.json"))
+    assert list((tmp_path / ".prepare" / "bundles").glob("*.json"))
     assert not list(tmp_path.rglob("*.tmp"))
     run(place, tmp_path)
     assert contents(tmp_path) == expected
@@ -350,7 +350,7 @@ def test_a_small_disk_that_is_really_full(
     with pytest.raises(UserError, match=r"No space left on device.*run the same command again"):
         run(place, small_disk)
     finished = {path: path.read_bytes() for path in (small_disk / ".prepare").rglob("*") if path.is_file()}
-    assert any(path.suffix == ".json" and path.parent.name == "units" for path in finished)
+    assert any(path.suffix == ".json" and path.parent.name == "bundles" for path in finished)
     assert not list(small_disk.rglob("*.tmp"))
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     encoded: list[int] = []
@@ -359,7 +359,7 @@ def test_a_small_disk_that_is_really_full(
         passes, "encode_bundle", lambda task, report: encoded.append(task.index) or original(task, report)
     )
     run(place, small_disk)
-    done = {int(path.stem) for path in finished if path.suffix == ".json" and path.parent.name == "units"}
+    done = {int(path.stem) for path in finished if path.suffix == ".json" and path.parent.name == "bundles"}
     assert not done & set(encoded)
     assert contents(small_disk) == expected
 

@@ -27,12 +27,15 @@ def encode(folder: Path, texts: list[str], model: models.Model) -> dict:
     use_tokenizer(tokenizer)
     [bundle] = open_source(str(folder / "text")).bundles
     task = EncodeTask(0, bundle, "text", folder / "work", tokenizer.info.eos_id, "uint16", 1, 0, 64)
-    return vars(encode_bundle(task, lambda count, num_bytes: None))
+    told: list[tuple[int, int]] = []
+    result = encode_bundle(task, lambda count, num_bytes: told.append((count, num_bytes)))
+    assert sum(num_bytes for _, num_bytes in told) == result.text_bytes == sum(len(text.encode()) for text in texts)
+    return vars(result)
 
 
 def test_the_end_of_text_in_text_is_text(tmp_path: Path) -> None:
     model = models.WordLevel({END: 0, "?": 1, "a": 2}, unk_token="?")
-    assert encode(tmp_path, ["a a a", f"a {END} a", END + "a"], model)["documents"] == 3
+    assert encode(tmp_path, ["a a a", f"a {END} a", END + "a", "一二三"], model)["documents"] == 4
 
 
 def test_an_end_within_a_document_is_counted_and_refused(tmp_path: Path) -> None:

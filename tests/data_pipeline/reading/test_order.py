@@ -8,6 +8,7 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.core.keys import permutation
 from data_pipeline.reading import order as order_module
 from data_pipeline.reading.order import Order
+from data_pipeline.reading.streams import Lane
 
 SHARD_ROWS = [5, 3, 8, 1, 4, 7, 2]
 
@@ -47,7 +48,7 @@ def test_tickets_are_the_training_order() -> None:
         ticket
         for step in range(4)
         for place in range(2)
-        for ticket in (order.tickets(s, step)[place] for s in range(3))
+        for ticket in (order.lane_tickets(Lane(s, 0, 2), step)[place] for s in range(3))
     ]
     assert tickets == list(range(24))
 

@@ -169,7 +169,7 @@ def test_the_folder_holds_what_its_parts_were(trained: Trained, exported: Path) 
     names = {path.name for path in exported.iterdir()}
     stems = (
         "attention",
-        "blocks",
+        "beyond_window",
         "continuation",
         "conventions",
         "flow",

@@ -36,7 +36,12 @@ def keyed_generator(seed: int, index: int, block: int = 0) -> torch.Generator:
     """The generator of a block's random numbers: of prompt `index` with `seed`. Raises: ValueError."""
     if not 0 <= seed < SEEDS:
         raise ValueError(f"seed is {seed}; expected 0 to {SEEDS - 1}, that is 2^64 - 1")
-    return torch.Generator().manual_seed((seed * 1_000_003 + index + block * BLOCK_STRIDE) % SEEDS)
+    return torch.Generator().manual_seed(noise_key(seed, index, block))
+
+
+def noise_key(seed: int, index: int, block: int = 0) -> int:
+    """What that generator starts from, below 2^64."""
+    return (seed * 1_000_003 + index + block * BLOCK_STRIDE) % SEEDS
 
 
 def sequence_keys(seed: int | Sequence[int], num: int, copies: int = 1) -> list[tuple[int, int]]:
