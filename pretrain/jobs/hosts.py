@@ -46,6 +46,8 @@ BY_DEEPSPEED = re.compile(r"(MLFLOW|PYTHON|MV2|UCX|NCCL|LD_LIBRARY|PATH)")
 UNSAFE = re.compile(r"[\"'`$\\\x00-\x1f\x7f]")
 """deepspeed pastes a value into a shell command, in double quotes at best."""
 MADE_HERE = re.compile(r"deepspeed_env-[0-9a-f]{12}")
+ANSWERS_WITHIN_S = 20.0
+"""A host that takes longer does not answer."""
 FORGOTTEN_S = 7 * 86400
 """An older one is of no shell any more."""
 USERS_FILE = "TEXTLDM_DS_ENV_FILE"
@@ -150,7 +152,7 @@ def own_secrets(environ: Mapping[str, str]) -> list[str]:
     return [name for name, value in environ.items() if BY_DEEPSPEED.match(name) and is_secret(name, value)]
 
 
-def on_host(host: str, command: str, timeout_s: float = 20.0) -> subprocess.CompletedProcess[str] | None:
+def on_host(host: str, command: str) -> subprocess.CompletedProcess[str] | None:
     """Run a shell command on a host by ssh; None if the host does not answer in time, exit code 255 if ssh itself failed.
 
     Raises: UserError without ssh.
@@ -158,7 +160,7 @@ def on_host(host: str, command: str, timeout_s: float = 20.0) -> subprocess.Comp
     try:
         return subprocess.run(
             ["ssh", *shlex.split(SSH_OPTIONS), "-o", "BatchMode=yes", "--", host, command],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout_s,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=ANSWERS_WITHIN_S,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return None

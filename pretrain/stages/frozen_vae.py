@@ -82,14 +82,9 @@ def open_vae(
         yield found
 
 
-def load_vae(
-    run: str | Path,
-    manifest: Manifest | None = None,
-    latent_dim: int | None = None,
-    named_by: str = f"--set {VAE_KEY}=",
-) -> TextVAE:
+def load_vae(run: str | Path, manifest: Manifest | None = None, latent_dim: int | None = None) -> TextVAE:
     """The VAE that `open_vae` finds, frozen, in eval mode. Raises: UserError, also when its latent_dim is another than the one given."""
-    with open_vae(run, manifest, named_by) as saved:
+    with open_vae(run, manifest) as saved:
         with torch.device("meta"):
             vae = TextVAE(saved.shape)
         if latent_dim is not None and latent_dim != vae.config.latent_dim:

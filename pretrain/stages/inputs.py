@@ -37,11 +37,12 @@ def of_distill(config: "DistillRun") -> dict[str, str]:
     return of_dit(config) | {TEACHER_KEY: found}
 
 
-def vae_fingerprint(run: str | Path, named_by: str = f"--set {VAE_KEY}=") -> str:
+def vae_fingerprint(run: str | Path) -> str:
     """Hash of what `load_vae` takes, a checkpoint or an export: which VAE a DiT was trained with.
 
     Raises: UserError, see `checkpoint_of` and `exported_vae`.
     """
+    named_by = f"--set {VAE_KEY}="
     if (folder := exported_vae(run, named_by)) is not None:
         return export_fingerprint(folder)
     return read_manifest(checkpoint_of(run, named_by)).fingerprint
