@@ -310,8 +310,8 @@ class _ChunkedKnownMean(torch.autograd.Function):
 def known_mean(known_TE: torch.Tensor, known_VE: torch.Tensor, values_VX: torch.Tensor) -> torch.Tensor:
     """Mean [T, X] of a learned value a class under softmax(known @ known_weight.T), with the values' gradient.
 
-    Memory is O(`CLASS_CHUNK` * V), in the backward pass too. Probabilities are computed in fp32, and averaged in the values' dtype, which is
-    the result's; only the values get a gradient, whose chunks add up in fp32.
+    Memory is O(`CLASS_CHUNK` * V), in the backward pass too. Probabilities are computed in fp32, and averaged in the values' dtype, which
+    is the result's; only the values get a gradient, whose chunks add up in fp32.
     """
     with _without_autocast(known_TE):
         return _ChunkedKnownMean.apply(known_TE, known_VE, values_VX, CLASS_CHUNK)
