@@ -135,7 +135,7 @@ def states_ratios(cases: list[Case]) -> list[float]:
 
     with TemporaryDirectory() as folder:
         file = f"{folder}/bytes.json"
-        mp.start_processes(measure_states, (free_port(), cases, file), nprocs=RANKS, start_method="spawn")
+        mp.start_processes(measure_states, (free_port(), cases, file), nprocs=RANKS, start_method="forkserver")
         measured = json.loads(Path(file).read_text())
     return [planned_states(*case, RANKS) / bytes_ for case, bytes_ in zip(cases, measured, strict=True)]
 

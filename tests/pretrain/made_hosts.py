@@ -19,6 +19,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 REPOSITORY = Path(__file__).resolve().parents[2]
+PYTHONPATH = f"{REPOSITORY / 'tests' / 'launchers'}:{REPOSITORY}"
+"""For launchers and what they start."""
 PROGRAMS = ("ip", "unshare", "nsenter", "setpriv", "mount", "ssh", "ssh-keygen", "pdsh", "hostname")
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 INTERFACE = "lan0"
@@ -119,7 +121,11 @@ def made_hosts(folder: Path, count: int = 2) -> Iterator[Network]:
         switch = stack.enter_context(namespaces(["--net"]))
         run(["nsenter", "--target", str(switch), "--net", "ip", "link", "add", "br0", "type", "bridge"])
         run(["nsenter", "--target", str(switch), "--net", "ip", "link", "set", "br0", "up"])
-        environment = {**os.environ, "PATH": f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": PYTHONPATH,
+            "PATH": f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
         network = Network(folder, hosts, hostfile, environment, switch)
         for host in hosts:
             network.boot(host, stack)

@@ -43,7 +43,14 @@ SMALL = {
     },
     "telemetry": {"wandb": False},
 }  # fmt: skip
-PLAIN = {"compile": False, "precision": "fp32", "zero_stage": 1, "activation_checkpointing": 0, "spike_sigmas": 0.0}
+PLAIN = {
+    "eval_every": 0,
+    "compile": False,
+    "precision": "fp32",
+    "zero_stage": 1,
+    "activation_checkpointing": 0,
+    "spike_sigmas": 0.0,
+}
 UNLIKE = {"about", "diagnose"}
 """Sections that training does not read."""
 BF16_ERROR = 0.01

@@ -23,6 +23,7 @@ from pretrain.ranks.launcher import free_port
 from pretrain.telemetry.sinks import METRICS_NAME, read_metrics
 from tests.pretrain import forked_ranks, noted_run, tiny_pipeline, tiny_run
 from tests.pretrain.engine_states import saved_states
+from tests.pretrain.made_hosts import PYTHONPATH
 
 pytestmark = pytest.mark.slow
 
@@ -194,7 +195,7 @@ def test_sigterm_through_the_launcher(quickstart: Quickstart, tmp_path: Path, re
         ],
         ["--config", str(config)],
     )
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIGS.parent)}
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
 
     def start(command: list[str], name: str) -> tuple[subprocess.Popen, Path]:
         log = tmp_path / f"{name}.log"

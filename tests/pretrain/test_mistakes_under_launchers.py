@@ -15,6 +15,7 @@ import pytest
 from pretrain.faults.exit_codes import EXIT_USER
 from pretrain.ranks.launcher import free_port
 from tests.pretrain.conftest import Trained
+from tests.pretrain.made_hosts import PYTHONPATH
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +55,7 @@ def test_every_rank_ends_with_2(launcher: str, trained: Trained, tmp_path: Path)
     process = subprocess.Popen(
         [str(Path(sys.executable).with_name(program)), *options, str(free_port()), "rank.py", *train],
         env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:

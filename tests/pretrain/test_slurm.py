@@ -22,7 +22,7 @@ from tests.data_pipeline.prepare.test_command import TEXTS, contents
 from tests.data_pipeline.test_cache_features import FAST, write_teacher
 from tests.pretrain import forked_ranks, tiny_run
 from tests.pretrain.engine_states import saved_states
-from tests.pretrain.made_hosts import REPOSITORY, held, made_hosts, wait_for
+from tests.pretrain.made_hosts import PYTHONPATH, REPOSITORY, held, made_hosts, wait_for
 from tests.pretrain.slurm_cluster import Slurm, slurm_cluster, what_is_missing
 
 MISSING = what_is_missing()
@@ -36,7 +36,7 @@ JOB_S = 900
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     with made_hosts(tmp_path_factory.mktemp("network")) as network:
         network.environment.update(
-            OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(network.folder), PYTHONPATH=str(REPOSITORY), PYTHON=sys.executable
+            OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(network.folder), PYTHONPATH=PYTHONPATH, PYTHON=sys.executable
         )
         with slurm_cluster(network) as made:
             yield made

@@ -17,6 +17,7 @@ from data_pipeline.core.errors import UserError
 from pretrain.quickstart import recipe
 from pretrain.quickstart.plan import Ledger, Plan, Sizes, Step
 from tests.pretrain import forked_ranks
+from tests.pretrain.made_hosts import PYTHONPATH
 
 
 def step(name: str, folder: Path, code: int = 0) -> Step:
@@ -221,6 +222,7 @@ def test_the_whole_recipe_on_a_handful_of_documents(tmp_path, monkeypatch, capfd
     source = tmp_path / "text.jsonl"
     source.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     few = {"schedule.warmup_steps": 1, "train.eval_rows": 4, "model.width": 64, "diagnose.rows": 8}
     dit = {
         "model.num_layers": 2,
