@@ -9,7 +9,7 @@ MODULES = [
     *("deepspeed", "deepspeed.module_inject.auto_ep_layer", "deepspeed.comm.mori"),
     *("pretrain.train", "pretrain.engine.adamw", "pretrain.engine.muon"),
     *("pretrain.stages.vae", "pretrain.stages.dit", "pretrain.stages.samples"),
-    *("data_pipeline.prepare.__main__", "data_pipeline.cache_features"),
+    *("data_pipeline.prepare.__main__", "data_pipeline.cache_features", "transformers.models.qwen3.modeling_qwen3"),
 ]
 
 begin_imports()
