@@ -1,4 +1,4 @@
-"""A command's imports, without looking for garbage among them: there is none in torch and its like, and looking took half of a start."""
+"""A command's imports, without looking for garbage among them: there is none in torch and its like, and looking took a third of a start."""
 
 import gc
 

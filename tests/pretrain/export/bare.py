@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 ASKED = ("torch", "transformers", "accelerate")
 NO_GARBAGE = "import gc; gc.disable()\n"
-"""Before imports that take seconds, half of them for looking through what was imported."""
+"""Before imports that take seconds, a good part of them for looking through what was imported."""
 
 
 def required(names: Sequence[str]) -> set[str]:
