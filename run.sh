@@ -131,7 +131,7 @@ case "${1:-}" in
     .venv/bin/ruff format --check .
     .venv/bin/ruff check .
     .venv/bin/mypy
-    # glibc gives freed memory back at once and asks for it again, page by page: a third of what the kernel did for the tests.
+    # glibc gives freed memory back at once and asks for it again, page by page: a sixth of what the kernel did for the tests.
     export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824
     # Whole files side by side, two more than cores: many tests wait, and few fill two cores. `-n 0` for one after the other.
     .venv/bin/python -m pytest -n $(($(getconf _NPROCESSORS_ONLN) + 2)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder "${fast[@]}" "$@"

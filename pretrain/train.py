@@ -202,9 +202,8 @@ def dry_run(config: RunConfig, topology: Topology) -> int:
     folder = Path(f"{config.run_folder}.dry-run")
     if folder.exists():
         raise UserError(f"{folder} exists, where the dry run would work and then clean up: remove it or rename it")
-    storage_of(
-        config.run_folder
-    ).list()  # where a start would look for checkpoints; what is written here goes to the folder
+    # A start would look for checkpoints there; what is written here goes to the folder.
+    storage_of(config.run_folder).list()
     config.train.run = str(folder)
     config.telemetry.wandb = config.telemetry.tensorboard = False
     made = next((parent for parent in reversed(folder.parents) if not parent.exists()), folder)

@@ -49,7 +49,7 @@ def pytest_collection_finish() -> None:
     """Lend absl, which the metrics' packages import, no stream that is pytest's: it closes the one that it found when logging is set up
     anew, as a server does, unless that is sys.stderr at the moment; under capsys it is not.
     """
-    end_imports()
+    end_imports()  # the tests' modules are all there
     if "absl.logging" in sys.modules:
         sys.modules["absl.logging"].get_absl_handler().python_handler.stream = sys.__stderr__
 

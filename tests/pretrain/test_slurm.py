@@ -89,10 +89,8 @@ def test_the_script_is_preempted_twice_requeued_and_ends_with_the_same_bits(
     with held(slurm.network.hosts):
         slurm.command("scancel", "--signal=USR1", job)  # as --signal=USR1@180 does: to the ranks, not to the script
     await_step(PREEMPTED_AFTER[1])  # by the second start
-    with held(slurm.network.hosts):
-        slurm.command(
-            "scontrol", "requeue", job
-        )  # as another job's preemption does: SIGTERM, and KillWait later SIGKILL
+    with held(slurm.network.hosts):  # as another job's preemption does: SIGTERM, and KillWait later SIGKILL
+        slurm.command("scontrol", "requeue", job)
     expected = undisturbed(data, tmp_path, ranks=2, **settings)
     slurm.await_end(job, JOB_S)
 
